@@ -1,0 +1,119 @@
+"""Which samples make up which micro-batch of which optimizer step: a pure function of (lengths, settings, seed).
+
+An epoch is a random permutation of the samples, cut into steps; ``window`` steps at a time are sorted by length and cut
+into micro-batches of equal padded area (rows x longest). Each step gets one micro-batch from each of the
+``micro_batches_per_step`` length strata, so all its micro-batches hold little padding and cost alike, while a step as a
+whole has the corpus's mix of lengths. Devices share a step's micro-batches out, so the optimisation does not depend on
+how many there are. Any step is computed on its own: nothing is replayed to get there.
+
+Remainder policy: every sample is in exactly one step of an epoch; there are ``round(n / batch_size)`` steps (at least
+one), and the samples are spread evenly over them.
+"""
+
+import itertools
+
+import numpy as np
+
+from condenser.data.hashing import hash_ints, permuted
+
+ORDER, SHUFFLE = range(2)  # independent draws for one epoch
+
+
+class BucketedBatches:
+    """The batches of all epochs over samples of these ``lengths`` (in tokens, as they will be fed).
+
+    Args:
+        lengths: ``[n]`` length of each sample.
+        batch_size: samples per optimizer step over all devices, on average.
+        micro_batches_per_step: micro-batches of a step over all devices.
+        window: steps whose samples are sorted together; larger means less padding and less mixing of lengths.
+        seed: seed of the order.
+
+    Raises:
+        ValueError: fewer samples, or a smaller ``batch_size``, than there are micro-batches in a step.
+    """
+
+    def __init__(
+        self, lengths: np.ndarray, *, batch_size: int, micro_batches_per_step: int, window: int = 8, seed: int
+    ):
+        self.lengths = np.asarray(lengths)
+        self.batch_size, self.window, self.seed = batch_size, window, seed
+        self.micro_batches_per_step = micro_batches_per_step
+        if min(batch_size, micro_batches_per_step, window) < 1:
+            raise ValueError(
+                f"batch_size={batch_size}, micro_batches_per_step={micro_batches_per_step} and window={window} "
+                "must be at least 1"
+            )
+        if min(batch_size, len(self.lengths)) < micro_batches_per_step:
+            raise ValueError(
+                f"micro_batches_per_step={micro_batches_per_step} needs at least as many samples in a step: "
+                f"batch_size is {batch_size} and there are {len(self.lengths)} samples"
+            )
+        if self.lengths.min() < 1:
+            raise ValueError(f"sample {int(self.lengths.argmin())} has length {self.lengths.min()}: nothing to batch")
+        n = len(self.lengths)
+        self.steps_per_epoch = min(max(1, round(n / batch_size)), n // micro_batches_per_step)
+        self.n_windows = -(-self.steps_per_epoch // window)
+        self._cached: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
+
+    def step(self, i: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
+        """The micro-batches (arrays of sample indices) of optimizer step ``i`` (counted over epochs) on ``rank``."""
+        epoch, step = divmod(i, self.steps_per_epoch)
+        window = ((step + 1) * self.n_windows - 1) // self.steps_per_epoch
+        return self._window(epoch, window)[step - self._first_step(window)][rank::world_size]
+
+    def _first_step(self, window: int) -> int:
+        return window * self.steps_per_epoch // self.n_windows
+
+    def _window(self, epoch: int, window: int) -> list[list[np.ndarray]]:
+        """All steps of a window; the last one computed is kept, since steps are asked for in order."""
+        if self._cached is None or self._cached[0] != (epoch, window):
+            self._cached = (epoch, window), self._compute_window(epoch, window)
+        return self._cached[1]
+
+    def _compute_window(self, epoch: int, window: int) -> list[list[np.ndarray]]:
+        first, end = self._first_step(window), self._first_step(window + 1)
+        n_steps, n = end - first, len(self.lengths)
+        places = np.arange(first * n // self.steps_per_epoch, end * n // self.steps_per_epoch)
+        samples = permuted(places, n, self.seed, ORDER, epoch)
+        samples = samples[np.argsort(-self.lengths[samples].astype(np.int64), kind="stable")]
+        bounds = equal_area_bounds(self.lengths[samples], n_steps * self.micro_batches_per_step)
+        micro_batches = [samples[start:stop] for start, stop in itertools.pairwise(bounds)]
+        strata = [
+            [micro_batches[stratum * n_steps + place] for place in self._shuffled(epoch, window, stratum, n_steps)]
+            for stratum in range(self.micro_batches_per_step)
+        ]
+        return [list(step) for step in zip(*strata, strict=True)]
+
+    def _shuffled(self, epoch: int, window: int, stratum: int, n: int) -> np.ndarray:
+        return np.argsort(hash_ints(self.seed, SHUFFLE, epoch, window, stratum, np.arange(n)), kind="stable")
+
+
+def equal_area_bounds(lengths: np.ndarray, n_parts: int) -> list[int]:
+    """Cut descending ``lengths`` into ``n_parts`` runs of equal area (rows x the run's longest), to about one row.
+
+    Returns the ``n_parts + 1`` bounds. The common area is found by bisection: too small a one leaves more samples for
+    the last run than it can hold.
+    """
+    longest = lengths.tolist()
+    smallest, largest = 0.0, float(len(longest) * longest[0])
+    while largest - smallest > 0.25 * longest[-1] / n_parts:
+        area = (smallest + largest) / 2
+        bounds = bounds_for_area(longest, n_parts, area)
+        if (bounds[-1] - bounds[-2]) * longest[bounds[-2]] > area:
+            smallest = area
+        else:
+            largest = area
+    return bounds_for_area(longest, n_parts, largest)
+
+
+def bounds_for_area(longest: list[int], n_parts: int, area: float) -> list[int]:
+    """Runs of about ``area`` each, the last taking what is left; the fraction of a row cut off here is added there."""
+    bounds, carry, n = [0], 0.0, len(longest)
+    for part in range(1, n_parts):
+        start = bounds[-1]
+        rows = area / longest[start] + carry
+        whole = min(max(1, int(rows)), n - start - (n_parts - part))
+        carry = min(max(rows - whole, 0.0), 1.0)
+        bounds.append(start + whole)
+    return [*bounds, n]

@@ -1,0 +1,177 @@
+"""Token store -> optimizer steps, for Lightning.
+
+One item of the training loader is one optimizer step of one rank: the list of its micro-batches. Which samples they
+hold and how these are masked depends on (seed, step) alone, so the loader's whole state is the number of steps it has
+handed out, the same on every rank and for any number of workers.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from condenser.data.batching import BucketedBatches
+from condenser.data.blocks import SPECIAL_TOKENS
+from condenser.data.collate import Masking, Vocabulary, make_micro_batch
+from condenser.data.masking import Unit
+from condenser.data.store import TokenStore, read_manifest
+from condenser.data.tokenizers import load_tokenizer
+
+
+class CondenserDataModule(L.LightningDataModule):
+    """Masks dynamically and batches by length.
+
+    Args:
+        store: folder that `condenser prepare` wrote.
+        batch_size: sequences per optimizer step over all devices, on average (steps have equal area).
+        micro_batches_per_step: micro-batches of a step over all devices; a multiple of their number. Memory goes with
+            batch_size / micro_batches_per_step.
+        window: steps whose sequences are sorted by length together; more means less padding.
+        mask_unit: mask whole words, or single tokens.
+        mask_probability: share of the tokens to predict.
+        mask_rates: shares of these that become [MASK], a random token, or stay as they are.
+        num_workers: loader processes per device; the batches do not depend on it.
+        seed: seed of order and masks; follows seed_everything.
+    """
+
+    def __init__(
+        self,
+        store: str,
+        batch_size: int = 1024,
+        micro_batches_per_step: int = 8,
+        window: int = 8,
+        mask_unit: Unit = "word",
+        mask_probability: float = 0.15,
+        mask_rates: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        num_workers: int = 2,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.store = Path(store)
+        self.batch_size, self.micro_batches_per_step, self.window = batch_size, micro_batches_per_step, window
+        self.num_workers, self.seed = num_workers, seed
+        self.masking = Masking(seed, mask_probability, mask_rates, mask_unit)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        read_manifest(self.store)
+        return load_tokenizer(self.store / "tokenizer")
+
+    @cached_property
+    def unigram_nats(self) -> torch.Tensor:
+        """``-log p`` of each token id under its (add-one smoothed) frequency in the training split, ``[V]``."""
+        counts = np.load(self.store / "token_counts.npy") + 1.0
+        return torch.from_numpy(np.log(counts.sum()) - np.log(counts)).float()
+
+    def setup(self, stage: str) -> None:
+        world_size = self.trainer.world_size if self.trainer else 1
+        if self.micro_batches_per_step % world_size:
+            raise ValueError(
+                f"data.micro_batches_per_step={self.micro_batches_per_step} cannot be shared out evenly over "
+                f"{world_size} devices; make it a multiple of {world_size}"
+            )
+        self.train, self.validation = TokenStore(self.store, "train"), TokenStore(self.store, "validation")
+        if not len(self.train):
+            raise ValueError(f"{self.store} has no training blocks")
+
+    def train_dataloader(self) -> "StepLoader":
+        return self.loader(self.train, self.batch_size, self.micro_batches_per_step, training=True)
+
+    def val_dataloader(self) -> "StepLoader | list":
+        """The validation split, each sample once and masked as in epoch 0, the same on any number of devices."""
+        n = len(self.validation)
+        if not n:
+            return []
+        batch_size = min(self.batch_size, n)
+        return self.loader(self.validation, batch_size, min(self.micro_batches_per_step, batch_size), training=False)
+
+    def loader(self, store: TokenStore, batch_size: int, micro_batches_per_step: int, training: bool) -> "StepLoader":
+        batches = BucketedBatches(
+            store.lengths + np.uint16(SPECIAL_TOKENS),
+            batch_size=batch_size,
+            micro_batches_per_step=micro_batches_per_step,
+            window=self.window,
+            seed=self.seed,
+        )
+        rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+        steps = Steps(store, batches, Vocabulary.of(self.tokenizer), self.masking, rank, world_size)
+        return StepLoader(steps, training, self.num_workers if training else 0)
+
+
+class Steps(Dataset):
+    """Item i: the micro-batches of optimizer step i on this rank."""
+
+    def __init__(
+        self,
+        store: TokenStore,
+        batches: BucketedBatches,
+        vocabulary: Vocabulary,
+        masking: Masking,
+        rank: int,
+        world_size: int,
+    ):
+        self.store, self.batches, self.vocabulary, self.masking = store, batches, vocabulary, masking
+        self.rank, self.world_size = rank, world_size
+
+    def __getitem__(self, step: int) -> list[dict[str, Any]]:
+        epoch = step // self.batches.steps_per_epoch
+        return [
+            make_micro_batch(self.store, index, self.vocabulary, self.masking, epoch)
+            | {"step": step, "micro_batch": self.rank + number * self.world_size}
+            for number, index in enumerate(self.batches.step(step, self.rank, self.world_size))
+        ]
+
+
+class Upcoming(Sampler):
+    """The steps from ``position`` to the end of its epoch."""
+
+    def __init__(self, steps_per_epoch: int):
+        self.steps_per_epoch, self.position = steps_per_epoch, 0
+
+    def __len__(self) -> int:
+        return self.steps_per_epoch
+
+    def __iter__(self) -> Iterator[int]:
+        epoch = self.position // self.steps_per_epoch
+        return iter(range(self.position, (epoch + 1) * self.steps_per_epoch))
+
+
+class StepLoader(DataLoader):
+    """Loads steps in order; its state, which Lightning keeps in checkpoints, is the number of steps handed out.
+
+    Workers run ahead of that number, so it is counted where steps leave the loader. Validation begins at step 0 always.
+    """
+
+    def __init__(self, steps: Steps, training: bool, num_workers: int):
+        super().__init__(
+            steps,
+            batch_size=None,
+            sampler=Upcoming(steps.batches.steps_per_epoch),
+            collate_fn=as_it_is,
+            num_workers=num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        self.training, self.position = training, 0
+
+    def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
+        if not self.training:
+            self.position = 0
+        self.sampler.position = self.position  # type: ignore[attr-defined]
+        for item in super().__iter__():
+            self.position += 1
+            yield item
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+def as_it_is(item: Any) -> Any:
+    return item

@@ -1,0 +1,178 @@
+"""`condenser export`: a training checkpoint becomes one folder that loads everywhere.
+
+It is a Hugging Face folder (the headless encoder with its MLM head, and the tokenizer) that also holds
+``condenser_head.safetensors`` (the head, keys ``c_head.*``), the files by which sentence-transformers knows to take the
+[CLS] vector, a model card, and the training configuration.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from condenser.hub import HEAD_FILE, load_checkpoint, load_export
+from condenser.models.backbones import parts
+from condenser.models.condenser import Condenser
+
+ABOUT_FILE = "condenser.json"  # where the export came from
+
+
+def export(checkpoint: str, /, *, output: str) -> None:
+    """Write one folder that transformers, sentence-transformers (CLS pooling) and this project load.
+
+    The folder is written under a temporary name, loaded again, compared with the checkpoint, and then put in place.
+
+    Args:
+        checkpoint: a .ckpt file, or a run folder (its best checkpoint by validation loss, else its last).
+        output: the folder to write; it must not exist, or hold an earlier export of the same checkpoint.
+
+    Raises:
+        ValueError: no such checkpoint, weights that are not finite, or an output folder that holds something else.
+    """
+    path = find_checkpoint(checkpoint)
+    target = Path(output)
+    source = {"checkpoint": path.name, "sha256": sha256(path)}
+    if already_exported(target, source):
+        print(f"{output} already holds this checkpoint's export: nothing to do")
+        return
+    model, content = load_checkpoint(path)
+    check_finite(model, path)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        write_export(partial, model, content["condenser"], source | {"step": content["global_step"]})
+        compare_with_live(partial, model)
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    print(f"{output}: step {content['global_step']:,} of {path}, reloaded and compared")
+
+
+def find_checkpoint(name: str) -> Path:
+    """A .ckpt file, or the best (else newest) one of a run folder."""
+    from condenser.training.runs import checkpoints
+
+    path = Path(name)
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"no such checkpoint or run folder: {name}")
+    found = checkpoints(path)
+    if not found:
+        raise ValueError(f"{name} has no checkpoints/*.ckpt: is it a run folder, and has it saved one yet?")
+    return next((path for path in found if path.name.startswith("best")), found[0])
+
+
+def already_exported(target: Path, source: dict[str, Any]) -> bool:
+    if not target.exists():
+        return False
+    about = target / ABOUT_FILE
+    if about.is_file() and json.loads(about.read_text())["source"]["sha256"] == source["sha256"]:
+        return True
+    raise ValueError(
+        f"--output {target} exists and is not this checkpoint's export; remove it, or choose another folder"
+    )
+
+
+def check_finite(model: Condenser, path: Path) -> None:
+    for name, weight in model.state_dict().items():
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite; export an earlier checkpoint")
+
+
+def write_export(folder: Path, model: Condenser, about: dict[str, Any], source: dict[str, Any]) -> None:
+    model.lm.save_pretrained(folder)
+    for name, text in about["tokenizer"].items():
+        (folder / Path(name).name).write_text(text)
+    head = {f"c_head.{key}": value.contiguous() for key, value in model.c_head.state_dict().items()}
+    save_file(head, folder / HEAD_FILE, metadata={"format": "pt", "head": json.dumps(about["head"])})
+    manifest = json.loads(about["manifest"])
+    write_sentence_transformers_files(folder, model.lm.config.hidden_size, manifest["settings"]["max_length"])
+    if about["run_config"]:
+        (folder / "training_config.yaml").write_text(about["run_config"])
+    card = {"source": source, "head": about["head"], "data": manifest}
+    (folder / ABOUT_FILE).write_text(json.dumps(card, indent=1) + "\n")
+    (folder / "README.md").write_text(model_card(model, card))
+
+
+def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length: int) -> None:
+    """Transformer, then [CLS] pooling: without these files sentence-transformers would take the mean."""
+    package = "sentence_transformers.models"
+    modules = [
+        {"idx": 0, "name": "0", "path": "", "type": f"{package}.Transformer"},
+        {"idx": 1, "name": "1", "path": "1_Pooling", "type": f"{package}.Pooling"},
+    ]
+    pooling = {"word_embedding_dimension": hidden_size, "pooling_mode_cls_token": True}
+    pooling |= {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": False}
+    (folder / "1_Pooling").mkdir()
+    for name, value in {
+        "modules.json": modules,
+        "1_Pooling/config.json": pooling,
+        "sentence_bert_config.json": {"max_seq_length": max_length},
+        "config_sentence_transformers.json": {"similarity_fn_name": "dot"},
+    }.items():
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+
+
+def model_card(model: Condenser, card: dict[str, Any]) -> str:
+    config, data = model.lm.config, card["data"]
+    files = ", ".join(source["name"] for source in data["settings"]["sources"])
+    objective = "a Condenser head" if card["head"]["n_head_layers"] else "plain MLM"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [condenser, dense-retrieval, masked-lm]
+---
+# A {config.model_type} encoder pre-trained with {objective}
+
+Pre-trained with Condenser (Gao & Callan, EMNLP 2021) so that its `[CLS]` vector is ready for dense retrieval.
+**It is a starting point for fine-tuning**: before fine-tuning, `[CLS]` similarity says little.
+
+- {config.num_hidden_layers} layers, hidden size {config.hidden_size}, vocabulary {config.vocab_size:,}
+- head: {json.dumps(card["head"])}
+- training: step {card["source"]["step"]:,}; settings in `training_config.yaml`
+- data: {files}; {data["counts"]["tokens_kept"]:,} tokens in blocks of up to {data["settings"]["max_length"]}
+- pooling: `[CLS]`; sequences are cut at {data["settings"]["max_length"]} tokens, the length of pre-training,
+  unless you raise `max_seq_length`
+
+```python
+from transformers import AutoModel, AutoModelForMaskedLM            # encoder; encoder with MLM head
+from sentence_transformers import SentenceTransformer               # [CLS] pooling
+from condenser.hub import load_export                               # with the Condenser head, to go on pre-training
+```
+"""
+
+
+def compare_with_live(folder: Path, model: Condenser) -> None:
+    """Load the folder in each way and compare with ``model`` on a small batch; ValueError where they differ."""
+    from transformers import AutoModel, AutoModelForMaskedLM
+
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(0, model.lm.config.vocab_size, (2, 16), generator=generator)
+    labels = torch.where(torch.arange(16) % 5 == 1, input_ids, -100)
+    batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+    with torch.inference_mode():
+        again = load_export(folder)
+        expected, found = model(**batch, labels=labels), again(**batch, labels=labels)
+        pairs = {"load_export": (torch.stack(expected.streams()), torch.stack(found.streams()))}
+        encoder = getattr(model.lm, model.lm.base_model_prefix)
+        states = AutoModel.from_pretrained(folder)(**batch).last_hidden_state
+        pairs["AutoModel"] = encoder(**batch).last_hidden_state, states
+        logits = AutoModelForMaskedLM.from_pretrained(folder)(**batch).logits
+        pairs["AutoModelForMaskedLM"] = parts(model.lm).mlm_head(encoder(**batch).last_hidden_state), logits
+    for loader, (live, loaded) in pairs.items():
+        if not torch.allclose(live, loaded, rtol=1e-4, atol=1e-5):
+            raise ValueError(
+                f"what {loader} reads back differs from the checkpoint by {(live - loaded).abs().max():.2g}"
+            )
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,166 @@
+"""The curves of one or several runs, drawn over each other: one inline SVG per panel, for ``condenser report``.
+
+The SVGs name no font file, no address and no fixed ink: text and axes take the colour of the page around them
+(``currentColor``, ``--grid``, ``--paper``), so that one drawing serves light, dark and print. A panel is one line of
+``PANELS``; a metric that no panel claims, say the loss of a new objective, gets a panel of its own.
+"""
+
+import io
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
+
+Curve = tuple[np.ndarray, np.ndarray]  # x (steps or tokens), values
+Curves = dict[str, Curve]  # by metric name
+
+UNIGRAM = "val/unigram_loss_at_mask"
+NOT_DRAWN = {"train/loss", "val/loss", "train/tokens_seen"}  # sums of what is drawn, or another name of the x axis
+OKABE_ITO = ("#1b80c4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#56b4e9")  # blue lightened for dark pages
+INK, GRID, PAPER = "#010203", "#040506", "#070809"  # stand-ins for the page's own colours
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-3, 4),
+    "axes.ymargin": 0.08,
+    "grid.color": GRID,
+    "grid.linewidth": 0.6,
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), INK),
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    unit: str
+    metrics: tuple[str, ...]
+    scale: float = 1.0
+    log: bool = False
+
+
+PANELS = (
+    Panel("Backbone MLM loss", "loss (nats)", ("train/mlm_loss", "val/mlm_loss")),
+    Panel("Head MLM loss", "loss (nats)", ("train/head_mlm_loss", "val/head_mlm_loss")),
+    Panel("Loss at [MASK] positions", "loss (nats)", ("val/mlm_loss_at_mask", "val/head_mlm_loss_at_mask", UNIGRAM)),
+    Panel("Backbone MLM accuracy", "accuracy (%)", ("train/mlm_accuracy", "val/mlm_accuracy"), scale=100),
+    Panel("Head MLM accuracy", "accuracy (%)", ("train/head_mlm_accuracy", "val/head_mlm_accuracy"), scale=100),
+    Panel("Learning rate", "learning rate", ("train/lr",)),
+    Panel("Gradient norm", "norm before clipping", ("train/grad_norm",), log=True),
+    Panel("Throughput", "tokens/s", ("perf/tokens_per_second",)),
+    Panel("Model FLOPs utilisation", "% of the peak", ("perf/mfu",), scale=100),
+    Panel("Padding", "% of the computed area", ("perf/padding_fraction",), scale=100),
+    Panel("Waiting for data", "% of the time", ("perf/data_wait_fraction",), scale=100),
+)
+
+
+def draw_panels(runs: Sequence[Curves], x_label: str, smooth: float) -> list[tuple[str, str]]:
+    """(title, SVG) of every panel that at least one run has data for."""
+    logged = {metric for curves in runs for metric in curves}
+    with matplotlib.rc_context(STYLE):
+        return [(p.title, draw(p, runs, x_label, smooth)) for p in panels_for(logged) if logged & set(p.metrics)]
+
+
+def panels_for(logged: set[str]) -> list[Panel]:
+    others = sorted(logged - NOT_DRAWN - {metric for panel in PANELS for metric in panel.metrics})
+    by_stem: defaultdict[str, list[str]] = defaultdict(list)
+    for metric in others:
+        by_stem[metric.rpartition("/")[2]].append(metric)
+    titles = {stem: stem.replace("_", " ") for stem in by_stem}
+    units = {stem: "loss (nats)" if "loss" in stem else title for stem, title in titles.items()}
+    return [*PANELS, *(Panel(titles[s].capitalize(), units[s], tuple(metrics)) for s, metrics in by_stem.items())]
+
+
+def draw(panel: Panel, runs: Sequence[Curves], x_label: str, smooth: float) -> str:
+    figure = Figure(figsize=(4.7, 2.7), layout="constrained")
+    axes = figure.add_subplot(xlabel=x_label, ylabel=panel.unit, yscale="log" if panel.log else "linear")
+    for curves, colour in zip(runs, run_colours(len(runs)), strict=True):
+        for metric in panel.metrics:
+            if metric in curves and metric != UNIGRAM:
+                x, values = curves[metric]
+                shown = np.isfinite(values) & ((values > 0) | (not panel.log))
+                plot(axes, metric, x[shown], values[shown] * panel.scale, colour, smooth)
+    if UNIGRAM in panel.metrics:
+        plot_unigram(axes, runs)
+    elif "nats" in panel.unit:
+        leave_out_start(axes)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+    if panel.unit == "tokens/s":
+        axes.yaxis.set_major_formatter(axes.xaxis.get_major_formatter())
+    return to_svg(figure, panel.title)
+
+
+def plot(axes: Axes, metric: str, x: np.ndarray, values: np.ndarray, colour: str, smooth: float) -> None:
+    """Validation: dots, hollow for the head. Training: as logged and faint, its moving mean in front."""
+    if metric.startswith("val/"):
+        line, face = ("o:", PAPER) if "head_" in metric else ("o-", colour)
+        axes.plot(x, values, line, color=colour, mfc=face, ms=3.8, lw=1, markevery=max(1, len(x) // 30), zorder=3)
+        return
+    width = int(len(x) * smooth / 100)
+    if metric != "train/lr" and width > 1:
+        axes.plot(x, values, color=colour, lw=0.7, alpha=0.3, rasterized=len(x) > 2000)  # a picture is smaller then
+        log = axes.get_yscale() == "log"
+        values = np.exp(moving_mean(np.log(values), width)) if log else moving_mean(values, width)
+    axes.plot(x, values, color=colour, lw=1.5)
+
+
+def leave_out_start(axes: Axes) -> None:
+    """End the y axis where the loss is after 5 % of the steps: the first fall would flatten all that follows."""
+    x, values = (np.concatenate([line.get_data()[axis] for line in axes.lines]) for axis in (0, 1))
+    later = values[x > 0.05 * x.max(initial=0)]
+    if len(later) and later.max() > later.min():
+        axes.set_ylim(top=later.max() + 0.08 * np.ptp(later), bottom=values.min() - 0.08 * np.ptp(later))
+
+
+def plot_unigram(axes: Axes, runs: Sequence[Curves]) -> None:
+    """One dashed line per distinct level: runs on the same validation text share it."""
+    for level in sorted({round(float(curves[UNIGRAM][1][-1]), 2) for curves in runs if UNIGRAM in curves}):
+        axes.axhline(level, color=INK, lw=1, ls="--")
+        at = axes.get_yaxis_transform()
+        axes.text(0.99, level, f"unigram {level:.2f}", transform=at, ha="right", va="bottom", fontsize=8)
+
+
+def moving_mean(values: np.ndarray, width: int) -> np.ndarray:
+    """Centred, so that it does not lag; narrower at the start, so that it does not bend the first steep fall."""
+    i = np.arange(len(values))
+    before = np.minimum(width // 2, i)
+    after = np.minimum(before, i[::-1])
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
+
+
+def run_colours(n: int) -> list[str]:
+    if n <= len(OKABE_ITO):
+        return list(OKABE_ITO[:n])
+    return [matplotlib.colors.to_hex(c) for c in matplotlib.colormaps["viridis"](np.linspace(0.2, 0.95, n))]
+
+
+def short(value: float) -> str:
+    """1500 -> 1.5k, 2e9 -> 2B."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.99995 * size:  # what four digits round up to it
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
+
+
+def to_svg(figure: Figure, title: str) -> str:
+    """Inline SVG: the page's colours, no namespaces (HTML needs none), no ids but those that it refers to itself."""
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.hashsalt": title}):  # ids differ between the panels of one page
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        figure.savefig(buffer, format="svg", transparent=True, dpi=150, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"|(?<=<g) id="[^"]*"', "", svg[svg.index("<svg") :])
+    for stand_in, colour in ((INK, "currentColor"), (GRID, "var(--grid)"), (PAPER, "var(--paper)")):
+        svg = svg.replace(stand_in, colour)
+    return svg.replace("<svg", '<svg role="img"', 1)

@@ -1,0 +1,169 @@
+"""Where models come from: Hugging Face folders and hub names, exports, the authors' checkpoints, training checkpoints.
+
+Foreign formats come in here and go out in export.py; the rest of the project knows `Condenser` only. Nothing is
+unpickled but through torch's restricted unpickler.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from condenser.models.backbones import build_masked_lm
+from condenser.models.condenser import Condenser
+
+HEAD_FILE = "condenser_head.safetensors"
+AUTHORS_FILE = "model.pt"
+
+
+def warm_start(backbone: str | None, settings: dict[str, Any], tokenizer: Any, **head: Any) -> Condenser:
+    """The model that training starts from: see `build_masked_lm`; a head found beside the weights is loaded too.
+
+    Args:
+        tokenizer: the token store's; the backbone's must be the same.
+        head: arguments of `Condenser.from_masked_lm`.
+
+    Raises:
+        ValueError: another tokenizer or vocabulary than the store's, or a head of another shape.
+    """
+    if backbone is not None:
+        backbone = existing(backbone)
+        check_same_tokenizer(backbone, tokenizer)
+    lm = build_masked_lm(backbone, settings, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    if lm.config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({len(tokenizer)})"
+        )
+    model = Condenser.from_masked_lm(lm, **head)
+    weights = saved_head(Path(backbone)) if backbone is not None else None
+    if weights and len(model.c_head):
+        load_head(model, weights, backbone or "")
+    return model
+
+
+def existing(backbone: str) -> str:
+    """A folder or hub name as it is; ValueError for a path that leads nowhere."""
+    if not Path(backbone).exists() and (backbone.startswith((".", "/", "~")) or backbone.count("/") > 1):
+        raise ValueError(f"model.backbone: no such folder: {backbone}")
+    return backbone
+
+
+def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
+    from condenser.data.store import tokenizer_hash
+    from condenser.data.tokenizers import load_tokenizer
+
+    if Path(backbone).is_dir() and not list(Path(backbone).glob("*token*")) + list(Path(backbone).glob("vocab*")):
+        return  # bare weights: only the vocabulary's size can be compared
+    if tokenizer_hash(load_tokenizer(backbone)) != tokenizer_hash(tokenizer):
+        raise ValueError(
+            f"the token store was made with another tokenizer than that of {backbone!r}; "
+            f"prepare it anew with --tokenizer {backbone}"
+        )
+
+
+def saved_head(folder: Path) -> dict[str, Tensor] | None:
+    """The head's weights (keys ``c_head.*``) in an export or in a checkpoint of the authors' code, if there is one."""
+    if (folder / HEAD_FILE).is_file():
+        return read_safetensors(folder / HEAD_FILE)[0]
+    if (folder / AUTHORS_FILE).is_file():
+        state = torch.load(folder / AUTHORS_FILE, map_location="cpu", weights_only=True)
+        return {key: value for key, value in state.items() if key.startswith("c_head.")}
+    return None
+
+
+def load_head(model: Condenser, weights: dict[str, Tensor], origin: str) -> None:
+    try:
+        model.c_head.load_state_dict({key.removeprefix("c_head."): value for key, value in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(
+            f"the head in {origin} has another shape than n_head_layers={len(model.c_head)} of this backbone: "
+            f"{str(error).splitlines()[-1].strip()}"
+        ) from None
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+
+
+def n_layers(head: dict[str, Tensor]) -> int:
+    return 1 + max((int(key.split(".")[1]) for key in head), default=-1)
+
+
+def load_authors_checkpoint(directory: str | Path, skip_from: int, late_mlm: bool = True) -> Condenser:
+    """A checkpoint as the authors' code saves it (Hugging Face files + ``model.pt``), head included.
+
+    ``skip_from`` and ``late_mlm`` are not in the file. Raises ValueError if the head is missing or does not fit.
+    """
+    head = saved_head(Path(directory))
+    if not head:
+        raise ValueError(f"{directory} has no {AUTHORS_FILE} with a head (keys c_head.*)")
+    lm = build_masked_lm(str(directory), {})
+    model = Condenser.from_masked_lm(lm, skip_from=skip_from, n_head_layers=n_layers(head), late_mlm=late_mlm)
+    load_head(model, head, str(directory))
+    return model.eval()
+
+
+def load_export(directory: str | Path) -> Condenser:
+    """What `condenser export` wrote, head included: training can go on from it.
+
+    Raises:
+        ValueError: no export there, or a damaged one.
+    """
+    if not (Path(directory) / HEAD_FILE).is_file():
+        raise ValueError(f"{directory} has no {HEAD_FILE}: not a folder that `condenser export` wrote")
+    weights, about = read_safetensors(Path(directory) / HEAD_FILE)
+    model = Condenser.from_masked_lm(build_masked_lm(str(directory), {}), **json.loads(about["head"]))
+    load_head(model, weights, str(directory))
+    return model.eval()
+
+
+def description(model: Condenser, store: Path, run_config: str) -> dict[str, Any]:
+    """What a checkpoint must hold besides weights so that it can be exported on its own; plain values only."""
+    manifest = json.loads((store / "manifest.json").read_text())
+    return {
+        "config": json.dumps(model.lm.config.to_dict()),
+        "head": head_settings(model),
+        "tokenizer": {path.name: path.read_text() for path in sorted((store / "tokenizer").iterdir())},
+        "manifest": json.dumps({key: manifest[key] for key in ("settings", "tokenizer", "counts")}),
+        "run_config": run_config,
+    }
+
+
+def head_settings(model: Condenser) -> dict[str, Any]:
+    return {
+        "skip_from": model.skip_from,
+        "n_head_layers": len(model.c_head),
+        "late_mlm": model.late_mlm,
+        "pruned": model.pruned,
+    }
+
+
+def load_checkpoint(path: str | Path) -> tuple[Condenser, dict[str, Any]]:
+    """A training checkpoint -> its model, and the checkpoint without weights.
+
+    Raises:
+        ValueError: not a readable checkpoint of this project's.
+    """
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        about, state = checkpoint["condenser"], checkpoint.pop("state_dict")
+    except Exception as error:  # zip, pickle and key errors: all say that this is no checkpoint
+        raise ValueError(f"{path} is not a checkpoint of a Condenser run, or a damaged one ({error})") from None
+    values = json.loads(about["config"])
+    lm = AutoModelForMaskedLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    model = Condenser.from_masked_lm(lm, **about["head"])
+    try:
+        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights and configuration do not belong together: {error}") from None
+    return model.eval(), checkpoint

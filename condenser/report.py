@@ -1,0 +1,313 @@
+"""One or several runs as one HTML page: numbers at a glance, curves over each other, the settings that differ.
+
+    condenser report runs/condenser-base runs/mlm-only --output report.html
+    condenser report runs/* --output report.html --x tokens --smooth 0
+
+The page reads what every run folder holds, ``config.yaml`` and ``metrics.csv``, and where they exist ``summary.json``
+(written when a run finishes) and ``evaluation/retrieval.json``. It is one file that asks nothing of the network:
+mail it, print it, keep it beside the checkpoint. A run in progress can be reported at any time.
+"""
+
+import csv
+import html
+import io
+import json
+import os
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from string import Template
+from typing import Any, Literal
+
+import numpy as np
+import yaml
+
+from condenser.figures import UNIGRAM, Curves, draw_panels, run_colours, short
+
+ZERO_SHOT_NOTE = (
+    "Without fine-tuning, [CLS] retrieval with a briefly pre-trained encoder is normally below that with a random "
+    "encoder, which amounts to a bag of words. Compare the fine-tuned rows."
+)
+
+
+class Html(str):
+    """Text that is HTML already; all other text is escaped."""
+
+
+@dataclass
+class Run:
+    label: Html  # colour and name
+    name: str
+    config: dict[str, Any]  # dotted keys
+    curves: Curves  # by step
+    summary: dict[str, Any] | None  # dotted keys; None: unfinished
+    retrieval: dict[str, Any] | None
+
+    def last(self, metric: str) -> float | None:
+        return float(self.curves[metric][1][-1]) if metric in self.curves else None
+
+
+def report(runs: list[str], /, *, output: str, x: Literal["step", "tokens"] = "step", smooth: float = 5) -> None:
+    """Write curves and tables of one or several runs to one self-contained HTML file.
+
+    Args:
+        runs: run folders, runs/<name>
+        output: the HTML file to write
+        x: what the curves are drawn over
+        smooth: width of the moving mean of training curves in % of the curve, 0 for none
+    """
+    loaded = load_runs(runs)
+    curves = [over_tokens(run) if x == "tokens" else run.curves for run in loaded]
+    panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x], smooth)
+    target = Path(output)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(target.name + ".tmp")
+    unfinished.write_text(page(loaded, panels), encoding="utf-8")
+    os.replace(unfinished, target)
+    print(f"wrote {target}")
+
+
+# --- reading a run folder
+
+
+def load_runs(runs: Sequence[str]) -> list[Run]:
+    folders = list({Path(run).resolve(): Path(run) for run in runs}.items())
+    taken = Counter(full.name for full, _ in folders)
+    names = [full.name if taken[full.name] == 1 else str(given) for full, given in folders]
+    return [load_run(full, *look) for (full, _), *look in zip(folders, names, run_colours(len(names)), strict=True)]
+
+
+def load_run(folder: Path, name: str, colour: str) -> Run:
+    for needed in ("config.yaml", "metrics.csv"):
+        if not (folder / needed).is_file():
+            raise ValueError(f"{folder} has no {needed}: give run folders (runs/<name>) that `condenser fit` wrote")
+    summary, retrieval = (read_mapping(folder / file) for file in ("summary.json", "evaluation/retrieval.json"))
+    return Run(
+        label=Html(f'<i style="background:{colour}"></i>{html.escape(name)}'),
+        name=name,
+        config=dict(flatten(read_mapping(folder / "config.yaml"))),
+        curves=read_metrics(folder / "metrics.csv"),
+        summary=None if summary is None else dict(flatten(summary)),
+        retrieval=retrieval,
+    )
+
+
+def read_mapping(path: Path) -> Any:
+    """The content of a YAML or JSON file, None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_metrics(path: Path) -> Curves:
+    """Curves by metric. Of a step that a resumed run logged again, the later row counts; a cut last line does not."""
+    text = path.read_text(encoding="utf-8")
+    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+    header = next(reader, ["step"])
+    if "step" not in header:
+        raise ValueError(f"{path} has no 'step' column but {', '.join(header)}: is it the metrics of a run?")
+    points: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for cells in filter(None, reader):
+        try:
+            step, row = parse_row(header, cells)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {reader.line_num}: broken row ({error}): mend or remove it") from error
+        for name, value in row.items():
+            points[name][step] = value
+    points.pop("epoch", None)
+    if not points:
+        raise ValueError(f"{path} holds no values yet: wait until the run has logged its first step")
+    return {name: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for name, p in points.items()}
+
+
+def parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[int, dict[str, float]]:
+    if len(cells) != len(header):
+        raise ValueError(f"{len(cells)} cells under {len(header)} columns")
+    row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell or name == "step"}
+    return int(row.pop("step")), row
+
+
+def over_tokens(run: Run) -> Curves:
+    if "train/tokens_seen" not in run.curves:
+        raise ValueError(f"{run.name} logged no train/tokens_seen: leave out --x tokens")
+    steps, tokens = (np.concatenate([[0], a]) for a in run.curves["train/tokens_seen"])
+    return {name: (np.interp(at, steps, tokens), values) for name, (at, values) in run.curves.items()}
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys; a nest of class_path and init_args is shown as its class and the arguments beside it."""
+    for key, value in tree.items():
+        path = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}".lstrip(".")
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(i): item for i, item in enumerate(value)}
+        if isinstance(value, dict) and value:
+            yield from flatten(value, path)
+        else:
+            yield path, value
+
+
+# --- the page
+
+
+def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]]) -> str:
+    now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
+    versions = ", ".join(f"{package} {version(package)}" for package in ("condenser", "matplotlib"))
+    return PAGE.substitute(
+        title=html.escape("Pre-training report: " + ", ".join(run.name for run in runs)),
+        made=html.escape(f"{now}, {versions}"),
+        warnings="".join(f'<p class="warning">{html.escape(line)}</p>' for run in runs for line in warnings(run)),
+        glance=glance(runs),
+        legend=" ".join(f"<span>{run.label}</span>" for run in runs),
+        panels="".join(f"<figure><figcaption>{html.escape(t)}</figcaption>{svg}</figure>" for t, svg in panels),
+        numbers=final_numbers(runs),
+        settings=settings(runs),
+        retrieval="".join(retrieval(run) for run in runs if run.retrieval),
+    )
+
+
+def warnings(run: Run) -> Iterator[str]:
+    if run.summary is None:
+        yield f"{run.name} is unfinished (it has no summary.json): last logged step {last_step(run):,}."
+    for metric, (steps, values) in run.curves.items():
+        bad = steps[~np.isfinite(values)]
+        if len(bad):
+            yield f"{run.name}: {metric} is not finite in {len(bad)} rows, first at step {bad[0]:,}; not drawn there."
+
+
+def last_step(run: Run) -> int:
+    return max(int(steps[-1]) for steps, _ in run.curves.values())
+
+
+def glance(runs: Sequence[Run]) -> str:
+    """One row per run; columns that no run has a value for are left out."""
+    rows = [dict(facts(run)) for run in runs]
+    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
+    return table(columns, [[row[key] for key in columns] for row in rows])
+
+
+def facts(run: Run) -> Iterator[tuple[str, object]]:
+    summary, last = run.summary or {}, run.last
+    tokens, speed = summary.get("tokens_seen", last("train/tokens_seen")), run.curves.get("perf/tokens_per_second")
+    unigram = last(UNIGRAM)
+    yield "run", run.label
+    yield "state", "finished" if run.summary is not None else Html('<b class="warning">unfinished</b>')
+    yield "steps", summary.get("steps", last_step(run))
+    yield "tokens", None if tokens is None else short(tokens)
+    yield "tokens/s, median", None if speed is None else short(float(np.nanmedian(speed[1])))
+    yield "unigram at [MASK]", unigram
+    for stream, prefix in (("backbone", "val/"), ("head", "val/head_")):
+        accuracy, at_mask = last(prefix + "mlm_accuracy"), last(prefix + "mlm_loss_at_mask")
+        yield f"{stream}: val loss", last(prefix + "mlm_loss")
+        yield f"{stream}: accuracy", None if accuracy is None else f"{accuracy:.1%}"
+        yield f"{stream}: at [MASK]", at_mask
+        yield f"{stream}: less unigram", None if at_mask is None or unigram is None else at_mask - unigram
+
+
+def final_numbers(runs: Sequence[Run]) -> str:
+    """The last value of every metric, then whatever the summaries hold."""
+    metrics = sorted({metric for run in runs for metric in run.curves})
+    keys = dict.fromkeys(key for run in runs for key in run.summary or {})
+    rows = [[metric, *(run.last(metric) for run in runs)] for metric in metrics]
+    rows += [[key, *((run.summary or {}).get(key) for run in runs)] for key in keys]
+    return table(["last value", *(run.label for run in runs)], rows)
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """The settings that differ; of a single run those of its model and data."""
+    keys = dict.fromkeys(key for run in runs for key in run.config)
+    rows = [[key, *(str(run.config[key]) if key in run.config else None for run in runs)] for key in keys]
+    if len(runs) == 1:
+        title = "Main settings"
+        rows = [row for row in rows if str(row[0]).split(".")[0] in ("seed_everything", "model", "data")]
+    else:
+        title = "Settings that differ"
+        rows = [row for row in rows if row[0] != "name" and len(set(row[1:])) > 1]
+    found = table(["setting", *(run.label for run in runs)], rows) if rows else "<p>None.</p>"
+    return f"<h2>{title}</h2>{found}"
+
+
+def retrieval(run: Run) -> str:
+    found = run.retrieval or {}
+    columns = list(dict.fromkeys(key for row in found["rows"] for key in row))
+    settings = " · ".join(f"{key} {value}" for key, value in flatten(found.get("settings", {})))
+    rows = [[row.get(key) for key in columns] for row in found["rows"]]
+    parts = [f"<h2>Retrieval: {run.label}</h2>", table(columns, rows)]
+    parts += [f"<p><small>{html.escape(text)}</small></p>" for text in (settings, ZERO_SHOT_NOTE) if text]
+    if example := found.get("example"):
+        parts.append(f"<h3>For example: {html.escape(example['query'])}</h3>")
+        hits = [[hit[key] for key in ("rank", "id", "score", "text")] for hit in example["hits"]]
+        parts.append(table(["rank", "document", "score", "text"], hits))
+    return "".join(parts)
+
+
+def table(header: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
+    head = "".join(f"<th>{cell(name)}</th>" for name in header)
+    body = "".join(f"<tr>{''.join(f'<td>{cell(value)}</td>' for value in row)}</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def cell(value: object) -> str:
+    if isinstance(value, Html):
+        return value
+    if isinstance(value, bool) or value is None:
+        return {None: "—", True: "yes", False: "no"}[value]
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        digits = ",.0f" if value.is_integer() or abs(value) >= 1000 else ".4f" if abs(value) >= 0.001 else ".4g"
+        return format(value, digits)
+    return html.escape(str(value))
+
+
+PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$title</title>
+<style>
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --grid: #dfe3e8; --soft: #5d6772; --warn: #a63c00 }
+@media screen and (prefers-color-scheme: dark) {
+  :root { --ink: #e3e7eb; --paper: #15181c; --grid: #333a42; --soft: #9aa5b1; --warn: #ffa066 } }
+body { font: .94rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1320px;
+  margin: 2rem auto; padding: 0 1.5rem }
+h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem } h3 { font-size: 1rem }
+small, .key, th { color: var(--soft) } .warning { color: var(--warn) } p { margin: .4rem 0 }
+.table { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
+th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--grid) }
+th { font-weight: 600; vertical-align: bottom } td:first-child { white-space: nowrap }
+i { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .4em }
+.legend span { margin-right: 1.2rem; font-weight: 600 } .key { font-size: .87rem }
+.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(390px, 1fr)); gap: 1rem 1.5rem }
+.pair { display: flex; flex-wrap: wrap; gap: 0 5rem }
+figure { margin: 0; break-inside: avoid } figcaption { font-weight: 600 } tr { break-inside: avoid }
+svg { width: 100%; height: auto } svg text { font-family: inherit !important }
+@page { margin: 12mm }
+@media print { :root { font-size: 9.5px } body { margin: 0; padding: 0 } .panels { grid-template-columns: 1fr 1fr }
+  .table { overflow: visible } h2, h3 { break-after: avoid } * { print-color-adjust: exact } }
+</style>
+</head>
+<body>
+<h1>Pre-training report</h1>
+<p><small>$made</small></p>
+$warnings
+<h2>At a glance</h2>
+$glance
+<p class="key">Losses in nats. Less unigram: the loss at [MASK] positions minus that of the word frequencies alone.</p>
+<h2>Curves</h2>
+<p class="legend">$legend</p>
+<p class="key">Training: the values as logged, faint, and their moving mean. Validation: dots, hollow for the head.
+Loss axes end where the loss is after 5 % of the run.</p>
+<div class="panels">$panels</div>
+$retrieval
+<div class="pair"><section><h2>Final numbers</h2>$numbers</section><section>$settings</section></div>
+</body>
+</html>
+""")

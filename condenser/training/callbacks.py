@@ -1,0 +1,176 @@
+"""What runs beside the training loop: checkpoints, the metrics file, speed, and the summary that ends a run."""
+
+import csv
+import json
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from condenser.training.runs import METRICS, SUMMARY
+
+
+class LastCheckpoint(ModelCheckpoint):
+    """Keeps the newest checkpoint, every ``every_n_steps`` optimizer steps and at the end of training."""
+
+    def __init__(self, folder: Path, every_n_steps: int):
+        super().__init__(
+            dirpath=folder,
+            filename="last-{step}",
+            every_n_train_steps=every_n_steps,
+            monitor=None,
+            save_top_k=1,
+            save_on_train_epoch_end=False,
+        )
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._last_global_step_saved != trainer.global_step:
+            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Keeps the checkpoint with the lowest validation loss."""
+
+    def __init__(self, folder: Path):
+        super().__init__(dirpath=folder, filename="best-{step}", monitor="val/loss", mode="min", save_top_k=1)
+
+
+class MetricsCSV(Logger):
+    """Appends metrics to one wide CSV file; a resumed run goes on in it, after what its checkpoint had reached.
+
+    Columns are ``step``, ``epoch``, then metrics as they turn up; a new one makes the file be written again.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__()
+        self.path = folder / METRICS
+        self.columns: list[str] = []
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.name
+
+    @property
+    def version(self) -> str:
+        return ""
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.path.parent)
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Settings are in config.yaml."""
+
+    @rank_zero_only
+    def begin_at(self, step: int) -> None:
+        """Drop what was logged at or after ``step`` (steps done again after a crash), and a line cut short."""
+        rows = self.read() if self.path.is_file() else []
+        self.columns = list(rows[0]) if rows else []
+        self.write([row for row in rows if int(row["step"]) < step])
+
+    def read(self) -> list[dict[str, str]]:
+        with open(self.path, newline="") as file:
+            text = file.read()
+        return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+
+    def write(self, rows: list[dict[str, str]]) -> None:
+        partial = self.path.with_suffix(".partial")
+        with open(partial, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
+            if self.columns:
+                writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(self.path)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        row: dict[str, Any] = {"step": step, **{key: float(value) for key, value in metrics.items()}}
+        row["epoch"] = int(row.get("epoch", 0))
+        new = [key for key in ("step", "epoch", *row) if key not in self.columns]
+        if new:
+            rows = self.read() if self.path.is_file() else []
+            self.columns += dict.fromkeys(new)
+            self.write(rows)
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(row)
+
+
+class Speed(Callback):
+    """Logs real tokens per second, over all devices, and the share of the time that steps wait for data."""
+
+    def __init__(self) -> None:
+        self.waited = self.since = self.ended = 0.0
+        self.tokens_before = 0
+
+    def start(self, module: Any) -> None:
+        self.since = self.ended = time.perf_counter()
+        self.waited, self.tokens_before = 0.0, int(module.tokens_seen)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.start(pl_module)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.start(pl_module)  # the time that validation took is not training's
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self.waited += time.perf_counter() - self.ended
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.ended = time.perf_counter()
+        if pl_module.is_logging_step(trainer.global_step):
+            seconds = self.ended - self.since
+            tokens = int(pl_module.tokens_seen) - self.tokens_before
+            pl_module.log("perf/tokens_per_second", tokens / seconds, prog_bar=True)
+            pl_module.log("perf/data_wait_fraction", self.waited / seconds)
+            self.start(pl_module)
+
+
+class Summary(Callback):
+    """Writes what the finished run was and reached; the file's presence says that the run is finished."""
+
+    def __init__(self, folder: Path):
+        self.path, self.began = folder / SUMMARY, time.perf_counter()
+
+    @rank_zero_only
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        facts = {
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "tokens_seen": int(pl_module.tokens_seen),
+            "seconds_of_last_session": round(time.perf_counter() - self.began, 1),
+            "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
+            "hardware": hardware(trainer),
+            "precision": trainer.precision,
+            "versions": versions(),
+            "final": {
+                name: float(value)
+                for name, value in sorted(trainer.callback_metrics.items())
+                if name.startswith("val/")
+            },
+        }
+        partial = self.path.with_suffix(".partial")
+        partial.write_text(json.dumps(facts, indent=1) + "\n")
+        partial.replace(self.path)
+
+
+def hardware(trainer: L.Trainer) -> str:
+    if torch.cuda.is_available() and trainer.strategy.root_device.type == "cuda":
+        return f"{trainer.world_size} x {torch.cuda.get_device_name()}"
+    return f"{trainer.world_size} CPU process(es), {torch.get_num_threads()} threads each of {os.cpu_count()} cores"
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("condenser", "torch", "lightning", "transformers")}

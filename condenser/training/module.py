@@ -1,0 +1,185 @@
+"""Condenser pre-training as a LightningModule.
+
+One Lightning batch is one optimizer step of one rank: a list of micro-batches. Optimisation is manual: gradients of all
+but the last micro-batch stay on the device, then clip, step, schedule. Each loss is a *sum* over masked tokens divided
+by the step's masked tokens on *all* devices, so how many devices share a step does not change it.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ParallelStrategy
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from condenser import hub
+from condenser.data.hashing import hash_ints
+from condenser.models.condenser import Condenser, CondenserOutput
+from condenser.training.optim import Optimization, build_optimizer, build_schedule
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "masked_index", "query_index", "masked_slot")
+
+
+class CondenserModule(L.LightningModule):
+    """Trains a Condenser with the sum of the backbone's MLM loss and the head's.
+
+    Args:
+        backbone: Hugging Face masked LM to start from (folder or hub name); an exported Condenser brings its head
+            along. Without one, a BERT with random weights and the store's vocabulary.
+        backbone_config: settings of the backbone's Hugging Face configuration that differ from its own.
+        skip_from: layer whose output the head reads for all tokens but [CLS] (1 .. layers - 1).
+        n_head_layers: transformer layers of the head; 0 is plain MLM.
+        late_mlm: add the backbone's own MLM loss.
+        pruned: run the last layers only where the loss reads them; same loss, less work.
+        gradient_checkpointing: recompute every layer in the backward pass: less memory, about a third more work.
+        optimizer: learning rate, schedule, clipping.
+        seed: seed of initialisation and dropout; follows seed_everything.
+    """
+
+    def __init__(
+        self,
+        backbone: str | None = None,
+        backbone_config: dict[str, Any] | None = None,
+        skip_from: int = 6,
+        n_head_layers: int = 2,
+        late_mlm: bool = True,
+        pruned: bool = True,
+        gradient_checkpointing: bool = False,
+        optimizer: Optimization = Optimization(),  # noqa: B008, never changed
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.automatic_optimization = False
+        self.backbone, self.backbone_config = backbone, backbone_config or {}
+        self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
+        self.gradient_checkpointing, self.optimization, self.seed = gradient_checkpointing, optimizer, seed
+        self.model: Condenser | None = None
+        self.tokens_seen = torch.zeros((), dtype=torch.int64)
+        streams = [name for name, on in (("mlm", late_mlm), ("head_mlm", n_head_layers > 0)) if on]
+        names = [f"{stream}_{what}" for stream in streams for what in ("loss", "accuracy", "loss_at_mask")]
+        self.val_metrics: Any = nn.ModuleDict({name: MeanMetric() for name in ["loss", *names, "unigram_loss_at_mask"]})
+
+    def configure_model(self) -> None:
+        """Build the model once the store, and with it the vocabulary, is known."""
+        if self.model is not None:
+            return
+        torch.manual_seed(self.seed)
+        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
+        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, **self.head)
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable()
+
+    def setup(self, stage: str) -> None:
+        if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
+            raise ValueError(
+                f"trainer.precision={self.trainer.precision} needs loss scaling; use bf16-mixed, or 32-true"
+            )
+
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self, self.optimization)
+        steps = int(self.trainer.estimated_stepping_batches)
+        return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, steps)}
+
+    def on_train_start(self) -> None:
+        assert self.model is not None
+        self.model.train()  # a model that was loaded comes in evaluation mode
+
+    def training_step(self, micro_batches: list[dict[str, Any]], batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        scheduler: Any = self.lr_schedulers()
+        counts = self.summed([[b["n_masked"], b["n_tokens"], b["area"], len(b["sample_ids"])] for b in micro_batches])
+        n_masked, n_tokens, area, n_sequences = counts
+        weight = self.trainer.world_size / n_masked  # DDP averages gradients over devices
+        log = self.is_logging_step(self.global_step + 1)
+        sums = []
+        for number, batch in enumerate(micro_batches, start=1):
+            torch.manual_seed(dropout_seed(self.seed, batch["step"], batch["micro_batch"]))
+            with nullcontext() if number == len(micro_batches) else self.unsynchronised():
+                output = self.model_output(batch, score=log)
+                self.manual_backward(output.loss_sum * weight)
+            sums.append(stream_sums(output) if log else {})
+        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optimization.gradient_clip or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad()
+        self.tokens_seen = self.tokens_seen.to(n_tokens.device) + n_tokens.long()
+        if log:
+            extra = {"grad_norm": norm, "lr": scheduler.get_last_lr()[0], "sequences": n_sequences}
+            self.log_step(sums, n_masked, extra, padding=1 - n_tokens / area)
+        scheduler.step()
+
+    def model_output(self, batch: dict[str, Any], score: bool) -> CondenserOutput:
+        assert self.model is not None
+        return self.model(**{name: batch[name] for name in MODEL_INPUTS}, score=score)
+
+    def summed(self, rows: list[list[Any]]) -> Tensor:
+        """The column sums of ``rows`` (one a micro-batch) over this step's micro-batches on all devices."""
+        sums = torch.tensor(rows, dtype=torch.float64).sum(0).float().to(self.device)
+        return self.trainer.strategy.reduce(sums, reduce_op="sum")
+
+    def is_logging_step(self, step: int) -> bool:
+        trainer: Any = self.trainer
+        return step % trainer.log_every_n_steps == 0
+
+    def unsynchronised(self) -> AbstractContextManager:
+        strategy = self.trainer.strategy
+        return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
+
+    def log_step(self, sums: list[dict[str, Tensor]], n_masked: Tensor, extra: dict[str, Any], padding: Tensor) -> None:
+        names = list(sums[0])
+        local = torch.stack([torch.stack([step_sums[name] for step_sums in sums]).sum() for name in names])
+        means = self.trainer.strategy.reduce(local, reduce_op="sum") / n_masked
+        values = dict(zip(names, means, strict=True))
+        values["loss"] = torch.stack([value for name, value in values.items() if name.endswith("loss")]).sum()
+        values |= {**extra, "tokens_seen": self.tokens_seen.double()}
+        self.log_dict({f"train/{name}": value for name, value in values.items() if name != "loss"})
+        self.log("train/loss", values["loss"], prog_bar=True)
+        self.log("perf/padding_fraction", padding)
+
+    def validation_step(self, micro_batches: list[dict[str, Any]], batch_idx: int) -> None:
+        nats = self.trainer.datamodule.unigram_nats.to(self.device)  # type: ignore[attr-defined]
+        mask_id = self.trainer.datamodule.tokenizer.mask_token_id  # type: ignore[attr-defined]
+        for batch in micro_batches:
+            output = self.model_output(batch, score=True)
+            at_mask = batch["input_ids"].flatten()[batch["masked_index"]] == mask_id
+            targets = batch["labels"].flatten()[batch["masked_index"]]
+            self.val_metrics["loss"].update(torch.stack(output.streams()).sum(0))
+            self.val_metrics["unigram_loss_at_mask"].update(nats[targets][at_mask])
+            for stream in ("mlm", "head_mlm"):
+                losses = getattr(output, f"{stream}_token_losses")
+                if losses is not None:
+                    self.val_metrics[f"{stream}_loss"].update(losses)
+                    self.val_metrics[f"{stream}_loss_at_mask"].update(losses[at_mask])
+                    self.val_metrics[f"{stream}_accuracy"].update(getattr(output, f"{stream}_correct").float())
+        for name, metric in self.val_metrics.items():
+            self.log(f"val/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss", batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        assert self.model is not None
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        config = Path(self.trainer.default_root_dir) / "config.yaml"
+        checkpoint["tokens_seen"] = int(self.tokens_seen)
+        checkpoint["condenser"] = hub.description(
+            self.model, datamodule.store, config.read_text() if config.is_file() else ""
+        )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """What dropout is drawn from in one micro-batch of one step, whichever device computes it."""
+    return int(hash_ints(seed, step, micro_batch) >> 1)
+
+
+def stream_sums(output: CondenserOutput) -> dict[str, Tensor]:
+    """Sums over a micro-batch's masked tokens of each stream's losses and right predictions."""
+    named = {
+        "mlm_loss": output.mlm_token_losses,
+        "mlm_accuracy": output.mlm_correct,
+        "head_mlm_loss": output.head_mlm_token_losses,
+        "head_mlm_accuracy": output.head_mlm_correct,
+    }
+    return {name: values.detach().float().sum() for name, values in named.items() if values is not None}

@@ -1,0 +1,109 @@
+"""Shared small things: a corpus, a store, a recipe. All are made here; nothing is downloaded."""
+
+import json
+import os
+import random
+
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
+
+import pytest
+import torch
+import yaml
+
+from condenser.cli import main
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def make_documents(n, seed=0):
+    """Documents of 1 to 12 sentences over a small, skewed vocabulary, with words that WordPiece must split."""
+    rng = random.Random(seed)
+    stems = [
+        "encod",
+        "retriev",
+        "attend",
+        "mask",
+        "token",
+        "index",
+        "rank",
+        "learn",
+        "layer",
+        "head",
+        "dense",
+        "search",
+    ]
+    words = [stem + end for stem in stems for end in ("", "er", "ing", "ed", "ation", "s")]
+
+    def sentence():
+        text = " ".join(rng.choices(words, weights=range(len(words), 0, -1), k=rng.randint(3, 14)))
+        return text.capitalize() + rng.choice(".?!")
+
+    return [" ".join(sentence() for _ in range(rng.randint(1, 12))) for _ in range(n)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(texts)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "documents.jsonl", make_documents(400))
+
+
+@pytest.fixture(scope="session")
+def store(corpus, tmp_path_factory):
+    """A token store of blocks of up to 32 tokens with its own 200-word vocabulary."""
+    folder = tmp_path_factory.mktemp("stores") / "tiny"
+    options = ["--max-length", "32", "--validation-fraction", "0.1", "--workers", "1"]
+    assert main(["prepare", "--input", str(corpus), "--tokenizer", "train:200", "--output", str(folder), *options]) == 0
+    return folder
+
+
+TINY_MODEL = {
+    "num_hidden_layers": 3,
+    "hidden_size": 32,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "max_position_embeddings": 40,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
+@pytest.fixture(scope="session")
+def recipe(store, tmp_path_factory):
+    """A configuration file that trains 8 steps of a tiny Condenser."""
+    settings = {
+        "seed_everything": 1,
+        "data": {"store": str(store), "batch_size": 32, "micro_batches_per_step": 4, "num_workers": 0},
+        "model": {"backbone_config": TINY_MODEL, "skip_from": 1, "optimizer": {"learning_rate": 1e-3}},
+        "checkpoint": {"every_n_steps": 3},
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 8,
+            "log_every_n_steps": 2,
+            "val_check_interval": 4,
+            "check_val_every_n_epoch": None,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+        },
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(recipe, tmp_path_factory):
+    """A finished run of the recipe."""
+    runs = tmp_path_factory.mktemp("runs")
+    assert main(["fit", "--config", str(recipe), "--name", "tiny", "--runs_dir", str(runs)]) == 0
+    return runs / "tiny"

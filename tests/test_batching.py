@@ -1,0 +1,101 @@
+"""Batches: every sample once an epoch, equal area, the same whatever the devices, any step at once."""
+
+import numpy as np
+import pytest
+
+from condenser.data.batching import BucketedBatches, equal_area_bounds
+
+
+def corpus_lengths(n=20_000, seed=0):
+    """Lengths like those of packed blocks: most near 128, a tail of short ones."""
+    rng = np.random.default_rng(seed)
+    lengths = 128 - rng.exponential(20, n)
+    short = rng.random(n) < 0.1
+    return np.where(short, rng.uniform(3, 128, n), lengths).clip(3, 128).astype(np.uint16)
+
+
+def batches(lengths, **settings):
+    return BucketedBatches(lengths, **{"batch_size": 256, "micro_batches_per_step": 8, "seed": 1, **settings})
+
+
+def epoch_steps(order, epoch=0, **place):
+    return [order.step(epoch * order.steps_per_epoch + i, **place) for i in range(order.steps_per_epoch)]
+
+
+@pytest.mark.parametrize("n", [8, 9, 255, 1000, 20_000])
+@pytest.mark.parametrize("epoch", [0, 3])
+def test_every_sample_comes_exactly_once_an_epoch(n, epoch):
+    order = batches(corpus_lengths(n), batch_size=64)
+    seen = np.concatenate([part for step in epoch_steps(order, epoch) for part in step])
+    assert sorted(seen) == list(range(n))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
+def test_the_ranks_share_out_the_micro_batches_of_one_device(world_size):
+    order = batches(corpus_lengths())
+    for i in (0, 5, order.steps_per_epoch + 1):
+        alone = order.step(i)
+        for rank in range(world_size):
+            shared = order.step(i, rank, world_size)
+            assert len(shared) == 8 // world_size
+            for ours, theirs in zip(shared, alone[rank::world_size], strict=True):
+                assert (ours == theirs).all()
+
+
+def test_any_step_can_be_asked_for_first():
+    replayed = epoch_steps(batches(corpus_lengths()))
+    for i in (40, 3, 77):
+        direct = batches(corpus_lengths()).step(i)
+        assert all((a == b).all() for a, b in zip(direct, replayed[i], strict=True))
+
+
+def test_micro_batches_have_equal_area_to_5_percent_or_one_sequence():
+    lengths = corpus_lengths()
+    for step in epoch_steps(batches(lengths)):
+        areas = [len(part) * int(lengths[part].max()) for part in step]
+        mean = np.mean(areas)
+        for part, area in zip(step, areas, strict=True):
+            assert abs(area - mean) <= max(0.05 * mean, int(lengths[part].max()))
+
+
+def test_at_batch_1024_with_8_micro_batches_padding_is_below_3_percent():
+    lengths = corpus_lengths(60_000)
+    parts = [part for step in epoch_steps(batches(lengths, batch_size=1024)) for part in step]
+    area = sum(len(part) * int(lengths[part].max()) for part in parts)
+    assert 1 - lengths.sum() / area < 0.03
+
+
+def test_steps_have_the_mix_of_lengths_of_the_corpus():
+    lengths = corpus_lengths()
+    means = [np.mean(lengths[np.concatenate(step)]) for step in epoch_steps(batches(lengths))]
+    assert np.std(means) < 0.35 * np.std(lengths)  # sorted batches would have all of it, random ones 0.06
+
+
+def test_epochs_and_seeds_have_different_orders():
+    lengths = corpus_lengths()
+    first = [set(np.concatenate(step)) for step in epoch_steps(batches(lengths))]
+    for other in (epoch_steps(batches(lengths), epoch=1), epoch_steps(batches(lengths, seed=2))):
+        overlap = np.mean([len(a & set(np.concatenate(b))) for a, b in zip(first, other, strict=True)])
+        assert overlap < 20  # two random steps of 256 out of 20,000 share 3
+
+
+@pytest.mark.parametrize("n_parts", [1, 2, 7, 64])
+@pytest.mark.parametrize("lengths", [[5] * 64, list(range(100, 0, -1)), [128] * 3 + [3] * 200])
+def test_equal_area_bounds_cut_everything_into_parts_that_are_not_empty(lengths, n_parts):
+    bounds = equal_area_bounds(np.array(lengths), n_parts)
+    assert (bounds[0], bounds[-1], len(bounds)) == (0, len(lengths), n_parts + 1)
+    assert all(a < b for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 4}, "batch_size is 4"),
+        ({"micro_batches_per_step": 0}, "must be at least 1"),
+        ({"lengths": np.array([5] * 7)}, "there are 7 samples"),
+        ({"lengths": np.array([5, 0] * 9)}, "sample 1 has length 0"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        batches(**{"lengths": np.array([5] * 100), **settings})

@@ -1,0 +1,133 @@
+"""Masking: rates, whole words, budgets, and that masks depend on (seed, epoch, sample id) alone."""
+
+import random
+
+import numpy as np
+import pytest
+
+from condenser.data.hashing import hash_ints, permuted, uniform
+from condenser.data.masking import IGNORED, choose_words, mask_tokens
+
+MASK = 4
+ORDINARY = np.arange(5, 1000)
+
+
+def batch(rows=512, width=60, seed=0):
+    """Rows of random words of 1 to 4 tokens, some rows shorter than the batch is wide."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, width + 1, rows)
+    input_ids = rng.choice(ORDINARY, (rows, width))
+    word_starts = rng.random((rows, width)) < 0.6
+    return input_ids, word_starts, lengths
+
+
+def masked(input_ids, word_starts, lengths, **options):
+    settings = {"seed": 7, "epoch": 0, "sample_ids": np.arange(len(lengths)), "mask_id": MASK, "random_ids": ORDINARY}
+    return mask_tokens(input_ids, word_starts, lengths, **{**settings, **options})
+
+
+def test_over_a_million_tokens_the_rates_are_within_3_sigma():
+    input_ids, word_starts, lengths = batch(rows=16_000, width=128)
+    assert lengths.sum() > 1_000_000
+    inputs, labels = masked(input_ids, word_starts, lengths)
+    chosen = labels != IGNORED
+    n = chosen.sum()
+    assert abs(n / lengths.sum() - 0.15) < 0.001  # budgets are rounded for each row
+    kept = (inputs == labels)[chosen].sum()
+    mask = (inputs[chosen] == MASK).sum()
+    lucky = 0.1 / len(ORDINARY)  # a random token may be the original one
+    for count, rate in ((mask, 0.8), (kept, 0.1 + lucky), (n - mask - kept, 0.1 - lucky)):
+        assert abs(count - n * rate) < 3 * np.sqrt(n * rate * (1 - rate))
+
+
+@pytest.mark.parametrize("unit", ["word", "token"])
+def test_each_row_gets_its_budget_and_never_more(unit):
+    input_ids, word_starts, lengths = batch()
+    _, labels = masked(input_ids, word_starts, lengths, unit=unit)
+    counts, budget = (labels != IGNORED).sum(axis=1), np.maximum(1, np.round(0.15 * lengths))
+    if unit == "token":
+        assert (counts == budget).all()
+    else:
+        assert (counts <= budget).all()
+        assert (counts == budget).mean() > 0.8  # a row may hold no word small enough for what is left
+
+
+def test_words_are_masked_whole_and_nothing_past_the_end_is_touched():
+    input_ids, word_starts, lengths = batch()
+    inputs, labels = masked(input_ids, word_starts, lengths)
+    chosen = labels != IGNORED
+    for row in range(len(lengths)):
+        length = lengths[row]
+        starts = [0, *(i for i in range(1, length) if word_starts[row, i]), length]
+        for start, end in zip(starts[:-1], starts[1:], strict=True):
+            assert chosen[row, start:end].all() or not chosen[row, start:end].any()
+        assert not chosen[row, length:].any()
+        assert (inputs[row, length:] == input_ids[row, length:]).all()
+    assert (inputs[~chosen] == input_ids[~chosen]).all()
+    assert (labels[chosen] == input_ids[chosen]).all()
+
+
+def test_words_are_chosen_as_the_authors_greedy_loop_does():
+    """Shuffle the words, take each that fits into the rest of the budget: the loop in the authors' collator."""
+    rng = np.random.default_rng(3)
+    sizes = rng.integers(0, 5, (200, 40))
+    keys = rng.permutation(200 * 40).reshape(200, 40).astype(np.uint64)
+    budget = rng.integers(0, 20, 200)
+    chosen = choose_words(sizes, keys, budget)
+    for row in range(200):
+        left, expected = budget[row], np.zeros(40, bool)
+        for word in sorted(range(40), key=lambda word: keys[row, word]):
+            if 0 < sizes[row, word] <= left:
+                expected[word], left = True, left - sizes[row, word]
+        assert (chosen[row] == expected).all()
+
+
+def test_masks_depend_on_seed_epoch_and_sample_id_and_on_nothing_else():
+    input_ids, word_starts, lengths = batch()
+    whole = masked(input_ids, word_starts, lengths)
+    order = np.array(random.Random(0).sample(range(len(lengths)), 100))
+    width = lengths[order].max()
+    part = masked(input_ids[order, :width], word_starts[order, :width], lengths[order], sample_ids=order)
+    for all_rows, some_rows in zip(whole, part, strict=True):
+        assert (all_rows[order, :width] == some_rows).all()
+    for change in ({"seed": 8}, {"epoch": 1}, {"sample_ids": np.arange(len(lengths)) + 1}):
+        assert (masked(input_ids, word_starts, lengths, **change)[1] != whole[1]).any()
+
+
+def test_every_token_is_masked_about_equally_often_over_the_epochs():
+    input_ids, word_starts, lengths = batch(rows=1, width=40)
+    lengths[:] = 40
+    hits = sum(masked(input_ids, word_starts, lengths, epoch=e, unit="token")[1] != IGNORED for e in range(4000))
+    expected, sigma = 4000 * 0.15, np.sqrt(4000 * 0.15 * 0.85)
+    assert (abs(hits - expected) < 4.5 * sigma).all()
+
+
+def test_random_replacements_are_spread_over_the_ordinary_tokens_only():
+    input_ids, word_starts, lengths = batch(rows=4000)
+    inputs, labels = masked(input_ids, word_starts, lengths, rates=(0.0, 1.0, 0.0), random_ids=np.arange(5, 25))
+    drawn = inputs[labels != IGNORED]
+    counts = np.bincount(drawn, minlength=25)
+    assert counts[:5].sum() == 0
+    expected = len(drawn) / 20
+    assert (abs(counts[5:] - expected) < 4.5 * np.sqrt(expected)).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 4097])
+def test_permuted_is_a_permutation_and_can_be_asked_for_any_part(n):
+    whole = permuted(np.arange(n), n, 5, 0)
+    assert sorted(whole) == list(range(n))
+    part = np.array([n - 1, n // 2, 0])
+    assert (permuted(part, n, 5, 0) == whole[part]).all()
+
+
+def test_permutations_of_different_keys_are_unrelated_and_uniform():
+    n = 20
+    places = np.array([permuted(np.arange(n), n, key) for key in range(4000)])  # where each index is sent
+    counts = np.array([np.bincount(places[:, index], minlength=n) for index in range(n)])
+    assert (abs(counts - 200) < 5 * np.sqrt(200)).all()
+
+
+def test_hashes_are_uniform():
+    values = uniform(hash_ints(1, np.arange(100_000)))
+    counts, _ = np.histogram(values, bins=50, range=(0, 1))
+    assert (abs(counts - 2000) < 4.5 * np.sqrt(2000)).all()

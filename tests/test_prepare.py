@@ -1,0 +1,343 @@
+"""`condenser prepare`: nothing is lost, any format, the same bytes however it was run, clear errors."""
+
+import gzip
+import json
+import lzma
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import make_documents, write_jsonl
+from transformers import AutoTokenizer, RobertaTokenizer
+
+from condenser.cli import main
+from condenser.data.blocks import Blocks, block_spans, cut_documents, sentence_ends, word_starts_of
+from condenser.data.hashing import hash_ints
+from condenser.data.store import TokenStore, read_manifest
+
+
+def prepare(source, tokenizer, output, *options):
+    arguments = ["--input", *map(str, source if isinstance(source, list) else [source]), "--tokenizer", str(tokenizer)]
+    return main(["prepare", *arguments, "--output", str(output), "--max-length", "32", "--workers", "1", *options])
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def all_tokens(folder):
+    """The tokens of every row of both splits."""
+    rows = []
+    for split in ("train", "validation"):
+        store = TokenStore(folder, split)
+        for index in range(len(store)):
+            input_ids, _, lengths = store.rows(np.array([index]))
+            rows.append(input_ids[0, : lengths[0]].tolist())
+    return rows
+
+
+def test_the_blocks_put_together_are_the_documents_tokens(store, corpus):
+    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    found = sorted(token for row in all_tokens(store) for token in row)
+    assert found == sorted(token for row in expected for token in row)
+    counts = read_manifest(store)["counts"]
+    assert counts["documents"] == 400
+    assert counts["tokens_kept"] == len(found)
+    assert counts["tokens_dropped"] == 0
+
+
+def test_blocks_end_where_sentences_end_unless_a_sentence_is_longer_than_a_block():
+    blocks = Blocks(32, 1, 0.1, 0.0, "en", 0)
+    rng = np.random.default_rng(0)
+    for number in range(300):
+        sizes = rng.integers(1, 45, rng.integers(1, 12))
+        ends = np.cumsum(sizes).tolist()
+        spans = block_spans(ends, blocks, hash_ints(number))
+        assert [first for first, _ in spans] == [0, *(end for _, end in spans[:-1])]
+        assert spans[-1][1] == ends[-1]
+        assert all(0 < end - first <= blocks.room for first, end in spans)
+        for first, end in spans:
+            if end not in ends:  # cut inside a sentence: it was too long for any block, and this block is full
+                sentence = next(i for i, sentence_end in enumerate(ends) if sentence_end > end)
+                assert sizes[sentence] > blocks.room
+                assert end - first == blocks.room
+
+
+def test_a_tenth_of_the_blocks_has_a_random_shorter_target():
+    blocks = Blocks(130, 1, 0.1, 0.0, "en", 0)
+    spans = block_spans(list(range(1, 200_000)), blocks, hash_ints(0))  # one-token sentences: targets are met exactly
+    sizes = np.array([end - first for first, end in spans[:-1]])
+    short = (sizes < blocks.room).mean()
+    assert abs(short - 0.1) < 3 * np.sqrt(0.09 / len(sizes))
+    assert abs(sizes[sizes < blocks.room].mean() - 64) < 10
+
+
+def test_word_starts_are_the_tokenizers_own_words(store):
+    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
+    backend = tokenizer.backend_tokenizer
+    cut, _ = cut_documents(["Retrieving, unencoded tokens; reranked."], backend, Blocks(32, 1, 0.0, 0.0, "en", 0))
+    ids, starts = cut["train"]
+    tokens = tokenizer.convert_ids_to_tokens(ids[0])
+    assert [not token.startswith("##") for token in tokens] == starts[0].tolist()
+    assert any(token.startswith("##") for token in tokens)
+
+
+def test_a_byte_level_tokenizers_words_are_right_too(corpus):
+    from tokenizers import ByteLevelBPETokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train(str(corpus), vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    vocabulary = json.loads(trained.to_str())["model"]
+    tokenizer = RobertaTokenizer(vocab=vocabulary["vocab"], merges=[tuple(merge) for merge in vocabulary["merges"]])
+    text = "Attending heads, rerankers."
+    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    starts = word_starts_of(encoding.word_ids)
+    words = "".join("|" * int(start) + token for start, token in zip(starts, encoding.tokens, strict=True))
+    assert words.replace("Ġ", "") == "|Attending|heads|,|rerankers|."
+
+
+def test_sentences_are_found_in_tokens_even_without_spaces_between_them():
+    text = "我喜欢猫。他也是。 The end. New one?"
+    ends = sentence_ends(text, np.arange(1, len(text) + 1), "en")  # one token a character
+    assert [text[a:b].strip() for a, b in zip([0, *ends], ends, strict=False)] == [
+        "我喜欢猫。",
+        "他也是。",
+        "The end.",
+        "New one?",
+    ]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return make_documents(60, seed=5)
+
+
+@pytest.fixture(scope="module")
+def plain(texts, store, tmp_path_factory):
+    """The store of `texts` from a plain JSONL file: what every other format must give."""
+    folder = tmp_path_factory.mktemp("formats")
+    assert prepare(write_jsonl(folder / "plain.jsonl", texts), store / "tokenizer", folder / "out") == 0
+    return all_tokens(folder / "out")
+
+
+def write_text(path, texts):
+    path.write_text("\n\n".join(texts) + "\n")
+
+
+def write_compressed(opener):
+    def write(path, texts):
+        with opener(path, "wb") as file:
+            file.write(b"".join(json.dumps({"text": text}).encode() + b"\n" for text in texts))
+
+    return write
+
+
+FORMATS = {
+    "documents.jsonl.gz": write_compressed(gzip.open),
+    "documents.jsonl.xz": write_compressed(lzma.open),
+    "documents.jsonl.zst": write_compressed(zstandard.open),
+    "documents.parquet": lambda path, texts: pq.write_table(pa.table({"text": texts}), path),
+    "documents.txt": write_text,
+    "dataset": lambda path, texts: datasets.Dataset.from_dict({"text": texts}).save_to_disk(path),
+    "folder": lambda path, texts: (path.mkdir(), write_jsonl(path / "a.jsonl", texts)),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_blocks(name, texts, plain, store, tmp_path):
+    FORMATS[name](tmp_path / name, texts)
+    assert prepare(tmp_path / name, store / "tokenizer", tmp_path / "out") == 0
+    assert sorted(all_tokens(tmp_path / "out")) == sorted(plain)
+
+
+def test_the_store_is_what_datasets_reads(store):
+    dataset = datasets.load_from_disk(str(store / "train"))
+    ours = TokenStore(store, "train")
+    assert len(dataset) == len(ours)
+    input_ids, word_starts, lengths = ours.rows(np.array([7, 0]))
+    assert input_ids[0, : lengths[0]].tolist() == dataset[7]["input_ids"]
+    bits = np.unpackbits(np.array(dataset[7]["word_starts"], np.uint8), bitorder="little")[: lengths[0]]
+    assert word_starts[0, : lengths[0]].tolist() == bits.astype(bool).tolist()
+    assert lengths[0] == dataset[7]["length"]
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("condenser.data.prepare.UNIT_CHARACTERS", 20_000)
+    for workers in ("1", "3"):
+        assert prepare(corpus, store / "tokenizer", tmp_path / workers, "--workers", workers) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    assert len(list((tmp_path / "1" / "train").glob("*.arrow"))) > 4
+
+
+def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(corpus, store, tmp_path):
+    small_units = (
+        "import sys, condenser.data.prepare as p, condenser.cli as c; p.UNIT_CHARACTERS = 3000; c.main(sys.argv[1:])"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        small_units,
+        "prepare",
+        "--input",
+        str(corpus),
+        "--tokenizer",
+        str(store / "tokenizer"),
+    ]
+    command += ["--max-length", "32", "--workers", "1", "--output"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+
+    process = subprocess.Popen(
+        [*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while len(list((tmp_path / "killed").glob("units/*.json"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    with pytest.raises(ValueError, match="unfinished"):
+        TokenStore(tmp_path / "killed", "train")
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train/data-0000[0-3].arrow")}
+    subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+    assert kept
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+
+
+def test_a_finished_store_is_left_alone(store, corpus, tmp_path, capsys):
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("*")}
+    options = ["--validation-fraction", "0.1"]
+    assert prepare(corpus, "train:200", store, *options) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert prepare(corpus, "train:200", store, *options, "--seed", "3") == 1
+    assert "another seed" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
+
+
+def test_training_the_tokenizer_in_another_process_gives_the_same(corpus, store, tmp_path):
+    command = [sys.executable, "-m", "condenser", "prepare", "--input", str(corpus), "--tokenizer", "train:200"]
+    subprocess.run([*command, "--output", str(tmp_path / "again")], check=True, capture_output=True)
+    for path in (store / "tokenizer").iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / "tokenizer" / path.name).read_bytes()
+
+
+def test_the_split_follows_the_text_not_the_place(store, tmp_path):
+    texts = make_documents(200, seed=9)
+    for name, order in (("a", texts), ("b", texts[::-1])):
+        source = write_jsonl(tmp_path / f"{name}.jsonl", order)
+        assert prepare(source, store / "tokenizer", tmp_path / name, "--validation-fraction", "0.2") == 0
+    rows = []
+    for name in ("a", "b"):
+        validation = TokenStore(tmp_path / name, "validation")
+        rows.append(sorted(validation.rows(np.array([i]))[0].tolist() for i in range(len(validation))))
+    assert rows[0] == rows[1]
+    assert len({json.dumps(row) for row in rows[0]}) > 20
+
+
+GOOD = json.dumps({"text": "One sentence. And another one."}) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("empty.jsonl", b"", "empty.jsonl is empty"),
+        ("blank.jsonl", b"\n\n", "holds no documents"),
+        ("broken.jsonl", (GOOD + "{oops\n").encode(), "broken.jsonl, line 2: not JSON"),
+        ("list.jsonl", b"[1, 2]\n", "line 1: a JSON object was expected, not list"),
+        ("column.jsonl", b'{"body": "x", "title": "y"}\n', "no column 'text'; there are 'body', 'title'"),
+        ("number.jsonl", b'{"text": 3}\n', "line 1: 'text' is not a text but int"),
+        ("latin.txt", b"caf\xe9\n", "latin.txt, line 1: not UTF-8"),
+        ("cut.jsonl.gz", gzip.compress(GOOD.encode() * 50)[:40], "cut.jsonl.gz cannot be decompressed"),
+        ("not.parquet", b"PAR0", "not a parquet file"),
+        ("table.csv", b"text\nx\n", "not a format that is read here"),
+    ],
+)
+def test_unreadable_input_is_named_and_nothing_is_written(name, content, message, store, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert prepare(tmp_path / name, store / "tokenizer", tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_lines_can_be_skipped_and_are_counted(store, tmp_path, capsys):
+    source = tmp_path / "some.jsonl"
+    source.write_text(GOOD + "{oops\n" + GOOD + '{"body": 1}\n')
+    assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 0
+    counts = read_manifest(tmp_path / "out")["counts"]
+    assert (counts["documents"], counts["bad_lines"]) == (2, 2)
+
+
+def test_a_parquet_file_without_the_column_names_those_it_has(store, tmp_path, capsys):
+    pq.write_table(pa.table({"body": ["x"]}), tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out") == 1
+    assert "no column 'text'; there are 'body'" in capsys.readouterr().err
+
+
+def test_an_output_folder_with_something_else_in_it_is_refused_untouched(corpus, store, tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("precious")
+    assert prepare(corpus, store / "tokenizer", tmp_path) == 1
+    assert "holds no token store" in capsys.readouterr().err
+    assert contents(tmp_path) == {"thesis.txt": b"precious"}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"), [("train:x", "whole number"), ("./nowhere", "no tokenizer could be loaded")]
+)
+def test_an_unsuitable_tokenizer_is_refused(spec, message, corpus, tmp_path, capsys):
+    assert prepare(corpus, spec, tmp_path / "out") == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("token", ["mask_token", "cls_token"])
+def test_a_tokenizer_without_mask_or_cls_is_refused(token, corpus, store, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
+    folder = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast"} | {
+        key: value for key, value in settings.items() if key.endswith("_token") and key != token
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert prepare(corpus, folder, tmp_path / "out") == 1
+    assert f"has no {token.removesuffix('_token')} token" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--max-length", "4"], ["--short-fraction", "1.5"], ["--validation-fraction", "-1"]]
+)
+def test_impossible_settings_are_refused(options, corpus, store, tmp_path, capsys):
+    assert prepare(corpus, store / "tokenizer", tmp_path / "out", *options) == 1
+    assert options[0] in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_refused(corpus, tmp_path, capsys):
+    assert prepare(corpus, "train:200", tmp_path / "out", "--max-lenght", "4") == 2
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_full_disk_is_a_clear_error_and_the_run_can_go_on(corpus, store, tmp_path, capsys):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        assert prepare(corpus, store / "tokenizer", disk / "out") == 1
+        assert "No space left on device" in capsys.readouterr().err
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        assert prepare(corpus, store / "tokenizer", disk / "out") == 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)

@@ -1,0 +1,218 @@
+"""`condenser report`: one page that needs no network, whatever state the runs are in."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from condenser.cli import main
+from condenser.figures import moving_mean, short
+from condenser.report import report
+
+TRAIN = ["train/mlm_loss", "train/lr", "train/tokens_seen", "perf/tokens_per_second"]
+VALIDATION = ["val/mlm_loss", "val/mlm_accuracy", "val/mlm_loss_at_mask", "val/unigram_loss_at_mask"]
+HEAD = ["train/head_mlm_loss", "val/head_mlm_loss", "val/head_mlm_accuracy", "val/head_mlm_loss_at_mask"]
+
+
+def make_run(folder: Path, columns=(*TRAIN, *VALIDATION, *HEAD), *, finished=True, model=None, rows=6) -> Path:
+    folder.mkdir(parents=True)
+    lines = [",".join(("step", "epoch", *columns))]
+    for step in range(10, 10 * rows + 1, 10):
+        for split in ("train/", "val/"):
+            values = (f"{7.03 if 'unigram' in c else 50 / step}" if c.startswith(split) else "" for c in columns)
+            lines.append(f"{step},0,{','.join(values)}")
+    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
+    config = {"name": folder.name, "trainer": {"precision": "32-true"}, "data": {"batch_size": 64}}
+    config["model"] = {"class_path": "condenser.Module", "init_args": {"skip_from": 6, "lr": 0.0001} | (model or {})}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    if finished:
+        (folder / "summary.json").write_text(json.dumps({"steps": 60, "hardware": "2 toy cores"}))
+    return folder
+
+
+def page(*runs: Path, **options) -> str:
+    output = runs[0].parent / "out" / "report.html"
+    report([str(run) for run in runs], output=str(output), **options)
+    assert [file.name for file in output.parent.iterdir()] == ["report.html"]
+    return output.read_text(encoding="utf-8")
+
+
+def section(html: str, heading: str) -> str:
+    return html.split(f"<h2>{heading}", 1)[1].split("<h2>", 1)[0]
+
+
+def test_page_asks_nothing_of_the_network(tmp_path):
+    html = page(make_run(tmp_path / "a", rows=3000), make_run(tmp_path / "b"))
+    assert not re.search(r"https?://|<script|<link|@import|url\((?!#)", html)
+    references = re.findall(r'(?:src|href)="([^"]*)"', html)
+    assert references
+    assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in references)
+    ids = re.findall(r' id="([^"]*)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_runs_are_drawn_over_each_other_and_named_everywhere(tmp_path):
+    html = page(make_run(tmp_path / "first"), make_run(tmp_path / "second"))
+    for heading in ("At a glance", "Curves", "Final numbers"):
+        assert "first" in section(html, heading)
+        assert "second" in section(html, heading)
+    assert html.count("<figcaption>Backbone MLM loss") == 1
+    assert "2 toy cores" in section(html, "Final numbers")
+
+
+def test_only_settings_that_differ_are_shown(tmp_path):
+    html = page(make_run(tmp_path / "a"), make_run(tmp_path / "b", model={"skip_from": 3, "tied": True}))
+    settings = section(html, "Settings that differ")
+    assert re.findall(r"<tr><td>(.*?)</td>", settings) == ["model.skip_from", "model.tied"]
+    assert "<td>—</td><td>True</td>" in settings
+
+
+def test_one_run_shows_its_main_settings(tmp_path):
+    settings = section(page(make_run(tmp_path / "a")), "Main settings")
+    assert re.findall(r"<tr><td>(.*?)</td>", settings) == ["data.batch_size", "model", "model.lr", "model.skip_from"]
+
+
+def test_text_from_files_is_escaped(tmp_path):
+    evil = "<script>alert(1)</script>"
+    run = make_run(tmp_path / "<b>run", model={"tokenizer": evil})
+    (run / "summary.json").write_text(json.dumps({evil: evil}))
+    (run / "metrics.csv").write_text((run / "metrics.csv").read_text().replace("train/lr", "train/<script>"))
+    write_retrieval(run, model=evil, text=evil)
+    html = page(run)
+    assert "<script" not in html
+    assert "<b>run" not in html
+    assert html.count("&lt;script&gt;alert(1)&lt;/script&gt;") == 5
+
+
+def test_loss_at_mask_is_compared_with_the_unigram_loss(tmp_path):
+    with_line = page(make_run(tmp_path / "a"))
+    assert "unigram 7.03" in with_line
+    assert f"<td>{50 / 60 - 7.03:.4f}</td>" in section(with_line, "At a glance")
+    without = [column for column in (*TRAIN, *VALIDATION) if "unigram" not in column]
+    assert "unigram 7.03" not in page(make_run(tmp_path / "b", without))
+
+
+def test_panels_without_data_are_left_out_and_unknown_metrics_get_one(tmp_path):
+    html = page(make_run(tmp_path / "mlm-only", [*TRAIN, *VALIDATION, "train/contrastive_loss"]))
+    titles = re.findall("<figcaption>(.*?)</figcaption>", html)
+    assert titles == [
+        "Backbone MLM loss",
+        "Loss at [MASK] positions",
+        "Backbone MLM accuracy",
+        "Learning rate",
+        "Contrastive loss",
+    ]
+    assert "<th>head" not in html
+
+
+def test_throughput_is_drawn_and_its_median_given(tmp_path):
+    run = tmp_path / "a"
+    make_run(run)
+    (run / "metrics.csv").write_text("step,epoch,perf/tokens_per_second\n1,0,10\n2,0,9000\n3,0,9500\n")
+    html = page(run)
+    assert "Throughput" in html
+    assert "<td>9k</td>" in section(html, "At a glance")
+
+
+def test_unfinished_run_with_a_cut_last_line_is_reported_as_such(tmp_path):
+    run = make_run(tmp_path / "a", finished=False)
+    with open(run / "metrics.csv", "a") as file:
+        file.write("70,0,99")
+    html = page(run)
+    assert "a is unfinished (it has no summary.json): last logged step 60." in html
+    assert "unfinished" not in page(make_run(tmp_path / "b"))
+
+
+def test_values_that_are_not_finite_are_warned_about_and_not_drawn(tmp_path):
+    run = make_run(tmp_path / "a", ["train/mlm_loss", "train/grad_norm"])
+    columns = "step,epoch,train/mlm_loss,train/grad_norm\n"
+    (run / "metrics.csv").write_text(columns + "10,0,5.0,nan\n20,0,inf,nan\n30,0,nan,nan\n40,0,4.0,nan\n")
+    html = page(run)
+    assert "train/mlm_loss is not finite in 2 rows, first at step 20" in html
+    assert "train/grad_norm is not finite in 4 rows, first at step 10" in html
+    assert not re.search(r"\bd=\"[^\"]*nan", html)
+
+
+def test_rows_logged_again_after_a_resume_replace_the_earlier_ones(tmp_path):
+    run = make_run(tmp_path / "a")
+    (run / "metrics.csv").write_text("step,epoch,val/mlm_loss\n10,0,5\n20,0,4\n30,0,nan\n20,0,3.5\n30,0,3.25\n")
+    html = page(run)
+    assert "3.2500" in section(html, "Final numbers")
+    assert "not finite" not in html
+
+
+def test_curves_over_tokens(tmp_path):
+    assert ">tokens seen</text>" in page(make_run(tmp_path / "a"), x="tokens")
+    with pytest.raises(ValueError, match="b logged no train/tokens_seen: leave out --x tokens"):
+        page(make_run(tmp_path / "b", VALIDATION), x="tokens")
+
+
+def test_runs_of_one_name_are_told_apart_by_their_path_and_one_given_twice_counts_once(tmp_path):
+    a, b = make_run(tmp_path / "one" / "base"), make_run(tmp_path / "two" / "base")
+    glance = section(page(a, b, b), "At a glance")
+    assert glance.count(str(a)) == glance.count(str(b)) == 1
+
+
+def test_retrieval_is_tabled_with_its_caveat(tmp_path):
+    run = make_run(tmp_path / "a")
+    write_retrieval(run, model="bm25", text="a document")
+    retrieval = section(page(run), "Retrieval: ")
+    for expected in ("bm25", "0.4321", "pooling cls", "Without fine-tuning", "a query", "a document"):
+        assert expected in retrieval
+
+
+def write_retrieval(run: Path, *, model: str, text: str) -> None:
+    (run / "evaluation").mkdir()
+    content = {
+        "settings": {"pooling": "cls"},
+        "rows": [{"collection": "toy", "model": model, "fine_tuned": False, "ndcg@10": 0.4321}],
+        "example": {"query": "a query", "hits": [{"rank": 1, "id": "d1", "score": 2.5, "text": text}]},
+    }
+    (run / "evaluation" / "retrieval.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        (None, "has no metrics.csv: give run folders"),
+        ("", "holds no values yet"),
+        ("step,epoch,train/loss\n", "holds no values yet"),
+        ("step,epoch,train/loss\n1,0,2.5\n2,0\n3,0,2.4\n", r"csv, line 3: broken row \(2 cells under 3 columns\)"),
+        ("step,epoch,train/loss\n1,0,2.5\n2,0,2.x\n", "metrics.csv, line 3: broken row .*2.x"),
+        ("step,epoch,train/loss\n,0,2.5\n", "metrics.csv, line 2: broken row"),
+        ("iteration,loss\n1,2.5\n", "has no 'step' column but iteration, loss"),
+    ],
+)
+def test_bad_metrics_are_refused_by_file_and_line(tmp_path, metrics, message):
+    run = make_run(tmp_path / "a")
+    (run / "metrics.csv").unlink()
+    if metrics is not None:
+        (run / "metrics.csv").write_text(metrics)
+    with pytest.raises(ValueError, match=message):
+        page(run)
+
+
+def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    (run / "summary.json").write_text('{"steps":')
+    for folder, expected in ((run, "summary.json cannot be read"), (tmp_path / "none", "none has no config.yaml")):
+        assert main(["report", str(folder), "--output", str(tmp_path / "r.html")]) == 1
+        assert expected in capsys.readouterr().err
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_settings_without_a_difference_say_so(tmp_path):
+    assert "<p>None.</p>" in section(page(make_run(tmp_path / "a"), make_run(tmp_path / "b")), "Settings that differ")
+
+
+def test_short_numbers_carry_over_to_the_next_letter():
+    assert [short(n) for n in (0, 999, 1500, 999_999, 393_216_000, 2e9)] == ["0", "999", "1.5k", "1M", "393.2M", "2B"]
+
+
+def test_moving_mean_keeps_length_start_and_straight_lines():
+    line = np.arange(20.0)
+    assert np.allclose(moving_mean(line, 5)[:18], line[:18])
+    assert moving_mean(np.array([9.0, 1.0, 1.0]), 15)[0] == 9.0
