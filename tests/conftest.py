@@ -12,7 +12,7 @@ import yaml
 
 from condenser.cli import main
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # tiny models: more threads only wait for each other
 
 
 def pytest_collection_modifyitems(items):
@@ -107,3 +107,11 @@ def run(recipe, tmp_path_factory):
     runs = tmp_path_factory.mktemp("runs")
     assert main(["fit", "--config", str(recipe), "--name", "tiny", "--runs_dir", str(runs)]) == 0
     return runs / "tiny"
+
+
+@pytest.fixture(scope="session")
+def tiny_export(run):
+    """The run's export, in the run folder as the demo has it."""
+    folder = run.parent / "tiny-export"
+    assert main(["export", str(run), "--output", str(folder)]) == 0
+    return folder

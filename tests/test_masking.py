@@ -1,5 +1,6 @@
 """Masking: rates, whole words, budgets, and that masks depend on (seed, epoch, sample id) alone."""
 
+import itertools
 import random
 
 import numpy as np
@@ -59,7 +60,7 @@ def test_words_are_masked_whole_and_nothing_past_the_end_is_touched():
     for row in range(len(lengths)):
         length = lengths[row]
         starts = [0, *(i for i in range(1, length) if word_starts[row, i]), length]
-        for start, end in zip(starts[:-1], starts[1:], strict=True):
+        for start, end in itertools.pairwise(starts):
             assert chosen[row, start:end].all() or not chosen[row, start:end].any()
         assert not chosen[row, length:].any()
         assert (inputs[row, length:] == input_ids[row, length:]).all()

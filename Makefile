@@ -1,0 +1,47 @@
+# `make` lists the targets. Everything runs in .venv, made from pyproject.toml with the versions in constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := $(BIN)/condenser
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types format clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: .venv/installed  ## make the environment
+
+demo: install  ## the main job on a small corpus: text, pre-training, export, retrieval, report (10 minutes on 2 cores)
+	$(BIN)/python data/demo_corpus.py --output data/raw/demo
+	$(RUN) prepare --input data/raw/demo/documents.jsonl --tokenizer train:8192 --max-length 64 --output data/tokens/demo
+	$(RUN) fit --config configs/demo.yaml
+	$(RUN) export runs/demo --output runs/demo/export
+	$(RUN) evaluate runs/demo/export --retrieval data/raw/demo/beir --baselines --finetune \
+	  --query "compute the inverse of a square matrix" --output runs/demo/evaluation
+	$(RUN) report runs/demo --output runs/demo/report.html
+	@echo "open runs/demo/report.html"
+
+test: install  ## the tests, in under 5 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-all: install  ## the tests and the slow ones
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+lint: install  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install  ## mypy
+	$(BIN)/mypy
+
+format: install  ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the demo's data and run, not the environment
+	rm -rf data/raw/demo data/tokens/demo runs/demo

@@ -1,0 +1,160 @@
+"""Models in and out: exported = live in four ways, the authors' checkpoints, warm starts, and refusals."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
+
+from condenser import hub
+from condenser.cli import main
+from condenser.hub import load_authors_checkpoint, load_checkpoint, load_export
+from condenser.models.backbones import parts
+from condenser.training.runs import checkpoints
+
+REFERENCE = Path(__file__).parent / "golden" / "reference-checkpoint"
+TEXTS = ["The encoder attends.", "Dense retrieval with masked tokens and a head, ranked and indexed."]
+
+
+@pytest.fixture(scope="module")
+def live(run):
+    return load_checkpoint(checkpoints(run)[0])[0]
+
+
+@pytest.fixture(scope="module")
+def batch(tiny_export):
+    return AutoTokenizer.from_pretrained(tiny_export)(TEXTS, return_tensors="pt", padding=True)
+
+
+def test_the_authors_checkpoint_gives_the_authors_loss():
+    tensors = load_file(REFERENCE / "batch.safetensors")
+    model = load_authors_checkpoint(REFERENCE, skip_from=2)
+    assert model(**tensors).loss.item() == pytest.approx(9.97518539428711, rel=1e-4)
+    assert len(model.c_head) == 2
+
+
+def test_the_export_loads_in_four_ways_and_equals_the_live_model(tiny_export, live, batch):
+    with torch.inference_mode():
+        states = live.lm.bert(**batch).last_hidden_state
+        torch.testing.assert_close(AutoModel.from_pretrained(tiny_export)(**batch).last_hidden_state, states)
+        logits = AutoModelForMaskedLM.from_pretrained(tiny_export)(**batch).logits
+        torch.testing.assert_close(logits, parts(live.lm).mlm_head(states))
+        labels = torch.where(torch.arange(batch["input_ids"].shape[1]) == 2, batch["input_ids"], -100)
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+        torch.testing.assert_close(load_export(tiny_export)(**inputs).head_mlm_loss, live(**inputs).head_mlm_loss)
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    vectors = sentence_transformers.SentenceTransformer(str(tiny_export), device="cpu").encode(TEXTS)
+    np.testing.assert_allclose(vectors, states[:, 0].numpy(), rtol=1e-4, atol=1e-5)  # [CLS], not the mean
+
+
+def test_the_export_holds_no_pickles_and_says_where_it_came_from(tiny_export, run):
+    names = {path.name for path in tiny_export.rglob("*")}
+    assert not {name for name in names if name.endswith((".bin", ".pt", ".ckpt", ".pkl"))}
+    assert all(key.startswith("c_head.") for key in load_file(tiny_export / "condenser_head.safetensors"))
+    assert yaml.safe_load((tiny_export / "training_config.yaml").read_text())["name"] == "tiny"
+    assert "[CLS]" in (tiny_export / "README.md").read_text()
+    assert json.loads((tiny_export / "condenser.json").read_text())["source"]["step"] == 8
+
+
+def test_exporting_again_does_nothing_and_another_checkpoint_is_refused(tiny_export, run, tmp_path, capsys):
+    assert main(["export", str(run), "--output", str(tiny_export)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert main(["export", str(checkpoints(run)[0]), "--output", str(tmp_path)]) == 1
+    assert "is not this checkpoint's export" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: None, "no such checkpoint"),
+        (lambda path: path.write_bytes(b"x" * 100), "is not a checkpoint of a Condenser run"),
+        (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of a Condenser run"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused(make, message, tmp_path, capsys):
+    make(tmp_path / "a.ckpt")
+    assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")]) == 1
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, capsys):
+    content = torch.load(checkpoints(run)[0], weights_only=True)
+    key = next(key for key in content["state_dict"] if "c_head.0.output.dense.weight" in key)
+    content["state_dict"][key][0, 0] = float("nan")
+    torch.save(content, tmp_path / "nan.ckpt")
+    assert main(["export", str(tmp_path / "nan.ckpt"), "--output", str(tmp_path / "out")]) == 1
+    assert "not finite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_whose_weights_have_another_shape_is_refused(run, tmp_path, capsys):
+    content = torch.load(checkpoints(run)[0], weights_only=True)
+    config = json.loads(content["condenser"]["config"]) | {"hidden_size": 64}
+    content["condenser"]["config"] = json.dumps(config)
+    torch.save(content, tmp_path / "other.ckpt")
+    assert main(["export", str(tmp_path / "other.ckpt"), "--output", str(tmp_path / "out")]) == 1
+    assert "do not belong together" in capsys.readouterr().err
+
+
+def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("compared unequal")
+
+    monkeypatch.setattr("condenser.export.compare_with_live", fail)
+    assert main(["export", str(run), "--output", str(tmp_path / "out")]) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def warm(recipe, runs, *options):
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", "warm", *options])
+
+
+def test_training_goes_on_from_an_export_with_its_head(recipe, tiny_export, tmp_path, run, live):
+    model = hub.warm_start(
+        str(tiny_export), {}, AutoTokenizer.from_pretrained(tiny_export), skip_from=1, n_head_layers=2, late_mlm=True
+    )
+    for key, value in live.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0)
+    same_model = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}"]
+    assert warm(recipe, tmp_path, *same_model, "--trainer.max_steps", "2") == 0
+
+
+def test_training_starts_from_the_authors_checkpoint_head_included():
+    class Tokenizer:
+        pad_token_id = 0
+
+        def __len__(self):
+            return 128
+
+    model = hub.warm_start(str(REFERENCE), {}, Tokenizer(), skip_from=2, n_head_layers=2, late_mlm=True, pruned=True)
+    tensors = load_file(REFERENCE / "batch.safetensors")
+    assert model.eval()(**tensors).loss.item() == pytest.approx(9.97518539428711, rel=1e-4)
+
+
+def test_a_head_of_another_depth_is_refused(recipe, tiny_export, tmp_path, capsys):
+    options = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--model.n_head_layers", "1"]
+    assert warm(recipe, tmp_path, *options) == 1
+    assert "has another shape than n_head_layers=1" in capsys.readouterr().err
+
+
+def test_a_store_made_with_another_tokenizer_is_refused(recipe, tiny_export, tmp_path, capsys):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_export, other)
+    settings = json.loads((other / "tokenizer_config.json").read_text())
+    (other / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
+    assert warm(recipe, tmp_path, "--model.backbone", str(other), "--model.backbone_config", "{}") == 1
+    assert "made with another tokenizer" in capsys.readouterr().err
+
+
+def test_an_export_with_a_damaged_head_is_refused(tiny_export, tmp_path):
+    shutil.copytree(tiny_export, tmp_path / "damaged")
+    head = tmp_path / "damaged" / "condenser_head.safetensors"
+    head.write_bytes(head.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="is damaged"):
+        load_export(tmp_path / "damaged")

@@ -1,0 +1,440 @@
+"""Training: exact steps, exact resume, any number of devices, and errors before any work."""
+
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import TINY_MODEL
+from transformers import BertConfig, BertForMaskedLM
+
+from condenser.cli import main
+from condenser.data.collate import positions_read
+from condenser.data.datamodule import CondenserDataModule
+from condenser.models.attention import flat_positions
+from condenser.models.condenser import Condenser
+from condenser.training.callbacks import MetricsCSV
+from condenser.training.optim import Optimization, build_optimizer, build_schedule
+from condenser.training.runs import changed_keys, checkpoints, newest_valid_checkpoint
+
+METRICS = {
+    *(f"train/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "head_mlm_accuracy")),
+    *("train/grad_norm", "train/lr", "train/tokens_seen", "train/sequences"),
+    *("perf/tokens_per_second", "perf/padding_fraction", "perf/data_wait_fraction"),
+    *(f"val/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "head_mlm_accuracy")),
+    *("val/mlm_loss_at_mask", "val/head_mlm_loss_at_mask", "val/unigram_loss_at_mask"),
+}
+
+
+ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: sums depend on the number of threads
+
+
+def fit(recipe, runs, name, *options):
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", name, *options])
+
+
+def command(recipe, runs, name, *options):
+    return [
+        sys.executable,
+        "-m",
+        "condenser",
+        "fit",
+        "--config",
+        str(recipe),
+        "--runs_dir",
+        str(runs),
+        "--name",
+        name,
+        *options,
+    ]
+
+
+def metrics_of(run, skip=("perf/tokens_per_second", "perf/data_wait_fraction")):
+    with open(run / "metrics.csv", newline="") as file:
+        return [{key: value for key, value in row.items() if key not in skip} for row in csv.DictReader(file)]
+
+
+def final_state(run):
+    return torch.load(checkpoints(run)[0], weights_only=True)
+
+
+def assert_same_weights(a, b, **tolerance):
+    first, second = final_state(a)["state_dict"], final_state(b)["state_dict"]
+    assert first.keys() == second.keys()
+    for key in first:
+        torch.testing.assert_close(first[key], second[key], **(tolerance or {"rtol": 0, "atol": 0}), msg=key)
+
+
+def test_a_run_leaves_its_configuration_metrics_checkpoints_and_summary(run):
+    assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.csv", "checkpoints", "summary.json"}
+    assert [path.name for path in checkpoints(run)] == ["last-step=8.ckpt", "best-step=8.ckpt"]
+    rows = metrics_of(run, skip=())
+    assert set(rows[0]) == {"step", "epoch"} | METRICS
+    assert [row["step"] for row in rows if row["train/loss"]] == ["1", "3", "5", "7"]
+    assert [row["step"] for row in rows if row["val/loss"]] == ["3", "7"]
+    for row in rows:
+        if row["train/loss"]:
+            parts = float(row["train/mlm_loss"]) + float(row["train/head_mlm_loss"])
+            assert float(row["train/loss"]) == pytest.approx(parts, rel=1e-5)
+            assert 0 <= float(row["perf/padding_fraction"]) < 0.2
+    losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
+    assert losses[1] < losses[0]
+
+
+def test_the_same_command_on_a_finished_run_says_so(run, recipe, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert fit(recipe, run.parent, run.name) == 0
+    assert "is finished (8 steps): nothing to do" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_changed_configuration_is_refused_by_name(run, recipe, capsys):
+    changes = ["--model.skip_from", "2", "--data.batch_size", "64", "--trainer.devices", "1"]
+    assert fit(recipe, run.parent, run.name, *changes) == 1
+    assert "started with another data.batch_size, model.skip_from;" in capsys.readouterr().err
+
+
+def test_only_what_is_computed_counts_as_a_change():
+    before = {"data": {"batch_size": 1, "num_workers": 1}, "trainer": {"devices": 1, "max_steps": 5}, "wandb": "off"}
+    after = {"data": {"batch_size": 1, "num_workers": 2}, "trainer": {"devices": 8, "max_steps": 5}, "wandb": "online"}
+    assert changed_keys(before, after) == []
+    after["trainer"]["max_steps"] = 6
+    assert changed_keys(before, after) == ["trainer.max_steps"]
+
+
+@pytest.mark.parametrize("num_workers", ["0", "2"])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(num_workers, recipe, tmp_path):
+    """With dropout, over an epoch's end, killed -9 right after a checkpoint appeared."""
+    long = ["--trainer.max_steps", "40", "--checkpoint.every_n_steps", "3", "--data.num_workers", num_workers]
+    assert fit(recipe, tmp_path, "whole", *long) == 0
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command(recipe, tmp_path, "killed", *long), env=ONE_THREAD, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while not (found := checkpoints(tmp_path / "killed")) or "step=3." in found[0].name:
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (tmp_path / "killed" / "summary.json").exists(), "killed too late to test anything"
+    assert fit(recipe, tmp_path, "killed", *long) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert metrics_of(tmp_path / "whole") == metrics_of(tmp_path / "killed")
+    optimizers = [final_state(tmp_path / name)["optimizer_states"][0]["state"] for name in ("whole", "killed")]
+    for key, state in optimizers[0].items():
+        assert all(torch.equal(value, optimizers[1][key][name]) for name, value in state.items())
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over(run, tmp_path, capsys):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    content = checkpoints(run)[0].read_bytes()
+    (folder / "last-step=4.ckpt").write_bytes(content)
+    (folder / "last-step=8.ckpt").write_bytes(content[: len(content) // 2])
+    assert newest_valid_checkpoint(tmp_path) == folder / "last-step=4.ckpt"
+    assert "last-step=8.ckpt is damaged" in capsys.readouterr().out
+
+
+def test_two_devices_take_the_steps_of_one(recipe, tmp_path):
+    """Same masks, same normalisation, so the same weights up to the order of summation; dropout is seeded alike."""
+    assert fit(recipe, tmp_path, "one") == 0
+    options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
+    done = subprocess.run(command(recipe, tmp_path, "two", *options), env=ONE_THREAD, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same_weights(tmp_path / "one", tmp_path / "two", rtol=1e-3, atol=2e-5)
+    for ours, theirs in zip(metrics_of(tmp_path / "one"), metrics_of(tmp_path / "two"), strict=True):
+        for key, value in ours.items():
+            if value:
+                assert float(theirs[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-6), key
+    counted = ("train/tokens_seen", "train/sequences", "val/unigram_loss_at_mask")
+    for key in counted:
+        assert metrics_of(tmp_path / "one")[-1][key] == metrics_of(tmp_path / "two")[-1][key]
+
+
+def loader_of(store, num_workers=0, **settings):
+    module = CondenserDataModule(
+        str(store), batch_size=16, micro_batches_per_step=4, num_workers=num_workers, **settings
+    )
+    module.setup("fit")
+    return module.train_dataloader()
+
+
+def assert_same_batches(first, second):
+    for ours, theirs in zip(first, second, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.keys() == b.keys()
+            assert all(torch.equal(a[key], b[key]) if torch.is_tensor(a[key]) else a[key] == b[key] for key in a)
+
+
+def test_batches_do_not_depend_on_workers_or_on_where_the_loader_began(store):
+    alone = loader_of(store)
+    two_epochs = [*alone, *alone]
+    assert_same_batches(two_epochs[: len(alone)], loader_of(store, num_workers=2))
+    resumed = loader_of(store, num_workers=2)
+    resumed.load_state_dict({"position": len(alone) + 3})
+    assert_same_batches(two_epochs[len(alone) + 3 :], resumed)
+    assert resumed.state_dict() == {"position": 2 * len(alone)}
+
+
+def test_masks_are_drawn_anew_each_epoch_and_validation_keeps_its_own(store):
+    module = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4, num_workers=0)
+    module.setup("fit")
+
+    def labels(loader):
+        found = {}
+        for batch in (batch for step in loader for batch in step):
+            for sample, row in zip(batch["sample_ids"].tolist(), batch["labels"], strict=True):
+                found[sample] = (row != -100).nonzero().flatten().tolist()
+        return found
+
+    training, validation = module.train_dataloader(), module.val_dataloader()
+    first, second = labels(training), labels(training)
+    assert first.keys() == second.keys() == set(range(len(module.train)))
+    assert np.mean([first[sample] != second[sample] for sample in first]) > 0.8
+    assert labels(validation) == labels(validation)
+    assert labels(validation).keys() == set(range(len(module.validation)))
+
+
+def test_a_micro_batch_is_what_the_design_says(store):
+    loader = loader_of(store)
+    vocabulary = loader.dataset.vocabulary
+    batch = next(iter(loader))[1]
+    ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
+    lengths = mask.sum(1)
+    assert (ids[:, 0] == vocabulary.cls_id).all()
+    assert (ids[torch.arange(len(ids)), lengths - 1] == vocabulary.sep_id).all()
+    assert (ids[~mask] == vocabulary.pad_id).all()
+    special = torch.isin(torch.where(labels == -100, ids, labels), torch.tensor([0, 2, 3]))
+    assert (labels[special | ~mask] == -100).all()
+    assert (batch["n_masked"], batch["n_tokens"], batch["area"]) == ((labels != -100).sum(), mask.sum(), ids.numel())
+    assert (batch["epoch"], batch["step"], batch["micro_batch"]) == (0, 0, 1)
+    for ours, reference in zip(positions_read(labels.numpy()), flat_positions(labels), strict=True):
+        assert (torch.from_numpy(ours) == reference).all()
+
+
+def test_accumulated_micro_batches_give_the_gradient_of_the_mean_over_all_masked_tokens(store):
+    """Their masked counts differ, so a mean of means would not."""
+    step = next(iter(loader_of(store)))
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=200, **TINY_MODEL)
+    model = Condenser.from_masked_lm(BertForMaskedLM(config), skip_from=1).eval()
+    inputs = ("input_ids", "attention_mask", "labels")
+    total = sum(batch["n_masked"] for batch in step)
+    assert len({batch["n_masked"] for batch in step}) > 1
+    for batch in step:
+        (model(**{key: batch[key] for key in inputs}).loss_sum / total).backward()
+    accumulated = [parameter.grad.clone() for parameter in model.parameters()]
+
+    model.zero_grad()
+    width = max(batch["input_ids"].shape[1] for batch in step)
+    whole = {
+        key: torch.cat([torch.nn.functional.pad(b[key], (0, width - b[key].shape[1]), value=fill) for b in step])
+        for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
+    }
+    model(**whole).loss.backward()
+    torch.testing.assert_close(accumulated, [parameter.grad for parameter in model.parameters()], rtol=1e-4, atol=1e-7)
+
+
+def test_no_decay_on_biases_and_layer_norm_and_the_rate_rises_then_falls():
+    model = BertForMaskedLM(BertConfig(vocab_size=50, **TINY_MODEL))
+    settings = Optimization(learning_rate=2.0, warmup_fraction=0.1)
+    optimizer = build_optimizer(model, settings)
+    decayed, plain = (set(map(id, group["params"])) for group in optimizer.param_groups)
+    for name, parameter in model.named_parameters():
+        assert (id(parameter) in plain) == ("bias" in name or "LayerNorm" in name), name
+        assert (id(parameter) in plain) != (id(parameter) in decayed)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
+
+    schedule, rates = build_schedule(optimizer, settings, total_steps=100), []
+    for _ in range(100):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    assert max(rates) == rates[10] == 2.0
+    assert (np.diff(rates[:11]) > 0).all()
+    assert (np.diff(rates[10:]) < 0).all()
+    assert 0 < rates[-1] < 0.03
+    assert schedule.get_last_lr()[0] == 0
+
+
+def test_the_gradient_is_clipped_to_its_setting(recipe, tmp_path):
+    """With a clip far below the norm, AdamW still moves; the norm that is logged is the one before clipping."""
+    for name, clip in (("free", "0"), ("clipped", "1e-3")):
+        assert fit(recipe, tmp_path, name, "--model.optimizer.gradient_clip", clip, "--trainer.max_steps", "2") == 0
+    norms = [float(metrics_of(tmp_path / name)[0]["train/grad_norm"]) for name in ("free", "clipped")]
+    assert min(norms) > 0.1
+    moments = [
+        final_state(tmp_path / name)["optimizer_states"][0]["state"][0]["exp_avg"] for name in ("free", "clipped")
+    ]
+    assert moments[1].norm() < 0.01 * moments[0].norm()
+
+
+VARIANTS = {
+    "bf16": ["--trainer.precision", "bf16-mixed"],
+    "gradient checkpointing": ["--model.gradient_checkpointing", "true"],
+    "plain MLM": ["--model.n_head_layers", "0"],
+    "head alone": ["--model.late_mlm", "false"],
+    "not pruned": ["--model.pruned", "false"],
+    "token masking": ["--data.mask_unit", "token", "--data.mask_probability", "0.3"],
+    "W&B offline": ["--wandb", "offline"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_train(variant, recipe, tmp_path):
+    assert fit(recipe, tmp_path, "v", *VARIANTS[variant]) == 0
+    losses = [float(row["val/loss"]) for row in metrics_of(tmp_path / "v") if row["val/loss"]]
+    assert losses[-1] < losses[0]
+    streams = {"plain MLM": {"mlm"}, "head alone": {"head_mlm"}}.get(variant, {"mlm", "head_mlm"})
+    assert {f"val/{stream}_loss" for stream in streams} == set(metrics_of(tmp_path / "v")[0]) & {
+        "val/mlm_loss",
+        "val/head_mlm_loss",
+    }
+    if variant == "W&B offline":
+        assert len((tmp_path / "v" / "wandb_id").read_text()) == 8
+        assert list((tmp_path / "v" / "wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_pruned_and_gradient_checkpointing_change_nothing_but_the_work(recipe, tmp_path, run):
+    dry = ["--model.backbone_config.hidden_dropout_prob", "0"]
+    assert fit(recipe, tmp_path, "a", *dry) == 0
+    assert fit(recipe, tmp_path, "b", *dry, "--model.pruned", "false") == 0
+    assert_same_weights(tmp_path / "a", tmp_path / "b", rtol=1e-3, atol=2e-5)
+    assert fit(recipe, tmp_path, "c", "--model.gradient_checkpointing", "true") == 0
+    assert_same_weights(run, tmp_path / "c")  # bit for bit, dropout included
+
+
+def test_validate_gives_the_runs_last_validation(run, recipe, capsys):
+    assert main(["validate", "--config", str(recipe), "--runs_dir", str(run.parent), "--name", run.name]) == 0
+    printed = capsys.readouterr().out
+    found = re.search(r"val/loss +│ +([0-9.]+)", printed)
+    assert float(found[1]) == pytest.approx(float(metrics_of(run)[-1]["val/loss"]), rel=1e-6)
+
+
+def test_validation_is_the_global_mean_over_masked_tokens(run, store):
+    from condenser.hub import load_checkpoint
+
+    model, _ = load_checkpoint(checkpoints(run)[0])
+    module = CondenserDataModule(str(store), batch_size=7, micro_batches_per_step=1, num_workers=0, seed=1)
+    module.setup("fit")
+    losses, at_mask, nats = [], [], []
+    with torch.no_grad():
+        for batch in (batch for step in module.val_dataloader() for batch in step):
+            out = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
+            scored = batch["labels"] != -100
+            losses.append(out.mlm_token_losses)
+            at_mask.append(batch["input_ids"][scored] == 4)
+            nats.append(module.unigram_nats[batch["labels"][scored]])
+    losses, at_mask, nats = map(torch.cat, (losses, at_mask, nats))
+    last = metrics_of(run)[-1]
+    assert float(last["val/mlm_loss"]) == pytest.approx(losses.mean().item(), rel=1e-4)
+    assert float(last["val/mlm_loss_at_mask"]) == pytest.approx(losses[at_mask].mean().item(), rel=1e-4)
+    assert float(last["val/unigram_loss_at_mask"]) == pytest.approx(nats[at_mask].mean().item(), rel=1e-4)
+
+
+def test_a_resumed_csv_drops_what_was_logged_after_the_checkpoint(tmp_path):
+    logger = MetricsCSV(tmp_path)
+    logger.begin_at(0)
+    for step in range(6):
+        logger.log_metrics({"a": step, "epoch": 0}, step)
+    logger.log_metrics({"b": 1.0, "epoch": 0}, 5)
+    with open(tmp_path / "metrics.csv", "a") as file:
+        file.write("6,0,cu")
+    again = MetricsCSV(tmp_path)
+    again.begin_at(4)
+    again.log_metrics({"a": 40, "epoch": 1}, 4)
+    rows = metrics_of(tmp_path)
+    assert [(row["step"], row["a"]) for row in rows] == [
+        ("0", "0.0"),
+        ("1", "1.0"),
+        ("2", "2.0"),
+        ("3", "3.0"),
+        ("4", "40.0"),
+    ]
+
+
+REFUSED = {
+    "accumulate": (["--trainer.accumulate_grad_batches", "2"], "set data.micro_batches_per_step"),
+    "clip": (["--trainer.gradient_clip_val", "1"], "set model.optimizer.gradient_clip"),
+    "no store": (["--data.store", "nowhere"], "no token store at nowhere"),
+    "skip_from": (["--model.skip_from", "3"], r"skip_from=3 must be in 1..2"),
+    "fp16": (["--trainer.precision", "16-true"], "use bf16-mixed"),
+    "rates": (["--data.mask_rates", "[0.5,0.1,0.1]"], "sum to 1"),
+    "config key": (["--model.backbone_config.hiden_size", "3"], "has no setting 'hiden_size'"),
+    "batch": (["--data.batch_size", "2"], "micro_batches_per_step=4 needs at least as many"),
+    "backbone": (["--model.backbone", "./nowhere"], "no such folder: ./nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_in_one_line_before_any_work(case, recipe, tmp_path, capsys):
+    options, message = REFUSED[case]
+    assert fit(recipe, tmp_path, "r", *options) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("condenser fit: error: ")
+    assert message in error
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_without_a_name_is_refused(recipe, capsys):
+    assert main(["fit", "--config", str(recipe)]) == 1
+    assert "the run needs a name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--model.skip_form", "2"], ["--data.batch_size", "many"], ["--trainer.what", "1"]])
+def test_unknown_keys_and_wrong_types_are_refused(option, recipe, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "r", *option) == 2
+    assert option[0].removeprefix("--").split(".")[-1] in capsys.readouterr().err
+    assert not (tmp_path / "r").exists()
+
+
+def test_an_unfinished_store_is_refused(recipe, store, tmp_path, capsys):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "unfinished.json").write_text("{}")
+    assert fit(recipe, tmp_path, "r", "--data.store", str(tmp_path / "half")) == 1
+    assert "has no manifest.json" in capsys.readouterr().err
+
+
+def test_micro_batches_that_the_devices_cannot_share_are_refused(store):
+    module = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4)
+    module.trainer = SimpleNamespace(world_size=3, global_rank=0)
+    with pytest.raises(ValueError, match="micro_batches_per_step=4 cannot be shared out evenly over 3 devices"):
+        module.setup("fit")
+
+
+def test_print_config_prints_a_configuration_that_can_be_used(recipe, capsys, tmp_path):
+    assert main(["fit", "--config", str(recipe), "--print_config"]) == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["data"]["batch_size"] == 32
+    assert printed["model"]["init_args"]["n_head_layers"] == 2
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+RECIPES = ["condenser.yaml", "demo.yaml"]
+OVERLAYS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.name not in RECIPES)
+
+
+@pytest.mark.parametrize(
+    "names", [[name] for name in RECIPES] + [["condenser.yaml", name] for name in OVERLAYS], ids="+".join
+)
+def test_every_shipped_configuration_trains(names, store, tiny_export, tmp_path):
+    small = {"data.store": store, "data.batch_size": 8, "data.num_workers": 0, "model.skip_from": 1, "wandb": "off"}
+    small |= {"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.max_epochs": -1, "trainer.max_steps": 2}
+    small |= {"trainer.val_check_interval": 2, "trainer.log_every_n_steps": 1, "trainer.enable_progress_bar": "false"}
+    if names[0] == "condenser.yaml":
+        small |= {"model.backbone": tiny_export}
+    else:
+        small |= {"model.backbone_config.num_hidden_layers": 2, "data.micro_batches_per_step": 2}
+    files = [part for name in names for part in ("-c", str(CONFIGS / name))]
+    options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
+    assert main(["fit", *files, *options, "--runs_dir", str(tmp_path), "--name", "smoke"]) == 0
+    assert (tmp_path / "smoke" / "summary.json").is_file()
