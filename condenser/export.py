@@ -152,7 +152,10 @@ from condenser.hub import load_export                               # with the C
 def compare_with_live(folder: Path, model: Condenser) -> None:
     """Load the folder in each way and compare with ``model`` on a small batch; ValueError where they differ."""
     from transformers import AutoModel, AutoModelForMaskedLM
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # AutoModel reports the MLM head that it leaves out
+    logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, model.lm.config.vocab_size, (2, 16), generator=generator)
     labels = torch.where(torch.arange(16) % 5 == 1, input_ids, -100)

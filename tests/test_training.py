@@ -404,6 +404,14 @@ def test_an_unfinished_store_is_refused(recipe, store, tmp_path, capsys):
     assert "has no manifest.json" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_another_model_or_of_none_is_refused(run, recipe, tmp_path, capsys):
+    checkpoint = ["--ckpt_path", str(checkpoints(run)[0])]
+    assert fit(recipe, tmp_path, "r", *checkpoint, "--model.backbone_config.intermediate_size", "96") == 1
+    assert "is of another model: model." in capsys.readouterr().err
+    assert fit(recipe, tmp_path, "r", "--ckpt_path", str(recipe)) == 1
+    assert "is missing, damaged, or no checkpoint" in capsys.readouterr().err
+
+
 def test_micro_batches_that_the_devices_cannot_share_are_refused(store):
     module = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4)
     module.trainer = SimpleNamespace(world_size=3, global_rank=0)

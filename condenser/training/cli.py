@@ -17,11 +17,12 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.data.datamodule import CondenserDataModule
 from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, MetricsCSV, Speed, Summary
 from condenser.training.module import CondenserModule
-from condenser.training.runs import CONFIG, SUMMARY, changed_keys, newest_valid_checkpoint, step_of
+from condenser.training.runs import CONFIG, SUMMARY, changed_keys, is_whole, newest_valid_checkpoint, step_of
 
 REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, what to set instead)
     "accumulate_grad_batches": (1, "data.micro_batches_per_step"),
@@ -59,6 +60,9 @@ class RunCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would take settings out of the checkpoint here; a run's settings are in its configuration."""
+
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
         if not settings.name:
@@ -67,7 +71,12 @@ class RunCLI(LightningCLI):
             if settings.trainer[key] != neutral:
                 raise ValueError(f"trainer.{key} cannot be used here; set {instead}")
         self.run = Path(settings.runs_dir) / settings.name
-        self.checkpoint = newest_valid_checkpoint(self.run) if settings.ckpt_path is None else Path(settings.ckpt_path)
+        if settings.ckpt_path is None:
+            self.checkpoint = newest_valid_checkpoint(self.run)
+        elif is_whole(Path(settings.ckpt_path)):
+            self.checkpoint = Path(settings.ckpt_path)
+        else:
+            raise ValueError(f"--ckpt_path {settings.ckpt_path} is missing, damaged, or no checkpoint")
         if self.subcommand == "fit":
             self.begin_run(settings)
         elif self.checkpoint is None:
@@ -90,7 +99,7 @@ class RunCLI(LightningCLI):
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
             print(f"{self.run} goes on from {self.checkpoint.name}")
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        if is_first_rank():
             self.run.mkdir(parents=True, exist_ok=True)
             config.write_text(text)
 
@@ -111,17 +120,29 @@ class RunCLI(LightningCLI):
         metrics.begin_at(step_of(self.checkpoint) if self.checkpoint else 0)
         if settings.wandb == "off":
             return [metrics]
-        identity = self.run / "wandb_id"
-        if not identity.is_file():
-            identity.write_text(secrets.token_hex(4))
         offline = settings.wandb == "offline"
-        run_id = identity.read_text()
-        resume = None if offline else "allow"
-        project = os.environ.get("WANDB_PROJECT", "condenser")
         beside = WandbLogger(
-            name=settings.name, project=project, save_dir=self.run, id=run_id, resume=resume, offline=offline
+            name=settings.name,
+            project=os.environ.get("WANDB_PROJECT", "condenser"),
+            save_dir=self.run,
+            id=wandb_id(self.run),
+            resume=None if offline else "allow",
+            offline=offline,
         )
         return [metrics, beside]
+
+
+def is_first_rank() -> bool:
+    known: Any = rank_zero_only
+    return known.rank == 0
+
+
+def wandb_id(run: Path) -> str | None:
+    """The W&B id that all sessions of a run share; only the first rank logs."""
+    path = run / "wandb_id"
+    if is_first_rank() and not path.is_file():
+        path.write_text(secrets.token_hex(4))
+    return path.read_text() if path.is_file() else None
 
 
 def fit(args: Sequence[str]) -> None:

@@ -99,7 +99,7 @@ class CondenserModule(L.LightningModule):
             torch.manual_seed(dropout_seed(self.seed, batch["step"], batch["micro_batch"]))
             with nullcontext() if number == len(micro_batches) else self.unsynchronised():
                 output = self.model_output(batch, score=log)
-                self.manual_backward(output.loss_sum * weight)
+                self.manual_backward(self.step_loss(output) * weight)
             sums.append(stream_sums(output) if log else {})
         norm = nn.utils.clip_grad_norm_(self.parameters(), self.optimization.gradient_clip or float("inf"))
         optimizer.step()
@@ -109,6 +109,10 @@ class CondenserModule(L.LightningModule):
             extra = {"grad_norm": norm, "lr": scheduler.get_last_lr()[0], "sequences": n_sequences}
             self.log_step(sums, n_masked, extra, padding=1 - n_tokens / area)
         scheduler.step()
+
+    def step_loss(self, output: CondenserOutput) -> Tensor:
+        """What is minimised: a sum over a micro-batch's masked tokens. Override it for another objective."""
+        return output.loss_sum
 
     def model_output(self, batch: dict[str, Any], score: bool) -> CondenserOutput:
         assert self.model is not None
@@ -166,7 +170,20 @@ class CondenserModule(L.LightningModule):
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_fits(checkpoint)
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
+
+    def check_fits(self, checkpoint: dict[str, Any]) -> None:
+        """Raises ValueError if the checkpoint is of another model, naming the first weight that differs."""
+        if "condenser" not in checkpoint:
+            raise ValueError("the checkpoint was not written by a Condenser run")
+        saved, own = checkpoint["state_dict"], self.state_dict()
+        for name in sorted(saved.keys() | own.keys()):
+            shapes = [tuple(state[name].shape) if name in state else "absent" for state in (saved, own)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(
+                    f"the checkpoint is of another model: {name} is {shapes[0]} there and {shapes[1]} here"
+                )
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
