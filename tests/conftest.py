@@ -115,3 +115,19 @@ def tiny_export(run):
     folder = run.parent / "tiny-export"
     assert main(["export", str(run), "--output", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def roberta(corpus, tmp_path_factory):
+    """A folder with a tiny RoBERTa masked LM and its byte-level tokenizer."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import RobertaConfig, RobertaForMaskedLM, RobertaTokenizer
+
+    trained = ByteLevelBPETokenizer()
+    trained.train(str(corpus), vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    model = json.loads(trained.to_str())["model"]
+    tokenizer = RobertaTokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    folder = tmp_path_factory.mktemp("roberta")
+    tokenizer.save_pretrained(folder)
+    RobertaForMaskedLM(RobertaConfig(**TINY_MODEL, vocab_size=len(tokenizer))).save_pretrained(folder)
+    return folder

@@ -137,6 +137,17 @@ def test_training_starts_from_the_authors_checkpoint_head_included():
     assert model.eval()(**tensors).loss.item() == pytest.approx(9.97518539428711, rel=1e-4)
 
 
+def test_a_roberta_goes_from_text_to_export(roberta, corpus, recipe, tmp_path):
+    store, out = str(tmp_path / "store"), tmp_path / "out"
+    arguments = ["--tokenizer", str(roberta), "--max-length", "32", "--workers", "1", "--validation-fraction", "0.1"]
+    assert main(["prepare", "--input", str(corpus), "--output", store, *arguments]) == 0
+    model = ["--model.backbone", str(roberta), "--model.backbone_config", "{}", "--data.store", store]
+    assert warm(recipe, tmp_path, *model, "--trainer.max_steps", "4") == 0
+    assert main(["export", str(tmp_path / "warm"), "--output", str(out)]) == 0
+    assert type(AutoModelForMaskedLM.from_pretrained(out)).__name__ == "RobertaForMaskedLM"
+    assert len(load_export(out).c_head) == 2
+
+
 def test_a_head_of_another_depth_is_refused(recipe, tiny_export, tmp_path, capsys):
     options = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--model.n_head_layers", "1"]
     assert warm(recipe, tmp_path, *options) == 1

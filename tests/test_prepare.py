@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from conftest import make_documents, write_jsonl
-from transformers import AutoTokenizer, RobertaTokenizer
+from transformers import AutoTokenizer
 
 from condenser.cli import main
 from condenser.data.blocks import Blocks, block_spans, cut_documents, sentence_ends, word_starts_of
@@ -93,15 +93,9 @@ def test_word_starts_are_the_tokenizers_own_words(store):
     assert any(token.startswith("##") for token in tokens)
 
 
-def test_a_byte_level_tokenizers_words_are_right_too(corpus):
-    from tokenizers import ByteLevelBPETokenizer
-
-    trained = ByteLevelBPETokenizer()
-    trained.train(str(corpus), vocab_size=400, special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
-    vocabulary = json.loads(trained.to_str())["model"]
-    tokenizer = RobertaTokenizer(vocab=vocabulary["vocab"], merges=[tuple(merge) for merge in vocabulary["merges"]])
+def test_a_byte_level_tokenizers_words_are_right_too(roberta):
     text = "Attending heads, rerankers."
-    encoding = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False)
+    encoding = AutoTokenizer.from_pretrained(roberta).backend_tokenizer.encode(text, add_special_tokens=False)
     starts = word_starts_of(encoding.word_ids)
     words = "".join("|" * int(start) + token for start, token in zip(starts, encoding.tokens, strict=True))
     assert words.replace("Ġ", "") == "|Attending|heads|,|rerankers|."

@@ -20,6 +20,7 @@ from transformers import BertConfig, BertForMaskedLM
 from condenser.cli import main
 from condenser.data.collate import positions_read
 from condenser.data.datamodule import CondenserDataModule
+from condenser.hub import load_checkpoint, load_export
 from condenser.models.attention import flat_positions
 from condenser.models.condenser import Condenser
 from condenser.training.callbacks import MetricsCSV
@@ -299,6 +300,9 @@ def test_variants_train(variant, recipe, tmp_path):
         "val/mlm_loss",
         "val/head_mlm_loss",
     }
+    if variant == "plain MLM":
+        assert main(["export", str(tmp_path / "v"), "--output", str(tmp_path / "export")]) == 0
+        assert len(load_export(tmp_path / "export").c_head) == 0
     if variant == "W&B offline":
         assert len((tmp_path / "v" / "wandb_id").read_text()) == 8
         assert list((tmp_path / "v" / "wandb").glob("offline-run-*/*.wandb"))
@@ -321,8 +325,6 @@ def test_validate_gives_the_runs_last_validation(run, recipe, capsys):
 
 
 def test_validation_is_the_global_mean_over_masked_tokens(run, store):
-    from condenser.hub import load_checkpoint
-
     model, _ = load_checkpoint(checkpoints(run)[0])
     module = CondenserDataModule(str(store), batch_size=7, micro_batches_per_step=1, num_workers=0, seed=1)
     module.setup("fit")
@@ -363,8 +365,8 @@ def test_a_resumed_csv_drops_what_was_logged_after_the_checkpoint(tmp_path):
 
 
 REFUSED = {
-    "accumulate": (["--trainer.accumulate_grad_batches", "2"], "set data.micro_batches_per_step"),
-    "clip": (["--trainer.gradient_clip_val", "1"], "set model.optimizer.gradient_clip"),
+    "accumulate": (["--trainer.accumulate_grad_batches", "2"], "by data.micro_batches_per_step"),
+    "clip": (["--trainer.gradient_clip_val", "1"], "by model.optimizer.gradient_clip"),
     "no store": (["--data.store", "nowhere"], "no token store at nowhere"),
     "skip_from": (["--model.skip_from", "3"], r"skip_from=3 must be in 1..2"),
     "fp16": (["--trainer.precision", "16-true"], "use bf16-mixed"),

@@ -95,7 +95,7 @@ def prepare(
         made_tokenizer = store_tokenizer(folder, tokenizer, texts)
         counts: Counter = Counter()
         with reading("cutting into blocks") as wrap:
-            stats = run_units(folder, blocks, texts(counts, wrap), workers or len(os.sched_getaffinity(0)))
+            stats = run_units(folder, blocks, texts(counts, wrap), workers or available_cores())
     except BaseException:
         if made and not list(folder.glob("units/*.json")):
             shutil.rmtree(folder)  # nothing to go on from: leave no trace
@@ -170,6 +170,10 @@ def run_units(folder: Path, blocks: Blocks, texts: Iterator[str], workers: int) 
                 results.append(waiting.popleft().result())
         results += [future.result() for future in waiting]
     return results
+
+
+def available_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def units(texts: Iterator[str]) -> Iterator[list[str]]:

@@ -148,7 +148,7 @@ class Summary(Callback):
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "tokens_seen": int(pl_module.tokens_seen),
-            "seconds_of_last_session": round(time.perf_counter() - self.began, 1),
+            "seconds_since_last_start": round(time.perf_counter() - self.began, 1),
             "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
             "hardware": hardware(trainer),
             "precision": trainer.precision,

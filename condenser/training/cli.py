@@ -24,11 +24,11 @@ from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, Metrics
 from condenser.training.module import CondenserModule
 from condenser.training.runs import CONFIG, SUMMARY, changed_keys, is_whole, newest_valid_checkpoint, step_of
 
-REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, what to set instead)
-    "accumulate_grad_batches": (1, "data.micro_batches_per_step"),
-    "gradient_clip_val": (None, "model.optimizer.gradient_clip"),
-    "gradient_clip_algorithm": (None, "model.optimizer.gradient_clip (by norm)"),
-    "use_distributed_sampler": (False, "nothing: the batches are shared out already"),
+REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
+    "accumulate_grad_batches": (1, "a step is cut by data.micro_batches_per_step"),
+    "gradient_clip_val": (None, "gradients are clipped by model.optimizer.gradient_clip"),
+    "gradient_clip_algorithm": (None, "gradients are clipped by norm, see model.optimizer.gradient_clip"),
+    "use_distributed_sampler": (False, "the batches are shared out over the devices already"),
 }
 
 
@@ -67,9 +67,9 @@ class RunCLI(LightningCLI):
         settings = self.config[self.subcommand]
         if not settings.name:
             raise ValueError("the run needs a name: --name NAME, or name: in the configuration")
-        for key, (neutral, instead) in REFUSED.items():
+        for key, (neutral, why) in REFUSED.items():
             if settings.trainer[key] != neutral:
-                raise ValueError(f"trainer.{key} cannot be used here; set {instead}")
+                raise ValueError(f"trainer.{key} cannot be used here: {why}")
         self.run = Path(settings.runs_dir) / settings.name
         if settings.ckpt_path is None:
             self.checkpoint = newest_valid_checkpoint(self.run)
