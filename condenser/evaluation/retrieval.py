@@ -8,8 +8,10 @@ each plain or compressed (.gz, .xz, .zst). A title goes before its text, as in B
 
 import hashlib
 import json
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,33 +20,24 @@ from condenser.data.corpus import COMPRESSED, lines_of, open_lines
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+Texts = dict[str, str]  # by id
 Run = dict[str, dict[str, float]]
 Qrels = dict[str, dict[str, int]]
 TOP_K = 100
-CUTOFF = 10
-ENCODE_BATCH = 64
 METRICS = ("ndcg@10", "mrr@10", "recall@100", "map")
 
 
 @dataclass(frozen=True)
 class Collection:
     name: str
-    documents: dict[str, str]  # id -> title and text
-    queries: dict[str, str]  # of all splits
-    train: Qrels  # empty without qrels/train.tsv
-    test: Qrels
-    has_titles: bool
-    fingerprint: str
+    documents: Texts  # title and text
+    queries: Texts  # those that `qrels` judges
+    qrels: Qrels  # of test
+    train_pairs: list[tuple[str, str]]  # texts of a query and a relevant document; none without qrels/train.tsv
 
-    @property
-    def test_queries(self) -> dict[str, str]:
-        return {query: self.queries[query] for query in self.test}
-
-    @property
-    def train_pairs(self) -> list[tuple[str, str]]:
-        """(query, relevant document) texts."""
-        judged = ((q, d) for q, relevant in self.train.items() for d, score in relevant.items() if score > 0)
-        return [(self.queries[q], self.documents[d]) for q, d in judged if d in self.documents]
+    @cached_property
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(vars(self)).encode()).hexdigest()[:16]
 
 
 def read_collection(folder: Path) -> Collection:
@@ -55,77 +48,62 @@ def read_collection(folder: Path) -> Collection:
     """
     if not folder.is_dir():
         raise ValueError(f"no retrieval collection at {folder}: --retrieval takes a folder in BEIR's layout")
-    has_train = any((folder / "qrels").glob("train.tsv*"))
-    qrels = {split: find(folder, f"qrels/{split}.tsv") for split in ("test", *(["train"] if has_train else []))}
-    corpus, queries = find(folder, "corpus.jsonl"), find(folder, "queries.jsonl")
-    rows = read_jsonl(corpus)
+    documents = {i: f"{row.get('title') or ''} {row['text']}".strip() for i, row in read_rows(folder, "corpus.jsonl")}
+    queries = {i: row["text"] for i, row in read_rows(folder, "queries.jsonl")}
+    test = read_qrels(folder, "qrels/test.tsv", queries)
+    train = read_qrels(folder, "qrels/train.tsv", queries) if any(folder.glob("qrels/train.tsv*")) else {}
+    if not any(judged.keys() & documents.keys() for judged in test.values()):
+        raise ValueError(f"{folder}: no document of qrels/test.tsv is in corpus.jsonl: do they belong together?")
+    relevant = ((query, i) for query, judged in train.items() for i, grade in judged.items() if grade > 0)
     full = folder.resolve()
-    collection = Collection(
+    return Collection(
         name=full.parent.name if full.name == "beir" else full.name,
-        documents={row["_id"]: f"{row.get('title') or ''} {row['text']}".strip() for row in rows},
-        queries={row["_id"]: row["text"] for row in read_jsonl(queries)},
-        train=read_qrels(qrels["train"]) if has_train else {},
-        test=read_qrels(qrels["test"]),
-        has_titles=any(row.get("title") for row in rows),
-        fingerprint=hash_files([corpus, queries, *qrels.values()]),
+        documents=documents,
+        queries={query: queries[query] for query in test},
+        qrels=test,
+        train_pairs=[(queries[query], documents[i]) for query, i in relevant if i in documents],
     )
-    check_judgements(collection, folder)
-    return collection
 
 
-def find(folder: Path, name: str) -> Path:
-    candidates = [folder / (name + suffix) for suffix in ("", *COMPRESSED)]
-    found = [path for path in candidates if path.is_file()]
-    if not found:
+def read_lines(folder: Path, name: str) -> Iterator[tuple[str, str]]:
+    """-> (where, line) of those that are not empty"""
+    path = next((p for suffix in ("", *COMPRESSED) if (p := folder / (name + suffix)).is_file()), None)
+    if path is None:
         raise ValueError(f"{folder} has no {name} (plain or {', '.join(COMPRESSED)}), which this needs")
-    return found[0]
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    rows = []
     with open_lines(str(path), lambda file, size, name: file) as file:
         for number, line in enumerate(lines_of(file, str(path)), start=1):
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-            if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("_id", "text")):
-                raise ValueError(f"{path}, line {number}: not an object with the strings _id and text")
-            rows.append(row)
-    return rows
+            if line.strip():
+                yield f"{path}, line {number}", line.decode(errors="replace").rstrip("\r\n")
 
 
-def read_qrels(path: Path) -> Qrels:
+def read_rows(folder: Path, name: str) -> Iterator[tuple[str, dict]]:
+    for where, line in read_lines(folder, name):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from None
+        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("_id", "text")):
+            raise ValueError(f"{where}: not an object with the strings _id and text")
+        yield row["_id"], row
+
+
+def read_qrels(folder: Path, name: str, queries: Texts) -> Qrels:
     """Queries with at least one relevant document. A first line that is no judgement is the header."""
     qrels: Qrels = {}
-    with open_lines(str(path), lambda file, size, name: file) as file:
-        for number, line in enumerate(lines_of(file, str(path)), start=1):
-            try:
-                query, document, score = line.decode().rstrip("\r\n").split("\t")
-                qrels.setdefault(query, {})[document] = int(score)
-            except ValueError:
-                if number > 1:
-                    raise ValueError(f"{path}, line {number}: not 'query-id<TAB>corpus-id<TAB>score'") from None
-    return {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
+    for number, (where, line) in enumerate(read_lines(folder, name)):
+        try:
+            query, document, grade = line.split("\t")
+            qrels.setdefault(query, {})[document] = int(grade)
+        except ValueError:
+            if number > 0:
+                raise ValueError(f"{where}: not 'query-id<TAB>corpus-id<TAB>score'") from None
+    qrels = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
+    if missing := qrels.keys() - queries.keys():
+        raise ValueError(f"{folder}: {name} judges query {min(missing)!r}, which queries.jsonl lacks")
+    return qrels
 
 
-def check_judgements(collection: Collection, folder: Path) -> None:
-    for split, qrels in (("train", collection.train), ("test", collection.test)):
-        if missing := qrels.keys() - collection.queries.keys():
-            raise ValueError(f"{folder}: qrels/{split}.tsv judges query {min(missing)!r}, which queries.jsonl lacks")
-    if not any(judged.keys() & collection.documents.keys() for judged in collection.test.values()):
-        raise ValueError(f"{folder}: no document of qrels/test.tsv is in corpus.jsonl: do they belong together?")
-
-
-def hash_files(paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-def bm25_search(documents: Mapping[str, str], queries: Mapping[str, str]) -> Run:
+def bm25_search(documents: Texts, queries: Texts) -> Run:
     """bm25s with its defaults: k1 1.5, b 0.75, English stop words, no stemming. Documents without a match stay out."""
     import bm25s
 
@@ -140,12 +118,12 @@ def bm25_search(documents: Mapping[str, str], queries: Mapping[str, str]) -> Run
     }
 
 
-def dense_search(encoder: "SentenceTransformer", documents: Mapping[str, str], queries: Mapping[str, str]) -> Run:
+def dense_search(encoder: "SentenceTransformer", documents: Texts, queries: Texts) -> Run:
     """Exact search, in chunks, by the encoder's own similarity function."""
     from sentence_transformers.util import SimilarityFunction, semantic_search
 
     ids = list(documents)
-    options: dict[str, Any] = {"batch_size": ENCODE_BATCH, "convert_to_tensor": True, "show_progress_bar": True}
+    options: Any = {"convert_to_tensor": True, "show_progress_bar": sys.stderr.isatty()}
     passages = encoder.encode_document(list(documents.values()), **options)
     questions = encoder.encode_query(list(queries.values()), **options)
     similarity = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
@@ -157,19 +135,15 @@ def dense_search(encoder: "SentenceTransformer", documents: Mapping[str, str], q
 
 
 def score(run: Run, qrels: Qrels) -> dict[str, float]:
-    """``METRICS`` by trec_eval, averaged over the queries of ``qrels``; one without hits counts zero."""
+    """The metrics by trec_eval, averaged over the queries of ``qrels``; one without hits counts zero."""
     import pytrec_eval
 
-    whole = pytrec_eval.RelevanceEvaluator(qrels, {f"ndcg_cut.{CUTOFF}", f"recall.{TOP_K}", "map"}).evaluate(run)
-    cut = {query: dict(best(hits, CUTOFF)) for query, hits in run.items()}
-    first = pytrec_eval.RelevanceEvaluator(qrels, {"recip_rank"}).evaluate(cut)
-    measured = ((whole, "ndcg_cut_10"), (first, "recip_rank"), (whole, "recall_100"), (whole, "map"))
+    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recip_rank", f"recall.{TOP_K}", "map"})
+    found = list(evaluator.evaluate(run).values())
+    for values in found:
+        values["mrr_10"] = values["recip_rank"] * (values["recip_rank"] >= 1 / 10)  # trec_eval's has no cut-off
+    measures = ("ndcg_cut_10", "mrr_10", "recall_100", "map")
     return {
-        metric: sum(values[measure] for values in found.values()) / len(qrels)
-        for metric, (found, measure) in zip(METRICS, measured, strict=True)
+        metric: sum(values[measure] for values in found) / len(qrels)
+        for metric, measure in zip(METRICS, measures, strict=True)
     }
-
-
-def best(hits: Mapping[str, float], n: int) -> list[tuple[str, float]]:
-    """The first ``n`` hits in trec_eval's order: by score, ties by id, both downwards."""
-    return sorted(hits.items(), key=lambda hit: (hit[1], hit[0]), reverse=True)[:n]
