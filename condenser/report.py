@@ -28,8 +28,8 @@ import yaml
 from condenser.figures import UNIGRAM, Curves, draw_panels, run_colours, short
 
 ZERO_SHOT_NOTE = (
-    "Rows that are not fine-tuned say little about pre-training: [CLS] vectors are not trained to be compared, and after "
-    "a short pre-training they normally retrieve worse than a random encoder's. Compare the fine-tuned rows."
+    "Rows that are not fine-tuned say little about pre-training: [CLS] vectors are not trained to be compared. After a "
+    "short pre-training they normally retrieve worse than a random encoder's. Compare the fine-tuned rows."
 )
 
 
