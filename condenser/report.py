@@ -186,17 +186,16 @@ def last_step(run: Run) -> int:
 
 
 def glance(runs: Sequence[Run]) -> str:
-    """One row per run; columns that no run has a value for are left out."""
-    rows = [dict(facts(run)) for run in runs]
-    columns = [key for key in rows[0] if any(row[key] is not None for row in rows)]
-    return table(columns, [[row[key] for key in columns] for row in rows])
+    """One column per run; rows that no run has a value for are left out."""
+    columns = [dict(facts(run)) for run in runs]
+    keys = [key for key in columns[0] if any(column[key] is not None for column in columns)]
+    return table(["run", *(run.label for run in runs)], [[key, *(column[key] for column in columns)] for key in keys])
 
 
 def facts(run: Run) -> Iterator[tuple[str, object]]:
     summary, last = run.summary or {}, run.last
     tokens, speed = summary.get("tokens_seen", last("train/tokens_seen")), run.curves.get("perf/tokens_per_second")
     unigram = last(UNIGRAM)
-    yield "run", run.label
     yield "state", "finished" if run.summary is not None else Html('<b class="warning">unfinished</b>')
     yield "steps", summary.get("steps", last_step(run))
     yield "tokens", None if tokens is None else short(tokens)

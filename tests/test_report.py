@@ -160,7 +160,7 @@ def test_retrieval_is_tabled_with_its_caveat(tmp_path):
     run = make_run(tmp_path / "a")
     write_retrieval(run, model="bm25", text="a document")
     retrieval = section(page(run), "Retrieval: ")
-    for expected in ("bm25", "0.4321", "pooling cls", "Without fine-tuning", "a query", "a document"):
+    for expected in ("bm25", "0.4321", "pooling cls", "not fine-tuned", "a query", "a document"):
         assert expected in retrieval
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def load_encoder(name: str, max_length: int) -> "SentenceTransformer":
-    """Load a folder or a model of the hub, cut to ``max_length`` tokens.
+def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
+    """Load a folder or a model of the hub; texts are cut to ``max_length`` tokens, or to the model's own setting.
 
     A plain Hugging Face folder gets CLS pooling, which is what Condenser trains; the library's own choice is the mean.
     """
@@ -34,11 +34,10 @@ def load_encoder(name: str, max_length: int) -> "SentenceTransformer":
     else:
         transformer = Transformer(name)
         encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
-    positions = getattr(backbone(encoder).config, "max_position_embeddings", max_length)
-    limit = min(encoder.max_seq_length or max_length, positions)
-    if max_length > limit:
-        raise ValueError(f"--max-length {max_length}: {name} takes at most {limit} tokens")
-    encoder.max_seq_length = max_length
+    positions = getattr(backbone(encoder).config, "max_position_embeddings", None)
+    if max_length and positions and max_length > positions:
+        raise ValueError(f"--max-length {max_length}: {name} takes at most {positions} tokens")
+    encoder.max_seq_length = max_length or encoder.max_seq_length
     return encoder
 
 
