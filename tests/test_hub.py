@@ -125,6 +125,22 @@ def test_training_goes_on_from_an_export_with_its_head(recipe, tiny_export, tmp_
     assert warm(recipe, tmp_path, *same_model, "--trainer.max_steps", "2") == 0
 
 
+def test_weights_that_were_loaded_train_with_dropout(recipe, tiny_export, tmp_path):
+    """Hugging Face hands loaded models over in evaluation mode."""
+    weights = []
+    for dropout in ("0.0", "0.5"):
+        options = [
+            "--model.backbone",
+            str(tiny_export),
+            "--model.backbone_config",
+            f"{{hidden_dropout_prob: {dropout}}}",
+        ]
+        assert warm(recipe, tmp_path / dropout, *options, "--trainer.max_steps", "2") == 0
+        state = torch.load(checkpoints(tmp_path / dropout / "warm")[0], weights_only=True)["state_dict"]
+        weights.append(state["model.c_head.0.output.dense.weight"])
+    assert not torch.equal(*weights)
+
+
 def test_training_starts_from_the_authors_checkpoint_head_included():
     class Tokenizer:
         pad_token_id = 0

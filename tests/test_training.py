@@ -429,7 +429,7 @@ def test_print_config_prints_a_configuration_that_can_be_used(recipe, capsys, tm
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = ["condenser.yaml", "demo.yaml"]
+RECIPES = ["condenser.yaml", "demo.yaml", "small.yaml"]
 OVERLAYS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.name not in RECIPES)
 
 

@@ -175,6 +175,8 @@ def quiet() -> None:
         "LightningCLI's args parameter",
         "Using ModelCheckpoint with manual optimization",
         ".*does not have many workers",
+        ".*is not supported by the model summary",
+        ".*callbacks used to create the checkpoint need to be provided",
         ".*Checkpoint directory .* exists and is not empty",
         ".*isinstance\\(treespec, LeafSpec\\)",
     ):

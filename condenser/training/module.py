@@ -69,6 +69,7 @@ class CondenserModule(L.LightningModule):
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, **self.head)
+        self.model.train()  # weights that were loaded come in evaluation mode
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
 
@@ -82,10 +83,6 @@ class CondenserModule(L.LightningModule):
         optimizer = build_optimizer(self, self.optimization)
         steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, steps)}
-
-    def on_train_start(self) -> None:
-        assert self.model is not None
-        self.model.train()  # a model that was loaded comes in evaluation mode
 
     def training_step(self, micro_batches: list[dict[str, Any]], batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
