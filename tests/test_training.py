@@ -98,6 +98,16 @@ def test_the_same_command_on_a_finished_run_says_so(run, recipe, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_run_stopped_by_the_clock_is_not_finished_and_goes_on(recipe, tmp_path, capsys):
+    long = ["--trainer.max_steps", "30000", "--trainer.val_check_interval", "10000"]
+    for _ in range(2):
+        assert fit(recipe, tmp_path, "clock", *long, "--trainer.max_time", "00:00:00:01") == 0
+        assert not (tmp_path / "clock" / "summary.json").exists()
+    assert "goes on from" in capsys.readouterr().out
+    steps = [int(row["step"]) for row in metrics_of(tmp_path / "clock") if row["train/loss"]]
+    assert steps == list(range(1, len(steps) * 2, 2))
+
+
 def test_a_changed_configuration_is_refused_by_name(run, recipe, capsys):
     changes = ["--model.skip_from", "2", "--data.batch_size", "64", "--trainer.devices", "1"]
     assert fit(recipe, run.parent, run.name, *changes) == 1

@@ -71,18 +71,22 @@ class RunCLI(LightningCLI):
             if settings.trainer[key] != neutral:
                 raise ValueError(f"trainer.{key} cannot be used here: {why}")
         self.run = Path(settings.runs_dir) / settings.name
-        if settings.ckpt_path is None:
-            self.checkpoint = newest_valid_checkpoint(self.run)
-        elif is_whole(Path(settings.ckpt_path)):
-            self.checkpoint = Path(settings.ckpt_path)
-        else:
-            raise ValueError(f"--ckpt_path {settings.ckpt_path} is missing, damaged, or no checkpoint")
+        self.checkpoint = self.starting_point(settings.ckpt_path)
         if self.subcommand == "fit":
             self.begin_run(settings)
         elif self.checkpoint is None:
             raise ValueError(f"{self.run} has no checkpoint to validate; give one with --ckpt_path")
         settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         settings.trainer.default_root_dir = str(self.run)
+
+    def starting_point(self, given: str | None) -> Path | None:
+        """The checkpoint to validate, or to go on from: a run that has its own goes on from that."""
+        if given is not None and not is_whole(Path(given)):
+            raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint")
+        newest = newest_valid_checkpoint(self.run)
+        if given is None or (newest is not None and self.subcommand == "fit"):
+            return newest
+        return Path(given)
 
     def begin_run(self, settings: Any) -> None:
         """Make the run folder, or see that it is this configuration's own."""
@@ -98,8 +102,9 @@ class RunCLI(LightningCLI):
             if (self.run / SUMMARY).is_file():
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
-            print(f"{self.run} goes on from {self.checkpoint.name}")
         if is_first_rank():
+            if self.checkpoint is not None:
+                print(f"{self.run} goes on from {self.checkpoint}")
             self.run.mkdir(parents=True, exist_ok=True)
             config.write_text(text)
 
