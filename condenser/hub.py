@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from condenser.data.corpus import is_path
 from condenser.models.backbones import build_masked_lm
 from condenser.models.condenser import Condenser
 
@@ -30,7 +31,8 @@ def warm_start(backbone: str | None, settings: dict[str, Any], tokenizer: Any, *
         ValueError: another tokenizer or vocabulary than the store's, or a head of another shape.
     """
     if backbone is not None:
-        backbone = existing(backbone)
+        if is_path(backbone) and not Path(backbone).is_dir():
+            raise ValueError(f"model.backbone: no such folder: {backbone}")
         check_same_tokenizer(backbone, tokenizer)
     lm = build_masked_lm(backbone, settings, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
     if lm.config.vocab_size < len(tokenizer):
@@ -42,13 +44,6 @@ def warm_start(backbone: str | None, settings: dict[str, Any], tokenizer: Any, *
     if weights and len(model.c_head):
         load_head(model, weights, backbone or "")
     return model
-
-
-def existing(backbone: str) -> str:
-    """A folder or hub name as it is; ValueError for a path that leads nowhere."""
-    if not Path(backbone).exists() and (backbone.startswith((".", "/", "~")) or backbone.count("/") > 1):
-        raise ValueError(f"model.backbone: no such folder: {backbone}")
-    return backbone
 
 
 def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:

@@ -288,7 +288,7 @@ def test_an_output_folder_with_something_else_in_it_is_refused_untouched(corpus,
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"), [("train:x", "whole number"), ("./nowhere", "no tokenizer could be loaded")]
+    ("spec", "message"), [("train:x", "whole number"), ("./nowhere", "no tokenizer folder at ./nowhere")]
 )
 def test_an_unsuitable_tokenizer_is_refused(spec, message, corpus, tmp_path, capsys):
     assert prepare(corpus, spec, tmp_path / "out") == 1

@@ -82,10 +82,16 @@ def folder_sources(folder: str) -> list[Source]:
 
 
 def hub_source(name: str) -> Source:
-    looks_like_path = glob.has_magic(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_like_path or Path(name).suffix.lower() in (*READERS, *COMPRESSED):
+    if glob.has_magic(name) or is_path(name) or Path(name).suffix.lower() in (*READERS, *COMPRESSED):
         raise ValueError(f"no such file: {name}")
     return Source(name, "hub")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name that a folder or the hub may answer to is meant as a path: ``NAME`` and ``OWNER/NAME`` are not,
+    unless a folder OWNER is here."""
+    parent = Path(name).parent
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (parent != Path() and parent.is_dir())
 
 
 def documents(

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from condenser.data.corpus import is_path
+
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
@@ -25,8 +27,8 @@ def obtain_tokenizer(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
 def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
-    if Path(name).exists() and not Path(name).is_dir():
-        raise ValueError(f"--tokenizer {name} is a file; give the folder that holds tokenizer.json, or a hub name")
+    if not Path(name).is_dir() and (is_path(str(name)) or Path(name).exists()):
+        raise ValueError(f"no tokenizer folder at {name}: give the folder that holds tokenizer.json, or a hub name")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # missing folder, no network, broken files: the library raises many kinds

@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from condenser.data.corpus import is_path
 from condenser.data.store import tokenizer_hash
 
 if TYPE_CHECKING:
@@ -24,8 +25,9 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
     from sentence_transformers.util import is_sentence_transformer_model
     from transformers.utils import logging
 
-    looks_like_a_path = Path(name.split("/")[0]).exists() or name.count("/") > 1  # or else a name on the hub
-    if looks_like_a_path and not any((Path(name) / file).is_file() for file in ("config.json", "modules.json")):
+    if (is_path(name) or Path(name).exists()) and not any(
+        (Path(name) / file).is_file() for file in ("config.json", "modules.json")
+    ):
         raise ValueError(f"no model folder at {name}: give a Hugging Face folder or what `condenser export` wrote")
     logging.set_verbosity_error()  # the MLM head, unused here, would be reported at length
     torch.manual_seed(0)  # a pooler that the file lacks is drawn at random: unused, but part of the weights' hash
