@@ -1,6 +1,7 @@
 """Training: exact steps, exact resume, any number of devices, and errors before any work."""
 
 import csv
+import json
 import os
 import re
 import signal
@@ -20,6 +21,7 @@ from transformers import BertConfig, BertForMaskedLM
 from condenser.cli import main
 from condenser.data.collate import positions_read
 from condenser.data.datamodule import CondenserDataModule
+from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.attention import flat_positions
 from condenser.models.condenser import Condenser
@@ -89,6 +91,17 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_and_summary(run):
             assert 0 <= float(row["perf/padding_fraction"]) < 0.2
     losses = [float(row["val/loss"]) for row in rows if row["val/loss"]]
     assert losses[1] < losses[0]
+
+
+def test_two_epochs_see_every_token_twice_and_end_at_a_rate_of_zero(recipe, store, tmp_path):
+    epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "31"]
+    assert fit(recipe, tmp_path, "e", *epochs) == 0
+    summary = json.loads((tmp_path / "e" / "summary.json").read_text())
+    train = read_manifest(store)["splits"]["train"]
+    assert summary["steps"] == 2 * round(train["blocks"] / 32)
+    assert summary["tokens_seen"] == 2 * (train["tokens"] + 2 * train["blocks"])
+    schedule = final_state(tmp_path / "e")["lr_schedulers"][0]
+    assert schedule["_last_lr"] == [0.0, 0.0]
 
 
 def test_the_same_command_on_a_finished_run_says_so(run, recipe, capsys):
