@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from condenser.hub import HEAD_FILE, load_checkpoint, load_export
 from condenser.models.backbones import parts
 from condenser.models.condenser import Condenser
+from condenser.runs import checkpoints
 
 ABOUT_FILE = "condenser.json"  # where the export came from
 
@@ -56,8 +57,6 @@ def export(checkpoint: str, /, *, output: str) -> None:
 
 def find_checkpoint(name: str) -> Path:
     """A .ckpt file, or the best (else newest) one of a run folder."""
-    from condenser.training.runs import checkpoints
-
     path = Path(name)
     if path.is_file():
         return path

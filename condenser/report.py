@@ -8,13 +8,10 @@ The page reads what every run folder holds, ``config.yaml`` and ``metrics.csv``,
 mail it, print it, keep it beside the checkpoint. A run in progress can be reported at any time.
 """
 
-import csv
 import html
-import io
-import json
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -23,9 +20,9 @@ from string import Template
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 
-from condenser.figures import UNIGRAM, Curves, draw_panels, run_colours, short
+from condenser.figures import UNIGRAM, draw_panels, run_colours, short
+from condenser.runs import CONFIG, METRICS, RETRIEVAL, SUMMARY, Curves, flatten, read_mapping, read_metrics
 
 ZERO_SHOT_NOTE = (
     "Rows that are not fine-tuned say little about pre-training: [CLS] vectors are not trained to be compared. After a "
@@ -81,57 +78,18 @@ def load_runs(runs: Sequence[str]) -> list[Run]:
 
 
 def load_run(folder: Path, name: str, colour: str) -> Run:
-    for needed in ("config.yaml", "metrics.csv"):
+    for needed in (CONFIG, METRICS):
         if not (folder / needed).is_file():
             raise ValueError(f"{folder} has no {needed}: give run folders (runs/<name>) that `condenser fit` wrote")
-    summary, retrieval = (read_mapping(folder / file) for file in ("summary.json", "evaluation/retrieval.json"))
+    summary, retrieval = (read_mapping(folder / file) for file in (SUMMARY, RETRIEVAL))
     return Run(
         label=Html(f'<i style="background:{colour}"></i>{html.escape(name)}'),
         name=name,
-        config=dict(flatten(read_mapping(folder / "config.yaml"))),
-        curves=read_metrics(folder / "metrics.csv"),
+        config=dict(flatten(read_mapping(folder / CONFIG))),
+        curves=read_metrics(folder / METRICS),
         summary=None if summary is None else dict(flatten(summary)),
         retrieval=retrieval,
     )
-
-
-def read_mapping(path: Path) -> Any:
-    """The content of a YAML or JSON file, None if there is no such file."""
-    if not path.exists():
-        return None
-    try:
-        text = path.read_text(encoding="utf-8")
-        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def read_metrics(path: Path) -> Curves:
-    """Curves by metric. Of a step that a resumed run logged again, the later row counts; a cut last line does not."""
-    text = path.read_text(encoding="utf-8")
-    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
-    header = next(reader, ["step"])
-    if "step" not in header:
-        raise ValueError(f"{path} has no 'step' column but {', '.join(header)}: is it the metrics of a run?")
-    points: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    for cells in filter(None, reader):
-        try:
-            step, row = parse_row(header, cells)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {reader.line_num}: broken row ({error}): mend or remove it") from error
-        for name, value in row.items():
-            points[name][step] = value
-    points.pop("epoch", None)
-    if not points:
-        raise ValueError(f"{path} holds no values yet: wait until the run has logged its first step")
-    return {name: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for name, p in points.items()}
-
-
-def parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[int, dict[str, float]]:
-    if len(cells) != len(header):
-        raise ValueError(f"{len(cells)} cells under {len(header)} columns")
-    row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell or name == "step"}
-    return int(row.pop("step")), row
 
 
 def over_tokens(run: Run) -> Curves:
@@ -139,18 +97,6 @@ def over_tokens(run: Run) -> Curves:
         raise ValueError(f"{run.name} logged no train/tokens_seen: leave out --x tokens")
     steps, tokens = (np.concatenate([[0], a]) for a in run.curves["train/tokens_seen"])
     return {name: (np.interp(at, steps, tokens), values) for name, (at, values) in run.curves.items()}
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted keys; a nest of class_path and init_args is shown as its class and the arguments beside it."""
-    for key, value in tree.items():
-        path = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}".lstrip(".")
-        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
-            value = {str(i): item for i, item in enumerate(value)}
-        if isinstance(value, dict) and value:
-            yield from flatten(value, path)
-        else:
-            yield path, value
 
 
 # --- the page

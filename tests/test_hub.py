@@ -15,7 +15,7 @@ from condenser import hub
 from condenser.cli import main
 from condenser.hub import load_authors_checkpoint, load_checkpoint, load_export
 from condenser.models.backbones import parts
-from condenser.training.runs import checkpoints
+from condenser.runs import checkpoints
 
 REFERENCE = Path(__file__).parent / "golden" / "reference-checkpoint"
 TEXTS = ["The encoder attends.", "Dense retrieval with masked tokens and a head, ranked and indexed."]

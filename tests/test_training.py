@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import TINY_MODEL
+from lightning.pytorch.callbacks import Callback
 from transformers import BertConfig, BertForMaskedLM
 
 from condenser.cli import main
@@ -25,9 +26,9 @@ from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.attention import flat_positions
 from condenser.models.condenser import Condenser
+from condenser.runs import changed_keys, checkpoints, newest_valid_checkpoint
 from condenser.training.callbacks import MetricsCSV
 from condenser.training.optim import Optimization, build_optimizer, build_schedule
-from condenser.training.runs import changed_keys, checkpoints, newest_valid_checkpoint
 
 METRICS = {
     *(f"train/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "head_mlm_accuracy")),
@@ -111,14 +112,29 @@ def test_the_same_command_on_a_finished_run_says_so(run, recipe, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
-def test_a_run_stopped_by_the_clock_is_not_finished_and_goes_on(recipe, tmp_path, capsys):
-    long = ["--trainer.max_steps", "30000", "--trainer.val_check_interval", "10000"]
-    for _ in range(2):
-        assert fit(recipe, tmp_path, "clock", *long, "--trainer.max_time", "00:00:00:01") == 0
-        assert not (tmp_path / "clock" / "summary.json").exists()
-    assert "goes on from" in capsys.readouterr().out
-    steps = [int(row["step"]) for row in metrics_of(tmp_path / "clock") if row["train/loss"]]
-    assert steps == list(range(1, len(steps) * 2, 2))
+class StopAfter(Callback):
+    """Ends training after some steps, as a time limit would."""
+
+    def __init__(self, n_steps: int):
+        self.n_steps = n_steps
+
+    def on_train_start(self, trainer, pl_module):
+        self.end = trainer.global_step + self.n_steps
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.global_step >= self.end
+
+
+def test_a_run_that_was_stopped_is_not_finished_and_goes_on(recipe, tmp_path, capsys):
+    stop = ["--trainer.callbacks", f"{__name__}.StopAfter", "--trainer.callbacks.n_steps", "3"]
+    for end in (3, 6):
+        assert fit(recipe, tmp_path, "stopped", *stop) == 0
+        assert not (tmp_path / "stopped" / "summary.json").exists()
+        assert checkpoints(tmp_path / "stopped")[0].name == f"last-step={end}.ckpt"
+    assert fit(recipe, tmp_path, "stopped") == 0
+    assert capsys.readouterr().out.count("goes on from") == 2
+    assert fit(recipe, tmp_path, "whole") == 0
+    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
 
 
 def test_a_changed_configuration_is_refused_by_name(run, recipe, capsys):

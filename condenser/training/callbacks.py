@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from condenser.training.runs import METRICS, SUMMARY
+from condenser.runs import METRICS, SUMMARY
 
 
 class LastCheckpoint(ModelCheckpoint):

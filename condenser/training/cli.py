@@ -20,9 +20,9 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.data.datamodule import CondenserDataModule
+from condenser.runs import CONFIG, SUMMARY, changed_keys, is_whole, newest_valid_checkpoint, step_of
 from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, MetricsCSV, Speed, Summary
 from condenser.training.module import CondenserModule
-from condenser.training.runs import CONFIG, SUMMARY, changed_keys, is_whole, newest_valid_checkpoint, step_of
 
 REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
     "accumulate_grad_batches": (1, "a step is cut by data.micro_batches_per_step"),

@@ -1,0 +1,141 @@
+"""A run folder: ``runs/<name>/{config.yaml, metrics.csv, checkpoints/, summary.json, wandb/}``, and reading it.
+
+``summary.json`` is written when training has ended, so its presence says that the run is finished.
+"""
+
+import csv
+import io
+import json
+import re
+import zipfile
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+CONFIG = "config.yaml"
+SUMMARY = "summary.json"
+METRICS = "metrics.csv"
+RETRIEVAL = "evaluation/retrieval.json"
+
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> (steps, values)
+
+FREE = {  # settings that do not change what is computed, or only where
+    "name",
+    "runs_dir",
+    "wandb",
+    "config",
+    "ckpt_path",
+    "weights_only",
+    "checkpoint",
+    "data.num_workers",
+    "model.gradient_checkpointing",
+    *(
+        f"trainer.{key}"
+        for key in (
+            "accelerator",
+            "devices",
+            "num_nodes",
+            "strategy",
+            "callbacks",
+            "logger",
+            "profiler",
+            "enable_progress_bar",
+            "enable_model_summary",
+            "enable_checkpointing",
+            "log_every_n_steps",
+            "val_check_interval",
+            "default_root_dir",
+        )
+    ),
+}
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The checkpoints of a run, newest step first."""
+    found = (run / "checkpoints").glob("*.ckpt")
+    return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
+
+
+def step_of(path: Path) -> int:
+    """The optimizer step in a checkpoint's name (``last-step=100.ckpt``)."""
+    match = re.search(r"step=(\d+)", path.name)
+    return int(match[1]) if match else -1
+
+
+def newest_valid_checkpoint(run: Path) -> Path | None:
+    """The newest checkpoint whose bytes are whole; damaged ones are reported and passed over."""
+    for path in checkpoints(run):
+        if is_whole(path):
+            return path
+        print(f"{path} is damaged and is passed over")
+    return None
+
+
+def is_whole(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError):
+        return False
+
+
+def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Dotted keys whose values differ, leaving out those that may change when a run goes on."""
+    old, new = dict(flatten(before)), dict(flatten(now))
+    differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
+    return sorted(key for key in differing if not any(key == free or key.startswith(free + ".") for free in FREE))
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys; a nest of class_path and init_args is shown as its class and the arguments beside it."""
+    for key, value in tree.items():
+        path = prefix if key in ("class_path", "init_args") else f"{prefix}.{key}".lstrip(".")
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(i): item for i, item in enumerate(value)}
+        if isinstance(value, dict) and value:
+            yield from flatten(value, path)
+        else:
+            yield path, value
+
+
+def read_mapping(path: Path) -> Any:
+    """The content of a YAML or JSON file, None if there is no such file."""
+    if not path.exists():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+
+
+def read_metrics(path: Path) -> Curves:
+    """Curves by metric. Of a step that a resumed run logged again, the later row counts; a cut last line does not."""
+    text = path.read_text(encoding="utf-8")
+    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
+    header = next(reader, ["step"])
+    if "step" not in header:
+        raise ValueError(f"{path} has no 'step' column but {', '.join(header)}: is it the metrics of a run?")
+    points: defaultdict[str, dict[int, float]] = defaultdict(dict)
+    for cells in filter(None, reader):
+        try:
+            step, row = parse_row(header, cells)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {reader.line_num}: broken row ({error}): mend or remove it") from error
+        for name, value in row.items():
+            points[name][step] = value
+    points.pop("epoch", None)
+    if not points:
+        raise ValueError(f"{path} holds no values yet: wait until the run has logged its first step")
+    return {name: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for name, p in points.items()}
+
+
+def parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[int, dict[str, float]]:
+    if len(cells) != len(header):
+        raise ValueError(f"{len(cells)} cells under {len(header)} columns")
+    row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell or name == "step"}
+    return int(row.pop("step")), row
