@@ -87,23 +87,17 @@ def evaluate(
         seed: of random weights and of fine-tuning
     """
     packages = versions()
-    tuning = {"steps": finetune_steps, "batch_size": finetune_batch_size, "learning_rate": finetune_learning_rate}
+    tuning: dict[str, Any] = {"steps": finetune_steps, "batch_size": finetune_batch_size}
+    tuning["learning_rate"] = finetune_learning_rate
     if finetune_steps < 1 or finetune_batch_size < 2 or finetune_learning_rate <= 0:
         raise ValueError(f"fine-tuning takes steps >= 1, batch size >= 2 and learning rate > 0, not {tuning}")
-    tunings = [None, tuning | {"seed": seed}] if finetune else [None]
+    tunings: list[dict[str, Any] | None] = [None, tuning | {"seed": seed}] if finetune else [None]
     path = result_path(Path(output))
     collections = [read_collection(Path(folder)) for folder in retrieval]
     if untrainable := [f for f, c in zip(retrieval, collections, strict=True) if finetune and not c.train_pairs]:
         raise ValueError(f"{untrainable[0]} has no relevant pairs in qrels/train.tsv, which --finetune trains on")
     encoder = encoders.load_encoder(model, max_length)
-    starts = {"random initialisation": encoders.reinitialised(encoder, seed)} if baselines else {}
-    starts["pre-trained"] = encoder
-    jobs = []
-    for collection in collections:
-        jobs += [Job(collection, "BM25")] if baselines else []
-        jobs += [Job(collection, name, starts[name], tuning) for tuning in tunings for name in starts]
-    answering = len(jobs) // len(collections) - 1  # the first collection's last row
-    jobs[answering] = replace(jobs[answering], query=query)
+    jobs = plan(collections, encoder, tunings, baselines, query, seed)
     settings = {
         "model": model,
         **encoders.describe(encoder),
@@ -115,6 +109,26 @@ def evaluate(
     }
     show(compute(jobs, settings, path))
     print(f"wrote {path}")
+
+
+def plan(
+    collections: list[Collection],
+    encoder: "SentenceTransformer",
+    tunings: list[dict[str, Any] | None],
+    baselines: bool,
+    query: str | None,
+    seed: int,
+) -> list[Job]:
+    """The rows of the table, in order; the first collection's last encoder answers the query."""
+    starts = {"random initialisation": encoders.reinitialised(encoder, seed)} if baselines else {}
+    starts["pre-trained"] = encoder
+    jobs = []
+    for collection in collections:
+        jobs += [Job(collection, "BM25")] if baselines else []
+        jobs += [Job(collection, name, starts[name], tuning) for tuning in tunings for name in starts]
+    answering = len(jobs) // len(collections) - 1
+    jobs[answering] = replace(jobs[answering], query=query)
+    return jobs
 
 
 def versions() -> dict[str, str]:
