@@ -135,6 +135,8 @@ def test_a_run_that_was_stopped_is_not_finished_and_goes_on(recipe, tmp_path, ca
     assert capsys.readouterr().out.count("goes on from") == 2
     assert fit(recipe, tmp_path, "whole") == 0
     assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
+    logged = [[row for row in metrics_of(tmp_path / name) if row["train/loss"]] for name in ("stopped", "whole")]
+    assert logged[0] == logged[1]
 
 
 def test_a_changed_configuration_is_refused_by_name(run, recipe, capsys):

@@ -46,11 +46,15 @@ class MetricsCSV(Logger):
     """Appends metrics to one wide CSV file; a resumed run goes on in it, after what its checkpoint had reached.
 
     Columns are ``step``, ``epoch``, then metrics as they turn up; a new one makes the file be written again.
+
+    Args:
+        folder: the run's.
+        every_n_steps: how often training logs; when it is stopped between, Lightning repeats what it logged last.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, every_n_steps: int = 1):
         super().__init__()
-        self.path = folder / METRICS
+        self.path, self.every_n_steps = folder / METRICS, every_n_steps
         self.columns: list[str] = []
 
     @property
@@ -92,6 +96,9 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None
+        if "train/loss" in metrics and (step + 1) % self.every_n_steps:
+            return
         row: dict[str, Any] = {"step": step, **{key: float(value) for key, value in metrics.items()}}
         row["epoch"] = int(row.get("epoch", 0))
         new = [key for key in ("step", "epoch", *row) if key not in self.columns]

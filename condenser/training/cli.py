@@ -121,7 +121,7 @@ class RunCLI(LightningCLI):
 
     def loggers(self, settings: Any) -> list[Logger]:
         """CSV always, W&B beside it; both go on where the checkpoint had reached."""
-        metrics = MetricsCSV(self.run)
+        metrics = MetricsCSV(self.run, settings.trainer.log_every_n_steps or 50)  # 50 is Lightning's default
         metrics.begin_at(step_of(self.checkpoint) if self.checkpoint else 0)
         if settings.wandb == "off":
             return [metrics]
@@ -143,7 +143,7 @@ def is_first_rank() -> bool:
 
 
 def wandb_id(run: Path) -> str | None:
-    """The W&B id that all sessions of a run share; only the first rank logs."""
+    """The W&B id that a run keeps however often it is started; only the first rank logs."""
     path = run / "wandb_id"
     if is_first_rank() and not path.is_file():
         path.write_text(secrets.token_hex(4))
