@@ -428,6 +428,13 @@ def test_what_cannot_work_is_refused_in_one_line_before_any_work(case, recipe, t
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
+def test_wandb_online_without_a_key_is_refused(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert fit(recipe, tmp_path, "r", "--wandb", "online") == 1
+    assert "run `wandb login`, or take offline" in capsys.readouterr().err
+
+
 def test_a_run_without_a_name_is_refused(recipe, capsys):
     assert main(["fit", "--config", str(recipe)]) == 1
     assert "the run needs a name" in capsys.readouterr().err

@@ -126,6 +126,8 @@ class RunCLI(LightningCLI):
         if settings.wandb == "off":
             return [metrics]
         offline = settings.wandb == "offline"
+        if not offline and is_first_rank():
+            check_wandb_login()
         beside = WandbLogger(
             name=settings.name,
             project=os.environ.get("WANDB_PROJECT", "condenser"),
@@ -140,6 +142,15 @@ class RunCLI(LightningCLI):
 def is_first_rank() -> bool:
     known: Any = rank_zero_only
     return known.rank == 0
+
+
+def check_wandb_login() -> None:
+    import wandb
+
+    if not wandb.login(prompt=False):
+        raise ValueError(
+            "--wandb online needs a key: run `wandb login`, or take offline and `wandb sync` the run later"
+        )
 
 
 def wandb_id(run: Path) -> str | None:
