@@ -18,8 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-Curve = tuple[np.ndarray, np.ndarray]  # x (steps or tokens), values
-Curves = dict[str, Curve]  # by metric name
+from condenser.runs import Curves
 
 UNIGRAM = "val/unigram_loss_at_mask"
 NOT_DRAWN = {"train/loss", "val/loss", "train/tokens_seen"}  # sums of what is drawn, or another name of the x axis

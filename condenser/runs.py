@@ -21,7 +21,7 @@ SUMMARY = "summary.json"
 METRICS = "metrics.csv"
 RETRIEVAL = "evaluation/retrieval.json"
 
-Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> (steps, values)
+Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> x (steps or tokens), values
 
 FREE = {  # settings that do not change what is computed, or only where
     "name",
@@ -33,24 +33,19 @@ FREE = {  # settings that do not change what is computed, or only where
     "checkpoint",
     "data.num_workers",
     "model.gradient_checkpointing",
-    *(
-        f"trainer.{key}"
-        for key in (
-            "accelerator",
-            "devices",
-            "num_nodes",
-            "strategy",
-            "callbacks",
-            "logger",
-            "profiler",
-            "enable_progress_bar",
-            "enable_model_summary",
-            "enable_checkpointing",
-            "log_every_n_steps",
-            "val_check_interval",
-            "default_root_dir",
-        )
-    ),
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.strategy",
+    "trainer.callbacks",
+    "trainer.logger",
+    "trainer.profiler",
+    "trainer.enable_progress_bar",
+    "trainer.enable_model_summary",
+    "trainer.enable_checkpointing",
+    "trainer.log_every_n_steps",
+    "trainer.val_check_interval",
+    "trainer.default_root_dir",
 }
 
 
