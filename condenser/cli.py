@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 
 COMMANDS = {  # name: (module:function, one line)
     "prepare": ("condenser.data.prepare:prepare", "text -> token store"),
+    "prepare merge": ("condenser.data.merge:merge", "put the shares of several machines together"),
     "fit": ("condenser.training.cli:fit", "pre-train from a YAML recipe; resumes a run of the same name"),
     "validate": ("condenser.training.cli:validate", "validation losses and accuracies of a checkpoint"),
     "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
@@ -34,7 +35,8 @@ def main(args: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
         return 0 if argv else 2
-    name, rest = argv[0], argv[1:]
+    words = 2 if " ".join(argv[:2]) in COMMANDS else 1
+    name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
         print(f"condenser: no command {name!r}\n\n{overview()}", file=sys.stderr)
         return 2
@@ -58,7 +60,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 
 def overview() -> str:
-    rows = "\n".join(f"  {name:<10} {line}" for name, (_, line) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<14} {line}" for name, (_, line) in COMMANDS.items())
     return (
         f"usage: condenser <command> [options]\n\n{rows}\n\n"
         "`condenser <command> --help` lists a command's options. CONDENSER_TRACEBACK=1 shows where an error came from."

@@ -136,7 +136,7 @@ Pre-trained with Condenser (Gao & Callan, EMNLP 2021) so that its `[CLS]` vector
 - {config.num_hidden_layers} layers, hidden size {config.hidden_size}, vocabulary {config.vocab_size:,}
 - head: {json.dumps(card["head"])}
 - training: step {card["source"]["step"]:,}; settings in `training_config.yaml`
-- data: {files}; {data["counts"]["tokens_kept"]:,} tokens in blocks of up to {data["settings"]["max_length"]}
+- data: {files}; {data["counts"]["tokens_kept"]:,} tokens in rows of up to {data["settings"]["max_length"]}
 - pooling: `[CLS]`; sequences are cut at {data["settings"]["max_length"]} tokens, the length of pre-training,
   unless you raise `max_seq_length`
 

@@ -120,14 +120,13 @@ def load_export(directory: str | Path) -> Condenser:
     return model.eval()
 
 
-def description(model: Condenser, store: Path, run_config: str) -> dict[str, Any]:
+def description(model: Condenser, tokenizer: Path, data: dict[str, Any], run_config: str) -> dict[str, Any]:
     """What a checkpoint must hold besides weights so that it can be exported on its own; plain values only."""
-    manifest = json.loads((store / "manifest.json").read_text())
     return {
         "config": json.dumps(model.lm.config.to_dict()),
         "head": head_settings(model),
-        "tokenizer": {path.name: path.read_text() for path in sorted((store / "tokenizer").iterdir())},
-        "manifest": json.dumps({key: manifest[key] for key in ("settings", "tokenizer", "counts")}),
+        "tokenizer": {path.name: path.read_text() for path in sorted(tokenizer.iterdir())},
+        "manifest": json.dumps(data),
         "run_config": run_config,
     }
 

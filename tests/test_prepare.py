@@ -20,8 +20,6 @@ from conftest import make_documents, write_jsonl
 from transformers import AutoTokenizer
 
 from condenser.cli import main
-from condenser.data.blocks import Blocks, block_spans, cut_documents, sentence_ends, word_starts_of
-from condenser.data.hashing import hash_ints
 from condenser.data.store import TokenStore, read_manifest
 
 
@@ -55,61 +53,6 @@ def test_the_blocks_put_together_are_the_documents_tokens(store, corpus):
     assert counts["documents"] == 400
     assert counts["tokens_kept"] == len(found)
     assert counts["tokens_dropped"] == 0
-
-
-def test_blocks_end_where_sentences_end_unless_a_sentence_is_longer_than_a_block():
-    blocks = Blocks(32, 1, 0.1, 0.0, "en", 0)
-    rng = np.random.default_rng(0)
-    for number in range(300):
-        sizes = rng.integers(1, 45, rng.integers(1, 12))
-        ends = np.cumsum(sizes).tolist()
-        spans = block_spans(ends, blocks, hash_ints(number))
-        assert [first for first, _ in spans] == [0, *(end for _, end in spans[:-1])]
-        assert spans[-1][1] == ends[-1]
-        assert all(0 < end - first <= blocks.room for first, end in spans)
-        for first, end in spans:
-            if end not in ends:  # cut inside a sentence: it was too long for any block, and this block is full
-                sentence = next(i for i, sentence_end in enumerate(ends) if sentence_end > end)
-                assert sizes[sentence] > blocks.room
-                assert end - first == blocks.room
-
-
-def test_a_tenth_of_the_blocks_has_a_random_shorter_target():
-    blocks = Blocks(130, 1, 0.1, 0.0, "en", 0)
-    spans = block_spans(list(range(1, 200_000)), blocks, hash_ints(0))  # one-token sentences: targets are met exactly
-    sizes = np.array([end - first for first, end in spans[:-1]])
-    short = (sizes < blocks.room).mean()
-    assert abs(short - 0.1) < 3 * np.sqrt(0.09 / len(sizes))
-    assert abs(sizes[sizes < blocks.room].mean() - 64) < 10
-
-
-def test_word_starts_are_the_tokenizers_own_words(store):
-    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
-    backend = tokenizer.backend_tokenizer
-    cut, _ = cut_documents(["Retrieving, unencoded tokens; reranked."], backend, Blocks(32, 1, 0.0, 0.0, "en", 0))
-    ids, starts = cut["train"]
-    tokens = tokenizer.convert_ids_to_tokens(ids[0])
-    assert [not token.startswith("##") for token in tokens] == starts[0].tolist()
-    assert any(token.startswith("##") for token in tokens)
-
-
-def test_a_byte_level_tokenizers_words_are_right_too(roberta):
-    text = "Attending heads, rerankers."
-    encoding = AutoTokenizer.from_pretrained(roberta).backend_tokenizer.encode(text, add_special_tokens=False)
-    starts = word_starts_of(encoding.word_ids)
-    words = "".join("|" * int(start) + token for start, token in zip(starts, encoding.tokens, strict=True))
-    assert words.replace("Ġ", "") == "|Attending|heads|,|rerankers|."
-
-
-def test_sentences_are_found_in_tokens_even_without_spaces_between_them():
-    text = "我喜欢猫。他也是。 The end. New one?"
-    ends = sentence_ends(text, np.arange(1, len(text) + 1), "en")  # one token a character
-    assert [text[a:b].strip() for a, b in zip([0, *ends], ends, strict=False)] == [
-        "我喜欢猫。",
-        "他也是。",
-        "The end.",
-        "New one?",
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +110,7 @@ def test_the_store_is_what_datasets_reads(store):
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("condenser.data.prepare.UNIT_CHARACTERS", 20_000)
+    monkeypatch.setattr("condenser.data.prepare.UNIT_BYTES", (20_000, 20_000))
     for workers in ("1", "3"):
         assert prepare(corpus, store / "tokenizer", tmp_path / workers, "--workers", workers) == 0
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
@@ -176,7 +119,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, store, tmp_pat
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(corpus, store, tmp_path):
     small_units = (
-        "import sys, condenser.data.prepare as p, condenser.cli as c; p.UNIT_CHARACTERS = 3000; c.main(sys.argv[1:])"
+        "import sys, condenser.data.prepare as p, condenser.cli as c; p.UNIT_BYTES = 3000, 3000; c.main(sys.argv[1:])"
     )
     command = [
         sys.executable,
@@ -202,7 +145,7 @@ def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(corpus, store, tmp_pa
     assert not (tmp_path / "killed" / "manifest.json").exists()
     with pytest.raises(ValueError, match="unfinished"):
         TokenStore(tmp_path / "killed", "train")
-    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train/data-0000[0-3].arrow")}
+    kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "killed").glob("train/data-00000-0000[0-3].arrow")}
     subprocess.run([*command, str(tmp_path / "killed")], check=True, capture_output=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
     assert kept
@@ -271,7 +214,7 @@ def test_bad_lines_can_be_skipped_and_are_counted(store, tmp_path, capsys):
     source.write_text(GOOD + "{oops\n" + GOOD + '{"body": 1}\n')
     assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 0
     counts = read_manifest(tmp_path / "out")["counts"]
-    assert (counts["documents"], counts["bad_lines"]) == (2, 2)
+    assert (counts["documents"], counts["kept"], counts["bad"]) == (4, 2, 2)
 
 
 def test_a_parquet_file_without_the_column_names_those_it_has(store, tmp_path, capsys):

@@ -8,6 +8,8 @@ how many there are. Any step is computed on its own: nothing is replayed to get 
 
 Remainder policy: every sample is in exactly one step of an epoch; there are ``round(n / batch_size)`` steps (at least
 one), and the samples are spread evenly over them.
+
+Memory: the lengths, 2 bytes a sample, and the samples of one window.
 """
 
 import itertools
@@ -15,49 +17,63 @@ import itertools
 import numpy as np
 
 from condenser.data.hashing import hash_ints, permuted
+from condenser.data.mixing import Mixture
 
 ORDER, SHUFFLE = range(2)  # independent draws for one epoch
 
 
 class BucketedBatches:
-    """The batches of all epochs over samples of these ``lengths`` (in tokens, as they will be fed).
+    """The batches of all epochs over samples of these ``lengths``.
 
     Args:
-        lengths: ``[n]`` length of each sample.
+        lengths: ``[n]`` length of each sample, in tokens; with a mixture, of each row.
         batch_size: samples per optimizer step over all devices, on average.
         micro_batches_per_step: micro-batches of a step over all devices.
         window: steps whose samples are sorted together; larger means less padding and less mixing of lengths.
         seed: seed of the order.
+        added: tokens that each sample gets when it is fed (special tokens).
+        multiple_of: what padded lengths are rounded up to, so that fewer shapes occur.
+        mixture: says which row each sample is, where an epoch is not every row once.
 
     Raises:
         ValueError: fewer samples, or a smaller ``batch_size``, than there are micro-batches in a step.
     """
 
     def __init__(
-        self, lengths: np.ndarray, *, batch_size: int, micro_batches_per_step: int, window: int = 8, seed: int
+        self,
+        lengths: np.ndarray,
+        *,
+        batch_size: int,
+        micro_batches_per_step: int,
+        window: int = 8,
+        seed: int,
+        added: int = 0,
+        multiple_of: int = 1,
+        mixture: Mixture | None = None,
     ):
-        self.lengths = np.asarray(lengths)
+        self.lengths, self.mixture = np.asarray(lengths), mixture
+        self.added, self.multiple_of = added, multiple_of
         self.batch_size, self.window, self.seed = batch_size, window, seed
         self.micro_batches_per_step = micro_batches_per_step
-        if min(batch_size, micro_batches_per_step, window) < 1:
+        self.n = len(self.lengths) if mixture is None else len(mixture)
+        if min(batch_size, micro_batches_per_step, window, multiple_of) < 1:
             raise ValueError(
-                f"batch_size={batch_size}, micro_batches_per_step={micro_batches_per_step} and window={window} "
-                "must be at least 1"
+                f"batch_size={batch_size}, micro_batches_per_step={micro_batches_per_step}, window={window} and "
+                f"multiple_of={multiple_of} must be at least 1"
             )
-        if min(batch_size, len(self.lengths)) < micro_batches_per_step:
+        if min(batch_size, self.n) < micro_batches_per_step:
             raise ValueError(
                 f"micro_batches_per_step={micro_batches_per_step} needs at least as many samples in a step: "
-                f"batch_size is {batch_size} and there are {len(self.lengths)} samples"
+                f"batch_size is {batch_size} and there are {self.n} samples"
             )
         if self.lengths.min() < 1:
             raise ValueError(f"sample {int(self.lengths.argmin())} has length {self.lengths.min()}: nothing to batch")
-        n = len(self.lengths)
-        self.steps_per_epoch = min(max(1, round(n / batch_size)), n // micro_batches_per_step)
+        self.steps_per_epoch = min(max(1, round(self.n / batch_size)), self.n // micro_batches_per_step)
         self.n_windows = -(-self.steps_per_epoch // window)
         self._cached: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
 
     def step(self, i: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
-        """The micro-batches (arrays of sample indices) of optimizer step ``i`` (counted over epochs) on ``rank``."""
+        """The micro-batches (arrays of sample numbers) of optimizer step ``i`` (counted over epochs) on ``rank``."""
         epoch, step = divmod(i, self.steps_per_epoch)
         window = ((step + 1) * self.n_windows - 1) // self.steps_per_epoch
         return self._window(epoch, window)[step - self._first_step(window)][rank::world_size]
@@ -73,11 +89,14 @@ class BucketedBatches:
 
     def _compute_window(self, epoch: int, window: int) -> list[list[np.ndarray]]:
         first, end = self._first_step(window), self._first_step(window + 1)
-        n_steps, n = end - first, len(self.lengths)
+        n_steps, n = end - first, self.n
         places = np.arange(first * n // self.steps_per_epoch, end * n // self.steps_per_epoch)
         samples = permuted(places, n, self.seed, ORDER, epoch)
-        samples = samples[np.argsort(-self.lengths[samples].astype(np.int64), kind="stable")]
-        bounds = equal_area_bounds(self.lengths[samples], n_steps * self.micro_batches_per_step)
+        rows = samples if self.mixture is None else self.mixture.samples(epoch, samples).rows
+        padded = -(-(self.lengths[rows].astype(np.int64) + self.added) // self.multiple_of) * self.multiple_of
+        longest_first = np.argsort(-padded, kind="stable")
+        samples = samples[longest_first]
+        bounds = equal_area_bounds(padded[longest_first], n_steps * self.micro_batches_per_step)
         micro_batches = [samples[start:stop] for start, stop in itertools.pairwise(bounds)]
         strata = [
             [micro_batches[stratum * n_steps + place] for place in self._shuffled(epoch, window, stratum, n_steps)]

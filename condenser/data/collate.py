@@ -1,17 +1,22 @@
-"""From sample indices to a masked, padded micro-batch of tensors.
+"""From sample indices to a masked micro-batch of tensors, padded ``[B, L]`` or packed ``[T]``.
 
 Everything a step needs on the host (lengths, counts, the positions that the loss reads) is computed here, so that the
-training step never waits for the device. Legend: B samples, L padded length, M masked tokens, Q queries of a sample.
+training step never waits for the device.
+
+Legend: B samples, L padded length, T tokens, M masked tokens, Q queries ([CLS] and the masked tokens): of a sample,
+padded, in the padded layout; of all samples in the packed one.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
+from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.masking import IGNORED, Unit, mask_tokens
-from condenser.data.store import TokenStore
+
+Layout = Literal["padded", "packed"]
 
 
 @dataclass(frozen=True)
@@ -55,61 +60,101 @@ class Masking:
 
 
 def make_micro_batch(
-    store: TokenStore, index: np.ndarray, vocabulary: Vocabulary, masking: Masking, epoch: int
+    tokens: tuple[np.ndarray, np.ndarray, np.ndarray],
+    sample_ids: np.ndarray,
+    visits: int | np.ndarray,
+    vocabulary: Vocabulary,
+    masking: Masking,
+    layout: Layout = "padded",
+    multiple_of: int = 1,
 ) -> dict[str, Any]:
-    """Read samples ``index`` ``[B]``, mask them as in ``epoch``, add special tokens and pad to the longest."""
-    input_ids, word_starts, lengths = store.rows(index)
+    """Mask samples, add special tokens, and lay them out.
+
+    Args:
+        tokens: input_ids and word_starts ``[B, L-2]``, lengths ``[B]``, as `TokenStore.rows` gives them.
+        sample_ids: ``[B]``.
+        visits: how often each sample was seen before (the epoch, for a single store); its masks depend on it.
+        layout: "padded" ``[B, L]`` or "packed" ``[T]``.
+        multiple_of: L is rounded up to a multiple of this.
+    """
+    input_ids, word_starts, lengths = tokens
     inputs, labels = mask_tokens(
         input_ids,
         word_starts,
         lengths,
         seed=masking.seed,
-        epoch=epoch,
-        sample_ids=index,
+        epoch=visits,
+        sample_ids=sample_ids,
         mask_id=vocabulary.mask_id,
         random_ids=vocabulary.random_ids,
         probability=masking.probability,
         rates=masking.rates,
         unit=masking.unit,
     )
-    return {"sample_ids": torch.from_numpy(index), "epoch": epoch, **pad(inputs, labels, lengths, vocabulary)}
-
-
-def pad(inputs: np.ndarray, labels: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary) -> dict[str, Any]:
-    """Masked rows ``[B, L-2]`` without special tokens -> the fields of a padded micro-batch."""
-    n_rows, width = len(inputs), inputs.shape[1] + 2
-    positions = np.arange(width)
-    ends = lengths[:, None] + 1  # where [SEP] stands
-    input_ids = np.full((n_rows, width), vocabulary.pad_id, np.int64)
-    input_ids[:, 1:-1] = np.where(positions[1:-1] < ends, inputs, vocabulary.pad_id)
-    input_ids[:, 0] = vocabulary.cls_id
-    np.put_along_axis(input_ids, ends, vocabulary.sep_id, axis=1)
-    padded_labels = np.full((n_rows, width), IGNORED, np.int64)
-    padded_labels[:, 1:-1] = labels
-    masked_index, query_index, masked_slot = positions_read(padded_labels)
-    arrays = {
-        "input_ids": input_ids,
-        "attention_mask": (positions <= ends).astype(np.int64),
-        "labels": padded_labels,
-        "masked_index": masked_index,
-        "query_index": query_index,
-        "masked_slot": masked_slot,
-    }
-    counts = {"n_masked": len(masked_index), "n_tokens": int(ends.sum()) + n_rows, "area": input_ids.size}
+    inputs, labels, real = with_special_tokens(inputs, labels, lengths, vocabulary, multiple_of)
+    arrays = pad(inputs, labels, real) if layout == "padded" else pack(inputs, labels, real)
+    counts = {"n_masked": len(arrays["masked_index"]), "n_tokens": int(real.sum()), "area": arrays["input_ids"].size}
+    if layout == "packed":
+        per_row = np.diff(arrays["cu_seqlens"]), np.diff(arrays["cu_seqlens_query"])
+        counts |= {"max_seqlen": int(per_row[0].max()), "max_query": int(per_row[1].max())}
+    arrays = {"sample_ids": sample_ids, **arrays}
     return {name: torch.from_numpy(array) for name, array in arrays.items()} | counts
 
 
-def positions_read(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where the loss reads, from ``labels`` ``[B, L]``: [CLS] and the masked positions.
+def with_special_tokens(
+    inputs: np.ndarray, labels: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, multiple_of: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows ``[B, L-2]`` -> [CLS] row [SEP] and padding: ids, labels, and which are real ``[B, L]``."""
+    n_rows, width = inputs.shape
+    ends = lengths[:, None] + 1  # where [SEP] stands
+    positions = np.arange(-(-(width + SPECIAL_TOKENS) // multiple_of) * multiple_of)
+    input_ids = np.full((n_rows, len(positions)), vocabulary.pad_id, np.int64)
+    input_ids[:, 1 : width + 1] = np.where(positions[1 : width + 1] < ends, inputs, vocabulary.pad_id)
+    input_ids[:, 0] = vocabulary.cls_id
+    np.put_along_axis(input_ids, ends, vocabulary.sep_id, axis=1)
+    framed_labels = np.full(input_ids.shape, IGNORED, np.int64)
+    framed_labels[:, 1 : width + 1] = labels
+    return input_ids, framed_labels, positions <= ends
 
-    Returns:
-        masked_index ``[M]`` into ``[B * L]``; query_index ``[B, Q]``, [CLS] then the masked positions, padded with 0;
-        masked_slot ``[M]``, where the masked positions are in ``[B * Q]``.
-    """
+
+def pad(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of a padded micro-batch. ``query_index`` ``[B, Q]`` is [CLS] and a row's masked positions, padded with
+    0; ``masked_slot`` ``[M]`` where the masked positions are in ``[B * Q]``."""
     masked = labels != IGNORED
     rows, columns = masked.nonzero()
     rank = masked.cumsum(axis=1)[rows, columns]  # 1 for a row's first masked position: slot 0 is [CLS]
     n_queries = int(masked.sum(axis=1).max()) + 1
     query_index = np.zeros((len(labels), n_queries), np.int64)
     query_index[rows, rank] = columns
-    return rows * labels.shape[1] + columns, query_index, rows * n_queries + rank
+    return {
+        "input_ids": input_ids,
+        "attention_mask": real.astype(np.int64),
+        "labels": labels,
+        "masked_index": rows * labels.shape[1] + columns,
+        "query_index": query_index,
+        "masked_slot": rows * n_queries + rank,
+    }
+
+
+def pack(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
+    """The fields of a packed micro-batch: the real tokens, row after row. ``query_index`` ``[Q]`` is every [CLS]
+    (``cu_seqlens[:-1]``) and masked position in order; ``masked_slot`` ``[M]`` where the masked ones are in it."""
+    read = labels != IGNORED
+    read[:, 0] = True
+    flat_labels, flat_read = labels[real], read[real]
+    query_index = flat_read.nonzero()[0]
+    return {
+        "input_ids": input_ids[real],
+        "position_ids": real.nonzero()[1],
+        "labels": flat_labels,
+        "cu_seqlens": bounds(real),
+        "masked_index": (flat_labels != IGNORED).nonzero()[0],
+        "query_index": query_index,
+        "cu_seqlens_query": bounds(read),
+        "masked_slot": (flat_labels[query_index] != IGNORED).nonzero()[0],
+    }
+
+
+def bounds(of_row: np.ndarray) -> np.ndarray:
+    """``[B, L]`` booleans -> where each row's true ones begin when they are put one after the other ``[B + 1]``."""
+    return np.append(0, of_row.sum(axis=1).cumsum()).astype(np.int32)

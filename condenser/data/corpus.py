@@ -1,25 +1,34 @@
-"""Documents out of files: JSON lines (plain, .gz, .xz, .zst), parquet, plain text, and Hugging Face datasets.
+"""What text is read from: JSON lines (plain, .gz, .xz, .zst), parquet, plain text, and Hugging Face datasets.
 
-A reader yields one string a document. What it cannot read is a ValueError that names the file and the line, or, where
-bad lines are skipped, a count.
+A source is read in units of some megabytes, whose bounds depend on the source alone. Reading only finds where records
+end, which is quick; taking them apart (documents.py) is left to the process that works on the unit.
 """
 
 import glob
 import gzip
 import hashlib
 import io
-import json
 import lzma
 import os
-from collections import Counter
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, cast
 
 COMPRESSED = (".gz", ".xz", ".zst")
 READERS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet"}
-Wrap = Callable[[BinaryIO, int, str], BinaryIO]  # (file, bytes, name) -> the file behind a progress bar
+LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is not what it was taken for
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where the parts of a document are in a record; plain text has only the first."""
+
+    text: str
+    title: str | None
+    id: str
 
 
 @dataclass(frozen=True)
@@ -33,13 +42,25 @@ class Source:
         """Enough to tell another input: name, size, and a hash of both ends of a file."""
         if self.kind in ("folder", "hub"):
             return {"name": self.name}
-        size = os.path.getsize(self.name)
         digest = hashlib.blake2b(digest_size=8)
         with open(self.name, "rb") as file:
             digest.update(file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
+            file.seek(max(0, self.size() - (1 << 20)))
             digest.update(file.read())
-        return {"name": Path(self.name).name, "bytes": size, "hash": digest.hexdigest()}
+        return {"name": Path(self.name).name, "bytes": self.size(), "hash": digest.hexdigest()}
+
+    def size(self) -> int:
+        """Bytes on disk, 0 for a dataset."""
+        return 0 if self.kind in ("folder", "hub") else os.path.getsize(self.name)
+
+
+class Unit(NamedTuple):
+    """A part of a source: lines that hold whole records, or rows of a table."""
+
+    number: int
+    first: int  # the number of its first line or row in the source, from 1
+    payload: bytes | list[dict[str, Any]]
+    position: int  # how far the source was read, in bytes on disk
 
 
 def resolve(inputs: list[str]) -> list[Source]:
@@ -94,120 +115,71 @@ def is_path(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or (parent != Path() and parent.is_dir())
 
 
-def documents(
-    sources: list[Source], text_column: str, skip_bad_lines: bool, counts: Counter, wrap: Wrap
-) -> Iterator[str]:
-    """All documents of all sources in order; ``counts["bad"]`` grows by the lines that were skipped.
+def units(source: Source, columns: Columns, size: int) -> Iterator[Unit]:
+    """A source's units of about ``size`` bytes (or characters of a table's text), in order.
 
     Raises:
-        ValueError: an unreadable line (unless skipped), a missing text column, or a source without any document.
+        ValueError: a file that cannot be read to its end, a missing column, or a file where no record ends.
     """
-    for source in sources:
-        n = -1
-        for n, text in enumerate(read(source, text_column, skip_bad_lines, counts, wrap)):  # noqa: B007
-            yield text
-        if n < 0:
-            raise ValueError(f"{source.name} holds no documents")
+    if source.kind in ("jsonl", "text"):
+        first = 1
+        with opened(source.name) as (file, raw):
+            for number, payload in enumerate(whole_records(file, source, size)):
+                yield Unit(number, first, payload, raw.tell())
+                first += payload.count(b"\n")
+        return
+    first, number, characters = 1, 0, 0
+    rows: list[dict[str, Any]] = []
+    for row, position in table_rows(source, columns):
+        rows.append(row)
+        characters += len(row[columns.text] or "")
+        if characters >= size:
+            yield Unit(number, first, rows, position)
+            first, number, characters, rows = first + len(rows), number + 1, 0, []
+    if rows:
+        yield Unit(number, first, rows, source.size())
 
 
-def read(source: Source, text_column: str, skip_bad_lines: bool, counts: Counter, wrap: Wrap) -> Iterator[str]:
-    if source.kind == "jsonl":
-        yield from read_jsonl(source.name, text_column, skip_bad_lines, counts, wrap)
-    elif source.kind == "text":
-        yield from read_text(source.name, wrap)
-    elif source.kind == "parquet":
-        yield from read_parquet(source.name, text_column, wrap)
-    else:
-        yield from read_dataset(source, text_column)
+def whole_records(file: BinaryIO, source: Source, size: int) -> Iterator[bytes]:
+    """A file in parts of at least ``size`` bytes that end where a line ends; in plain text, where a document does."""
+    while payload := file.read(size):
+        rest = bytearray(file.readline(LONGEST_RECORD))
+        while source.kind == "text" and (line := file.readline(LONGEST_RECORD)).strip():
+            rest += line
+            if len(rest) >= LONGEST_RECORD:
+                break
+        if len(rest) >= LONGEST_RECORD:
+            raise ValueError(
+                f"{source.name} holds a document of more than {LONGEST_RECORD >> 20} MB: a new line ends one in "
+                "JSON lines, a blank line in plain text"
+            )
+        yield payload + rest
 
 
-def open_lines(path: str, wrap: Wrap) -> Any:
-    """A file opened for reading lines, decompressed by its suffix; ``wrap`` sees the bytes as they are on disk."""
-    raw = wrap(open(path, "rb"), os.path.getsize(path), Path(path).name)  # noqa: SIM115, the caller closes it
-    if path.endswith(".gz"):
-        return gzip.open(raw)
-    if path.endswith(".xz"):
-        return lzma.open(raw)
-    if path.endswith(".zst"):
-        import zstandard
+@contextmanager
+def opened(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file to read, decompressed by its suffix, and as it is on disk. ValueError if it cannot be read to its end."""
+    from zstandard import ZstdDecompressor, ZstdError
 
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
-    return raw
-
-
-def read_jsonl(path: str, text_column: str, skip_bad_lines: bool, counts: Counter, wrap: Wrap) -> Iterator[str]:
-    with open_lines(path, wrap) as file:
-        for number, line in enumerate(lines_of(file, path), start=1):
-            if not line.strip():
-                continue
-            try:
-                yield text_of_json(line, text_column)
-            except ValueError as error:
-                if not skip_bad_lines:
-                    raise ValueError(f"{path}, line {number}: {error} (--skip-bad-lines goes on)") from None
-                counts["bad"] += 1
-
-
-def lines_of(file: BinaryIO, path: str) -> Iterator[bytes]:
-    try:
-        yield from file
-    except (OSError, EOFError, lzma.LZMAError) as error:
-        raise ValueError(f"{path} cannot be decompressed to its end: {error}") from None
-
-
-def text_of_json(line: bytes, text_column: str) -> str:
-    try:
-        record = json.loads(line)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"not JSON: {error}") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
-    if text_column not in record:
-        raise ValueError(missing_column(text_column, list(record)))
-    if not isinstance(record[text_column], str):
-        raise ValueError(f"{text_column!r} is not a text but {type(record[text_column]).__name__}")
-    return record[text_column]
-
-
-def missing_column(text_column: str, existing: list[str]) -> str:
-    return f"no column {text_column!r}; there are {', '.join(map(repr, existing))}: name one with --text-column"
-
-
-def read_text(path: str, wrap: Wrap) -> Iterator[str]:
-    """Plain text: a blank line ends a document."""
-    document: list[str] = []
-    with open_lines(path, wrap) as file:
-        for number, line in enumerate(lines_of(file, path), start=1):
-            try:
-                text = line.decode()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not UTF-8: {error.reason}") from None
-            if text.strip():
-                document.append(text)
-            elif document:
-                yield "".join(document).rstrip()
-                document = []
-    if document:
-        yield "".join(document).rstrip()
-
-
-def read_parquet(path: str, text_column: str, wrap: Wrap) -> Iterator[str]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    with wrap(open(path, "rb"), os.path.getsize(path), Path(path).name) as file:
+    with open(path, "rb") as raw:
+        suffix, file = Path(path).suffix, raw
+        if suffix == ".gz":
+            file = cast(Any, gzip.GzipFile(fileobj=raw))
+        elif suffix == ".xz":
+            file = cast(Any, lzma.LZMAFile(raw))  # noqa: SIM115, holds nothing but `raw`
+        elif suffix == ".zst":
+            file = cast(Any, io.BufferedReader(ZstdDecompressor().stream_reader(raw, read_across_frames=True)))
         try:
-            table = pq.ParquetFile(file)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{path} is not a parquet file: {error}") from None
-        if text_column not in table.schema_arrow.names:
-            raise ValueError(f"{path}: {missing_column(text_column, table.schema_arrow.names)}")
-        for batch in table.iter_batches(batch_size=1024, columns=[text_column]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+            yield file, raw
+        except (OSError, EOFError, lzma.LZMAError, zlib.error, ZstdError) as error:
+            raise ValueError(f"{path} cannot be decompressed to its end: {error}") from None
 
 
-def read_dataset(source: Source, text_column: str) -> Iterator[str]:
-    """A dataset saved to a folder, or streamed from the hub: its training split."""
+def table_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], int]]:
+    """The columns that are needed of each row, and how far the source was read in bytes."""
+    if source.kind == "parquet":
+        yield from parquet_rows(source, columns)
+        return
     import datasets
 
     if source.kind == "folder":
@@ -219,8 +191,32 @@ def read_dataset(source: Source, text_column: str) -> Iterator[str]:
             dataset = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
         except Exception as error:  # the library raises many kinds, network errors among them
             raise ValueError(f"{source.name} is neither a file nor a dataset that could be loaded: {error}") from error
-    columns = list(dataset.features or next(iter(dataset)))
-    if text_column not in columns:
-        raise ValueError(f"{source.name}: {missing_column(text_column, columns)}")
-    for row in dataset.select_columns([text_column]):
-        yield row[text_column] or ""
+    needed = needed_columns(columns, list(dataset.features or next(iter(dataset))), source.name)
+    for row in dataset.select_columns(needed):
+        yield row, 0
+
+
+def parquet_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], int]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with open(source.name, "rb") as file:
+        try:
+            table = pq.ParquetFile(file)
+            needed = needed_columns(columns, table.schema_arrow.names, source.name)
+            for batch in table.iter_batches(batch_size=256, columns=needed):
+                for row in batch.to_pylist():
+                    yield row, file.tell()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{source.name} is not a parquet file, or damaged: {error}") from None
+
+
+def needed_columns(columns: Columns, existing: list[str], where: str) -> list[str]:
+    for column, option in ((columns.text, "--text-column"), (columns.title, "--title-column")):
+        if column is not None and column not in existing:
+            raise ValueError(f"{where}: {missing_column(column, option, existing)}")
+    return [column for column in dict.fromkeys((columns.text, columns.title, columns.id)) if column in existing]
+
+
+def missing_column(column: str, option: str, existing: list[str]) -> str:
+    return f"no column {column!r}; there are {', '.join(map(repr, existing))}: name one with {option}"

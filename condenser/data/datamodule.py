@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from condenser.data.batching import BucketedBatches
 from condenser.data.blocks import SPECIAL_TOKENS
-from condenser.data.collate import Masking, Vocabulary, make_micro_batch
+from condenser.data.collate import Layout, Masking, Vocabulary, make_micro_batch
 from condenser.data.masking import Unit
-from condenser.data.store import TokenStore, read_manifest
+from condenser.data.mixing import Mixture
+from condenser.data.store import SPLITS, TokenStore, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
 
@@ -28,45 +29,75 @@ class CondenserDataModule(L.LightningDataModule):
 
     Args:
         store: folder that `condenser prepare` wrote.
+        stores: instead of one store, several with the passes over each in an epoch; a folder, or a name in data/tokens.
         batch_size: sequences per optimizer step over all devices, on average (steps have equal area).
         micro_batches_per_step: micro-batches of a step over all devices; a multiple of their number. Memory goes with
             batch_size / micro_batches_per_step.
         window: steps whose sequences are sorted by length together; more means less padding.
-        mask_unit: mask whole words, or single tokens.
+        mask_unit: mask whole words, single tokens, or spans of words.
         mask_probability: share of the tokens to predict.
         mask_rates: shares of these that become [MASK], a random token, or stay as they are.
+        pad_to_multiple_of: padded lengths are rounded up to a multiple of this; fewer shapes for compilers.
         num_workers: loader processes per device; the batches do not depend on it.
         seed: seed of order and masks; follows seed_everything.
     """
 
     def __init__(
         self,
-        store: str,
+        store: str | None = None,
+        stores: dict[str, float] | None = None,
         batch_size: int = 1024,
         micro_batches_per_step: int = 8,
         window: int = 8,
         mask_unit: Unit = "word",
         mask_probability: float = 0.15,
         mask_rates: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        pad_to_multiple_of: int = 1,
         num_workers: int = 2,
         seed: int = 0,
     ):
         super().__init__()
-        self.store = Path(store)
+        if (store is None) == (not stores):
+            raise ValueError("give data.store or data.stores, one of them")
+        self.weights = {
+            store_folder(name): weight for name, weight in ({store: 1.0} if store else stores or {}).items()
+        }
+        self.pad_to_multiple_of = pad_to_multiple_of
         self.batch_size, self.micro_batches_per_step, self.window = batch_size, micro_batches_per_step, window
         self.num_workers, self.seed = num_workers, seed
         self.masking = Masking(seed, mask_probability, mask_rates, mask_unit)
 
     @cached_property
     def tokenizer(self) -> Any:
-        read_manifest(self.store)
-        return load_tokenizer(self.store / "tokenizer")
+        """The stores' tokenizer. Raises ValueError if it is not the one that they were made with."""
+        folder = next(iter(self.weights))
+        made_with = read_manifest(folder)["tokenizer"]["hash"]
+        tokenizer = load_tokenizer(folder / "tokenizer")
+        if tokenizer_hash(tokenizer) != made_with:
+            raise ValueError(
+                f"{folder / 'tokenizer'} is not the tokenizer that the store was made with: it has changed"
+            )
+        return tokenizer
 
     @cached_property
     def unigram_nats(self) -> torch.Tensor:
         """``-log p`` of each token id under its (add-one smoothed) frequency in the training split, ``[V]``."""
-        counts = np.load(self.store / "token_counts.npy") + 1.0
+        counts = 1.0 + sum(weight * np.load(folder / "token_counts.npy") for folder, weight in self.weights.items())
         return torch.from_numpy(np.log(counts.sum()) - np.log(counts)).float()
+
+    def about(self) -> dict[str, Any]:
+        """Where the data came from, for checkpoints and exports: plain values of the stores' manifests."""
+        manifests = {folder: read_manifest(folder) for folder in self.weights}
+        first = next(iter(manifests.values()))
+        settings = [manifest["settings"] for manifest in manifests.values()]
+        sources = [source for each in settings for source in each["sources"]]
+        longest = max(each["max_length"] for each in settings)
+        return {
+            "settings": first["settings"] | {"sources": sources, "max_length": longest},
+            "tokenizer": first["tokenizer"],
+            "counts": {key: sum(each["counts"][key] for each in manifests.values()) for key in first["counts"]},
+            "stores": {folder.name: weight for folder, weight in self.weights.items()},
+        }
 
     def setup(self, stage: str) -> None:
         world_size = self.trainer.world_size if self.trainer else 1
@@ -75,9 +106,11 @@ class CondenserDataModule(L.LightningDataModule):
                 f"data.micro_batches_per_step={self.micro_batches_per_step} cannot be shared out evenly over "
                 f"{world_size} devices; make it a multiple of {world_size}"
             )
-        self.train, self.validation = TokenStore(self.store, "train"), TokenStore(self.store, "validation")
+        train, validation = ([TokenStore(folder, split) for folder in self.weights] for split in SPLITS)
+        self.train = Mixture(train, list(self.weights.values()), seed=self.seed)
+        self.validation = Mixture(validation, seed=self.seed)
         if not len(self.train):
-            raise ValueError(f"{self.store} has no training blocks")
+            raise ValueError(f"{', '.join(map(str, self.weights))}: nothing to train on, no rows or no weight")
 
     def train_dataloader(self) -> "StepLoader":
         return self.loader(self.train, self.batch_size, self.micro_batches_per_step, training=True)
@@ -90,17 +123,26 @@ class CondenserDataModule(L.LightningDataModule):
         batch_size = min(self.batch_size, n)
         return self.loader(self.validation, batch_size, min(self.micro_batches_per_step, batch_size), training=False)
 
-    def loader(self, store: TokenStore, batch_size: int, micro_batches_per_step: int, training: bool) -> "StepLoader":
+    def loader(self, mixture: Mixture, batch_size: int, micro_batches_per_step: int, training: bool) -> "StepLoader":
         batches = BucketedBatches(
-            store.lengths + np.uint16(SPECIAL_TOKENS),
+            mixture.lengths,
             batch_size=batch_size,
             micro_batches_per_step=micro_batches_per_step,
             window=self.window,
             seed=self.seed,
+            added=SPECIAL_TOKENS,
+            multiple_of=self.pad_to_multiple_of,
+            mixture=mixture,
         )
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        steps = Steps(store, batches, Vocabulary.of(self.tokenizer), self.masking, rank, world_size)
+        steps = Steps(mixture, batches, Vocabulary.of(self.tokenizer), self.masking, rank, world_size)
         return StepLoader(steps, training, self.num_workers if training else 0)
+
+
+def store_folder(name: str) -> Path:
+    """A store's folder, or the store of that name in data/tokens."""
+    folder = Path(name)
+    return Path("data/tokens") / name if not folder.exists() and len(folder.parts) == 1 else folder
 
 
 class Steps(Dataset):
@@ -108,23 +150,29 @@ class Steps(Dataset):
 
     def __init__(
         self,
-        store: TokenStore,
+        mixture: Mixture,
         batches: BucketedBatches,
         vocabulary: Vocabulary,
         masking: Masking,
-        rank: int,
-        world_size: int,
+        rank: int = 0,
+        world_size: int = 1,
     ):
-        self.store, self.batches, self.vocabulary, self.masking = store, batches, vocabulary, masking
+        self.mixture, self.batches, self.vocabulary, self.masking = mixture, batches, vocabulary, masking
         self.rank, self.world_size = rank, world_size
 
     def __getitem__(self, step: int) -> list[dict[str, Any]]:
         epoch = step // self.batches.steps_per_epoch
+        numbers = self.batches.step(step, self.rank, self.world_size)
         return [
-            make_micro_batch(self.store, index, self.vocabulary, self.masking, epoch)
-            | {"step": step, "micro_batch": self.rank + number * self.world_size}
-            for number, index in enumerate(self.batches.step(step, self.rank, self.world_size))
+            self.micro_batch(epoch, samples)
+            | {"epoch": epoch, "step": step, "micro_batch": self.rank + place * self.world_size}
+            for place, samples in enumerate(numbers)
         ]
+
+    def micro_batch(self, epoch: int, numbers: np.ndarray, layout: Layout = "padded") -> dict[str, Any]:
+        rows, visits, ids = self.mixture.samples(epoch, numbers)
+        tokens, multiple_of = self.mixture.read(rows), self.batches.multiple_of
+        return make_micro_batch(tokens, ids, visits, self.vocabulary, self.masking, layout, multiple_of)
 
 
 class Upcoming(Sampler):

@@ -2,9 +2,10 @@
 
 A sample's masks are a function of (seed, epoch, sample id) alone, so any process can compute them at any time; a whole
 micro-batch is masked in one pass over arrays. Words are taken in random order, and one that would exceed the budget is
-skipped, as the authors' collator (and BERT's) does.
+skipped, as the authors' collator (and BERT's) does. The three units differ in what is ordered at random: tokens, words,
+or spans of words (whose words then follow each other, so that the last span is cut short by the budget).
 
-Legend: B samples, L padded length, W = L candidate words (a word is represented at its first token).
+Legend: B samples, L padded length, W = L candidate words (a word is represented at its first token), M masked tokens.
 """
 
 from collections.abc import Sequence
@@ -15,9 +16,11 @@ import numpy as np
 from condenser.data.hashing import hash_ints, uniform
 
 IGNORED = -100  # the label of a token that is not scored
-CHOICE, FATE, REPLACEMENT = range(3)  # independent draws for one position
+CHOICE, FATE, REPLACEMENT, SPAN = range(4)  # independent draws for one position
+# SpanBERT's span lengths in words (Joshi et al. 2020, section 3.1): geometric with p = 0.2, cut at 10 and renormalised
+SPAN_LENGTHS = np.cumsum(0.8 ** np.arange(10)) / np.sum(0.8 ** np.arange(10))
 
-Unit = Literal["word", "token"]
+Unit = Literal["word", "token", "span"]
 
 
 def mask_tokens(
@@ -45,7 +48,8 @@ def mask_tokens(
         random_ids: the ids that a token may be replaced by at random (no special tokens).
         probability: share of the tokens to predict: ``max(1, round(probability * length))`` in each row.
         rates: shares of these that become the mask token, a random token, or stay as they are.
-        unit: "word" masks all tokens of a word or none; "token" chooses tokens one by one.
+        unit: "word" masks all tokens of a word or none; "token" chooses tokens one by one; "span" masks runs of whole
+            words, which become mask tokens, random tokens or stay as they are together (SpanBERT).
 
     Returns:
         inputs and labels, int64 ``[B, L]``; labels are the original ids where a token is to be predicted, else -100.
@@ -58,23 +62,35 @@ def mask_tokens(
 
     sample_keys = hash_ints(seed, epoch, sample_ids)[:, None]  # [B, 1]
     positions = np.arange(width)
+    drawn_by = span_of_word(starts, sample_keys) if unit == "span" else np.broadcast_to(positions, starts.shape)
     budget = np.where(lengths > 0, np.maximum(1, np.round(probability * lengths)), 0).astype(np.int64)
-    word_sizes = sizes_at_starts(starts, real)
-    chosen_words = choose_words(word_sizes, hash_ints(sample_keys, CHOICE, positions), budget)
+    chosen_words = choose_words(sizes_at_starts(starts, real), hash_ints(sample_keys, CHOICE, drawn_by), budget)
 
     word_of_token = np.maximum.accumulate(np.where(starts, positions, 0), axis=1)
     chosen = np.take_along_axis(chosen_words, word_of_token, axis=1) & real
 
     inputs = input_ids.astype(np.int64)
     labels = np.where(chosen, inputs, IGNORED)
-    rows, columns = chosen.nonzero()
+    rows, columns = chosen.nonzero()  # [M]
     keys = sample_keys[rows, 0]
-    fate = uniform(hash_ints(keys, FATE, columns))
+    fate_of = drawn_by[rows, word_of_token[rows, columns]] if unit == "span" else columns
+    fate = uniform(hash_ints(keys, FATE, fate_of))
     drawn = hash_ints(keys, REPLACEMENT, columns) % np.uint64(len(random_ids))
     mask_rate, random_rate, _ = rates
     replacement = np.where(fate < mask_rate + random_rate, random_ids[drawn], inputs[rows, columns])
     inputs[rows, columns] = np.where(fate < mask_rate, mask_id, replacement)
     return inputs, labels
+
+
+def span_of_word(starts: np.ndarray, sample_keys: np.ndarray) -> np.ndarray:
+    """Cut the words of each row into consecutive spans of random lengths; the number of each word's span ``[B, W]``."""
+    n_rows, width = starts.shape
+    drawn = uniform(hash_ints(sample_keys, SPAN, np.arange(width)))
+    ends = np.cumsum(1 + np.searchsorted(SPAN_LENGTHS, drawn, side="right"), axis=1)  # of span 0, 1, ..., in words
+    begins = np.zeros((n_rows, width + 1), np.int64)
+    np.put_along_axis(begins, np.minimum(ends, width), 1, axis=1)
+    word_number = np.maximum(starts.cumsum(axis=1) - 1, 0)
+    return np.take_along_axis(begins.cumsum(axis=1), word_number, axis=1)
 
 
 def sizes_at_starts(starts: np.ndarray, real: np.ndarray) -> np.ndarray:
@@ -94,13 +110,17 @@ def choose_words(sizes: np.ndarray, keys: np.ndarray, budget: np.ndarray) -> np.
 
     Args:
         sizes: ``[B, W]`` tokens of each candidate word, 0 = no candidate.
-        keys: ``[B, W]`` random uint64, the order of the words.
+        keys: ``[B, W]`` random uint64, the order of the words; words with the same key go by position.
         budget: ``[B]`` tokens to choose.
 
     Each pass takes the words up to the first one that does not fit, then drops all that are larger than the rest of
     the budget. The first misfit is among those, so the largest remaining size shrinks: few passes, whatever W is.
     """
-    order = np.where(sizes > 0, keys >> np.uint64(1), np.uint64(2**64 - 1)).argsort(axis=1)
+    position = np.arange(sizes.shape[1], dtype=np.uint64)
+    ranks = (
+        np.where(sizes > 0, keys >> np.uint64(17) << np.uint64(16), np.uint64(2**64 - 1) << np.uint64(16)) | position
+    )
+    order = ranks.argsort(axis=1)
     waiting = np.take_along_axis(sizes, order, axis=1)  # sizes in random order; 0 = taken, dropped or no word
     taken = np.zeros(sizes.shape, bool)
     left = budget.copy()

@@ -1,42 +1,28 @@
-"""`condenser prepare`: text in, token store out (blocks.py says how documents are cut, store.py what is written).
+"""`condenser prepare`: text in, token store out.
 
-Documents are read in order and grouped into units of about 8 million characters. A unit is turned into one shard of
-each split by a pure function, in as many processes as asked for, so the bytes do not depend on how many there were,
-and an interrupted run goes on with the units that are missing.
+blocks.py says how documents are cut, store.py what is written, work.py who does it, merge.py how it ends. Here is how
+it begins: settings are checked, and the store is begun, gone on with, or added to.
 """
 
 import json
-import os
 import shutil
-from collections import Counter, deque
+import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 
-from condenser.data import corpus
-from condenser.data.blocks import Blocks, cut_documents
-from condenser.data.store import (
-    MANIFEST,
-    SPLITS,
-    Shard,
-    dataset_files,
-    shard_table,
-    tokenizer_hash,
-    write_json,
-    write_table,
-)
+from condenser.data.blocks import Blocks
+from condenser.data.corpus import Columns, resolve, units
+from condenser.data.documents import Document, check, documents
+from condenser.data.merge import merge
+from condenser.data.store import MANIFEST, SPLITS, tokenizer_hash, write_json
 from condenser.data.tokenizers import load_tokenizer, obtain_tokenizer
+from condenser.data.work import UNFINISHED, Job, available_cores, do_share, reading
 
-UNIT_CHARACTERS = 8_000_000
-WORKER: tuple[Path, Blocks, Any, str]  # what the units of this process share: set by `load_worker`
-UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest is there
+UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit
 
 
 def prepare(
@@ -44,220 +30,178 @@ def prepare(
     input: list[str],
     tokenizer: str,
     output: str,
+    kind: Literal["blocks", "spans"] = "blocks",
     text_column: str = "text",
+    title_column: str | None = None,
+    id_column: str = "id",
     max_length: int = 128,
     min_length: int = 1,
     short_fraction: float = 0.1,
     validation_fraction: float = 0.01,
     language: str = "en",
+    word_segmenter: str | None = None,
     skip_bad_lines: bool = False,
+    append: bool = False,
     seed: int = 0,
     workers: int | None = None,
+    shard: str | None = None,
+    engine: Literal["processes", "ray"] = "processes",
 ) -> None:
     """Turn text into a token store.
 
-    Documents are cut into blocks of whole sentences of up to --max-length tokens; a sentence that is longer goes on in
-    the next block. The same command on an unfinished store goes on where it stopped, on a finished one does nothing.
+    Documents are cut into rows of whole sentences of up to --max-length tokens; a sentence that is longer goes on in
+    the next row. The same command on an unfinished store goes on where it stopped, on a finished one does nothing.
+    On several machines, give each the same command with its --shard, then run `condenser prepare merge` once.
 
     Args:
         input: files (.jsonl, .parquet, .txt; .gz, .xz or .zst of them), folders, glob patterns, or a Hugging Face
             dataset (a saved folder, or NAME[:CONFIGURATION] on the hub). In plain text a blank line ends a document.
         tokenizer: a folder, a hub name, or train:SIZE for a lower-casing WordPiece trained on the input.
         output: the store's folder.
+        kind: blocks are independent rows; spans are those of documents with at least two (coCondenser).
         text_column: the field or column that holds the text.
-        max_length: tokens of a block, [CLS] and [SEP] included.
-        min_length: blocks with fewer tokens than this are dropped, and counted.
-        short_fraction: share of the blocks with a random shorter target length.
+        title_column: the field or column of a title, which is put before the text as a line of its own.
+        id_column: the field or column, where there is one, whose repetitions are counted.
+        max_length: tokens of a row, [CLS] and [SEP] included.
+        min_length: rows with fewer tokens than this are dropped, and counted.
+        short_fraction: share of the rows with a random shorter target length.
         validation_fraction: share of the documents in the validation split, chosen by a hash of their text.
         language: language of the sentence splitter, as an ISO 639-1 code.
-        skip_bad_lines: count unreadable lines instead of stopping at the first.
+        word_segmenter: module:function from a text to its words, for scripts without spaces (jieba:cut); otherwise
+            there each token is a word.
+        skip_bad_lines: count what cannot be used instead of stopping at the first.
+        append: add inputs to a finished store; what is in it stays as it is.
         seed: seed of the shorter target lengths and of the split.
         workers: processes; all cores by default. The result does not depend on it.
+        shard: do one share of the work, I/N with I from 0 (--shard $SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT).
+        engine: processes of this machine, or a Ray cluster (needs the extra condenser[ray]).
 
     Raises:
         ValueError: unreadable input, an unsuitable tokenizer, or an output folder that holds something else.
     """
-    blocks = Blocks(max_length, min_length, short_fraction, validation_fraction, language, seed)
-    sources = corpus.resolve(input)
-    settings = {"tokenizer": tokenizer, "text_column": text_column, **asdict(blocks)}
-    settings["sources"] = [source.fingerprint() for source in sources]
+    index, count = share_of(shard)
+    if count > 1 and (tokenizer.startswith("train:") or engine == "ray"):
+        raise ValueError(f"--shard {shard} needs a tokenizer that is there already, and --engine processes")
+    blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
+    columns = Columns(text_column, title_column, id_column)
+    sources = resolve(input)
+    check(sources, columns, skip_bad_lines)  # what cannot work stops here, before anything is written
     folder = Path(output)
-    if finished(folder, settings):
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "text_column": text_column, "title_column": title_column}
+    settings |= {"title_prepended": title_column is not None, "id_column": id_column, **asdict(blocks)}
+    fingerprints = [source.fingerprint() for source in sources]
+    started, todo = find_state(folder, settings, fingerprints, append)
+    if not todo:
         print(f"{output} is already prepared: nothing to do")
         return
-
-    def texts(counts: Counter, wrap: corpus.Wrap) -> Iterator[str]:
-        return corpus.documents(sources, text_column, skip_bad_lines, counts, wrap)
-
-    next(texts(Counter(), lambda file, size, name: file))  # an unreadable input stops here, before anything is written
-    made = begin(folder, settings)
+    if started is None:
+        started = begin(folder, settings, [fingerprints[place] for place in todo], sum(s.size() for s in sources))
+    first_source = started["first_source"]
+    sources = [sources[place] for place in todo]
+    job = Job(folder, sources, first_source, columns, blocks, started["settings"]["unit_bytes"], skip_bad_lines)
     try:
-        made_tokenizer = store_tokenizer(folder, tokenizer, texts)
-        counts: Counter = Counter()
-        with reading("cutting into blocks") as wrap:
-            stats = run_units(folder, blocks, texts(counts, wrap), workers or available_cores())
+        store_tokenizer(folder, tokenizer, job)
+        if engine == "ray":
+            from condenser.data.ray_engine import do_all
+
+            do_all(job, workers)
+        else:
+            do_share(job, index, count, workers or available_cores())
     except BaseException:
-        if made and not list(folder.glob("units/*.json")):
-            shutil.rmtree(folder)  # nothing to go on from: leave no trace
+        if count == 1 and not list(folder.glob(f"units/{first_source:05d}-*.json")):
+            forget(folder, first_source)  # nothing to go on from: leave no trace
         raise
-    manifest = finish(folder, settings, made_tokenizer, stats, counts)
-    print(summary(output, manifest))
+    if count == 1:
+        merge(output)
+    else:
+        print(f"{output}: share {index} of {count} is done; `condenser prepare merge {output}` when all are")
 
 
-def finished(folder: Path, settings: dict[str, Any]) -> bool:
-    """Whether the store is complete. Raises ValueError where the folder holds anything but this store in the making."""
+def share_of(shard: str | None) -> tuple[int, int]:
+    index, _, count = (shard or "0/1").partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise ValueError(f"--shard {shard}: give I/N with I from 0 to N - 1, such as 0/8")
+    return int(index), int(count)
+
+
+def find_state(
+    folder: Path, settings: dict[str, Any], fingerprints: list[dict], append: bool
+) -> tuple[dict[str, Any] | None, list[int]]:
+    """What `begin` wrote, if it was here, and which of the inputs are to be done.
+
+    Raises:
+        ValueError: the folder holds something else, or a store of other settings or inputs.
+    """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return False
+        return None, list(range(len(fingerprints)))
     if not folder.is_dir():
         raise ValueError(f"--output {folder} is a file")
-    for name in (MANIFEST, UNFINISHED):
-        if (folder / name).is_file():
-            written = json.loads((folder / name).read_text())["settings"]
-            changed = sorted(key for key in settings if settings[key] != written.get(key))
-            if changed:
-                raise ValueError(
-                    f"{folder} holds a store made with another {', '.join(changed)}; "
-                    "choose another --output, or remove it"
-                )
-            return name == MANIFEST
-    raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
+    unfinished = (folder / UNFINISHED).is_file()
+    if not unfinished and not (folder / MANIFEST).is_file():
+        raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
+    state = json.loads((folder / (UNFINISHED if unfinished else MANIFEST)).read_text())
+    written, changed = state["settings"], []
+    done = written["sources"][: state["first_source"]] if unfinished else written["sources"] if append else []
+    todo = [place for place, fingerprint in enumerate(fingerprints) if not append or fingerprint not in done]
+    if (unfinished or not append) and [*done, *(fingerprints[place] for place in todo)] != written["sources"]:
+        changed.append("input")
+    changed += sorted(key for key in settings if settings[key] != written.get(key))
+    if changed:
+        raise ValueError(
+            f"{folder} holds a store made with another {', '.join(changed)}; choose another --output, or remove it"
+            + (" (--append adds inputs to it)" if changed == ["input"] and not append else "")
+        )
+    return (state, todo) if unfinished else (None, todo if append else [])
 
 
-def begin(folder: Path, settings: dict[str, Any]) -> bool:
-    """Mark the folder as a store in the making; true if it was not one yet."""
-    if (folder / UNFINISHED).is_file():
-        return False
+def begin(folder: Path, settings: dict[str, Any], new: list[dict[str, Any]], n_bytes: int) -> dict[str, Any]:
+    """Mark the folder as a store in the making, which a finished one becomes when something is appended."""
+    unit_bytes = int(np.clip(n_bytes // 128, *UNIT_BYTES))
+    settings, earlier = settings | {"unit_bytes": unit_bytes}, []
+    if (folder / MANIFEST).is_file():
+        settings = json.loads((folder / MANIFEST).read_text())["settings"]
+        earlier = settings["sources"]
     for name in ("units", *SPLITS):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    write_json(folder / UNFINISHED, {"settings": settings})
-    return True
+    state = {"first_source": len(earlier), "settings": settings | {"sources": [*earlier, *new]}}
+    write_json(folder / UNFINISHED, state)
+    return state
 
 
-def store_tokenizer(folder: Path, spec: str, texts: Callable) -> Any:
-    """The store's tokenizer, obtained the first time and read back when an unfinished store goes on."""
+def forget(folder: Path, first_source: int) -> None:
+    """Undo `begin`."""
+    if first_source:
+        (folder / UNFINISHED).unlink()
+    else:
+        shutil.rmtree(folder)
+
+
+def store_tokenizer(folder: Path, spec: str, job: Job) -> None:
+    """Obtain the store's tokenizer the first time; see that it is still the same when the store grows or goes on."""
     place = folder / "tokenizer"
     if not place.exists():
-        with reading("training the tokenizer") as wrap:
-            tokenizer = obtain_tokenizer(spec, lambda: texts(Counter(), wrap))
-        partial = folder / "tokenizer.partial"
+        with reading(job, "training the tokenizer", spec.startswith("train:")) as read:
+            tokenizer = obtain_tokenizer(spec, lambda: texts(job, read))
+        partial = folder / f"tokenizer.{uuid.uuid4().hex[:8]}.partial"
         tokenizer.save_pretrained(partial)
-        partial.rename(place)
-    return load_tokenizer(place)
-
-
-@contextmanager
-def reading(doing: str) -> Iterator[corpus.Wrap]:
-    """A progress bar over the bytes read of each input file; gives the function that puts a file behind it."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
-    with Progress(*columns) as progress:
-        yield lambda file, size, name: progress.wrap_file(file, total=size, description=f"{name}: {doing}")
-
-
-def run_units(folder: Path, blocks: Blocks, texts: Iterator[str], workers: int) -> list[dict[str, Any]]:
-    """Write the shards of every unit that is not there yet; the statistics of all units, in order."""
-    todo = enumerate(units(texts))
-    if workers == 1:
-        load_worker(folder, blocks)
-        return [do_unit(number, unit) for number, unit in todo]
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores out already
-    results, waiting = [], deque[Future]()
-    with ProcessPoolExecutor(workers, get_context("spawn"), load_worker, (folder, blocks)) as pool:
-        for number, unit in todo:
-            waiting.append(pool.submit(do_unit, number, unit))
-            if len(waiting) > 2 * workers:  # few units in memory at a time
-                results.append(waiting.popleft().result())
-        results += [future.result() for future in waiting]
-    return results
-
-
-def available_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def units(texts: Iterator[str]) -> Iterator[list[str]]:
-    unit, size = [], 0
-    for text in texts:
-        unit.append(text)
-        size += len(text)
-        if size >= UNIT_CHARACTERS:
-            yield unit
-            unit, size = [], 0
-    if unit:
-        yield unit
-
-
-def load_worker(folder: Path, blocks: Blocks) -> None:
-    """Give this process what its units share."""
-    global WORKER
-    from tokenizers import Tokenizer
-
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    token_type = "uint16" if tokenizer.get_vocab_size() <= 65536 else "uint32"
-    WORKER = folder, blocks, tokenizer, token_type
-
-
-def do_unit(number: int, texts: list[str]) -> dict[str, Any]:
-    """Write one unit's shards, then its statistics, whose presence says that the unit is done."""
-    folder, blocks, tokenizer, token_type = WORKER
-    record = folder / "units" / f"{number:05d}.json"
-    if record.is_file():
-        return json.loads(record.read_text())
-    cut, stats = cut_documents(texts, tokenizer, blocks)
-    for split, (ids, starts) in cut.items():
-        if ids:
-            name = f"data-{number:05d}.arrow"
-            write_table(folder / split / name, shard_table(ids, starts, token_type))
-            stats[split]["shard"] = {"file": name, "rows": len(ids), "tokens": sum(map(len, ids))}
-    write_json(record, stats)
-    return stats
-
-
-def finish(folder: Path, settings: dict, tokenizer: Any, stats: list[dict], counts: Counter) -> dict[str, Any]:
-    """Make each split a `datasets` folder, count tokens, write the manifest and remove the traces of the work."""
-    splits = {}
-    for split in SPLITS:
-        shards = [unit[split]["shard"] for unit in stats if "shard" in unit[split]]
-        splits[split] = {
-            "documents": sum(unit[split]["documents"] for unit in stats),
-            "blocks": sum(shard["rows"] for shard in shards),
-            "tokens": sum(shard["tokens"] for shard in shards),
-            "shards": shards,
-        }
-        dataset_files(folder / split, shards)
-    totals = ("documents", "empty_documents", "blocks_dropped", "tokens_kept", "tokens_dropped")
-    manifest = {
-        "settings": settings,
-        "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(tokenizer)},
-        "counts": {name: sum(unit[name] for unit in stats) for name in totals} | {"bad_lines": counts["bad"]},
-        "splits": splits,
-    }
-    counts_by_id = np.zeros(len(tokenizer), np.int64)
-    for shard in splits["train"]["shards"]:
-        with pa.memory_map(str(folder / "train" / shard["file"])) as file:
-            tokens = Shard(pa.ipc.open_stream(file).read_all()).tokens
-            counts_by_id += np.bincount(tokens, minlength=len(tokenizer))
-    np.save(folder / "token_counts.npy", counts_by_id)
-    write_json(folder / MANIFEST, manifest)
-    shutil.rmtree(folder / "units")
-    (folder / UNFINISHED).unlink()
-    return manifest
-
-
-def summary(output: str, manifest: dict[str, Any]) -> str:
-    counts, splits = manifest["counts"], manifest["splits"]
-    train, validation = splits["train"], splits["validation"]
-    lines = [
-        f"{output}: {train['blocks']:,} blocks, {train['tokens']:,} tokens for training; "
-        f"{validation['blocks']:,} blocks for validation",
-        f"{counts['documents']:,} documents ({counts['empty_documents']:,} empty), {counts['bad_lines']:,} bad lines; "
-        f"{counts['tokens_kept']:,} tokens kept, {counts['tokens_dropped']:,} dropped",
-    ]
-    if not validation["blocks"]:
-        lines.append(
-            "no document fell into the validation split: raise --validation-fraction to validate during training"
+        try:
+            partial.rename(place)
+        except OSError:  # another machine was faster
+            shutil.rmtree(partial)
+    elif not spec.startswith("train:") and tokenizer_hash(load_tokenizer(spec)) != tokenizer_hash(
+        load_tokenizer(place)
+    ):
+        raise ValueError(
+            f"the tokenizer {spec} has changed since {folder} was begun, which holds a copy of the old one"
         )
-    return "\n".join(lines)
+
+
+def texts(job: Job, read: Callable[[int, int], None]) -> Iterator[str]:
+    for place, source in enumerate(job.sources):
+        for unit in units(source, job.columns, job.unit_bytes):
+            for document in documents(unit, source, job.columns):
+                if isinstance(document, Document):
+                    yield document.text
+                elif not job.skip_bad_lines:
+                    raise document
+            read(place, unit.position)

@@ -1,15 +1,21 @@
 """Token stores: what `condenser prepare` writes and training reads, without copying it into memory.
 
-    manifest.json      written last: source, tokenizer hash, settings, counts; a store without it is unfinished
+    manifest.json      written last: settings, sources, counts, checksums; a store without it is unfinished
     tokenizer/         for AutoTokenizer.from_pretrained
     token_counts.npy   how often each id occurs in the training split (the unigram baseline)
-    train/ validation/ a `datasets` Arrow folder each: input_ids (no special tokens), word_starts (bits), length
+    train/ validation/ a `datasets` Arrow folder each: input_ids (no special tokens), word_starts (bits), length; of
+                       stores of spans also document, the number of a row's document in its shard
+    units/             what is known of each unit of the input, shard by shard; kept so that input can be appended
 
 Legend: B samples, L longest length among them.
 """
 
 import hashlib
 import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +30,36 @@ class TokenStore:
     """One split of a store, memory-mapped. Rows are numbered over all shards in order: the sample ids.
 
     Raises:
-        ValueError: no such store, or one without a manifest.
+        ValueError: no such store, one without a manifest, or a shard that is missing or has another size than it had.
     """
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
         self.manifest = read_manifest(self.folder)
-        tables = [
-            pa.ipc.open_stream(pa.memory_map(str(self.folder / split / shard["file"]))).read_all()
-            for shard in self.manifest["splits"][split]["shards"]
-        ]
-        self.shards = [Shard(table) for table in tables]
-        lengths = [table["length"].to_numpy() for table in tables]
-        self.lengths = np.concatenate([np.empty(0, np.uint16), *lengths])
-        self.first_rows = np.cumsum([0, *map(len, lengths)])[:-1]
+        files = self.manifest["splits"][split]["shards"]
+        self.shards = [Shard(self.folder / split / about["file"], about["bytes"]) for about in files]
+        self.lengths = np.concatenate([np.empty(0, np.uint16), *(shard.lengths for shard in self.shards)])
+        self.first_rows = np.cumsum([0, *(len(shard.lengths) for shard in self.shards)])[:-1]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __reduce__(self):
         return TokenStore, (self.folder, self.split)  # a spawned loader worker maps the files again
+
+    def document_bounds(self) -> np.ndarray:
+        """Where the documents of a store of spans begin, in rows, and the number of rows ``[D + 1]``.
+
+        Raises:
+            ValueError: a store of blocks.
+        """
+        if self.manifest["settings"]["kind"] != "spans":
+            raise ValueError(f"{self.folder} holds blocks; pairs of spans need a store of `prepare --kind spans`")
+        changes = [
+            first + 1 + np.flatnonzero(np.diff(shard.documents))  # type: ignore[arg-type, type-var]
+            for first, shard in zip(self.first_rows, self.shards, strict=True)
+        ]
+        return np.unique(np.concatenate([self.first_rows, *changes, [len(self)]])).astype(np.int64)
 
     def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Samples ``index`` ``[B]`` -> input_ids and word_starts ``[B, L]`` (0 past a row's end), lengths ``[B]``."""
@@ -63,10 +79,18 @@ class TokenStore:
 class Shard:
     """The flat arrays behind one Arrow file of a single record batch; zero-copy views of the mapped file."""
 
-    def __init__(self, table: pa.Table):
+    def __init__(self, path: Path, size: int):
+        if not path.is_file():
+            raise ValueError(f"{path} is missing: the store is damaged, restore the file or prepare the store anew")
+        if path.stat().st_size != size:
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: damaged, prepare it anew")
+        with pa.memory_map(str(path)) as file:  # closed at once, the mapping stays: any number of shards can be open
+            table = pa.ipc.open_stream(file).read_all()
         tokens, bits = (table[name].chunk(0) for name in ("input_ids", "word_starts"))
         self.tokens, self.token_offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
         self.bits, self.bit_offsets = bits.values.to_numpy(), bits.offsets.to_numpy()
+        self.lengths = table["length"].to_numpy()
+        self.documents = table["document"].to_numpy() if "document" in table.column_names else None
 
     def read(self, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Tokens and word starts at ``positions`` of ``rows``; past a row's end they are its neighbours'."""
@@ -77,28 +101,79 @@ class Shard:
         return tokens, starts.astype(bool)
 
 
-def shard_table(blocks: list[np.ndarray], word_starts: list[np.ndarray], token_type: str) -> pa.Table:
-    """Blocks of token ids and their word starts -> the columns of a shard; bits are packed, lowest first."""
+def write_shard(
+    path: Path,
+    rows: list[np.ndarray],
+    word_starts: list[np.ndarray],
+    token_type: str,
+    documents: list[int] | None = None,
+) -> dict[str, Any]:
+    """Rows of token ids, their word starts (packed, lowest bit first) and documents -> a file; what is known of it."""
     packed = [np.packbits(starts, bitorder="little") for starts in word_starts]
     columns = {
-        "input_ids": list_array(blocks, np.dtype(token_type)),
+        "input_ids": list_array(rows, np.dtype(token_type)),
         "word_starts": list_array(packed, np.dtype(np.uint8)),
-        "length": pa.array(np.array([len(block) for block in blocks], np.uint16)),
+        "length": pa.array(np.array([len(row) for row in rows], np.uint16)),
     }
-    return pa.table(columns)
+    if documents is not None:
+        columns["document"] = pa.array(np.array(documents, np.uint32))
+    table = pa.table(columns)
+    with written(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table, max_chunksize=len(table))  # one record batch: see Shard
+    tokens = int(columns["length"].to_numpy().sum(dtype=np.int64))
+    known = {"file": path.name, "rows": len(rows), "tokens": tokens}
+    return known | {"bytes": path.stat().st_size, "blake2b": checksum(path)}
 
 
 def list_array(rows: list[np.ndarray], dtype: np.dtype) -> pa.ListArray:
     offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    values = np.concatenate([np.empty(0, dtype), *rows]).astype(dtype)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows).astype(dtype)))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
-    partial = path.with_suffix(".partial")
-    with pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=max(1, len(table)))  # one record batch: see store.Shard
-    partial.replace(path)
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write under; what was written is on disk, and whole, once it has its name."""
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        yield partial
+        with open(partial, "rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    with written(path) as partial:
+        partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def save_array(path: Path, array: np.ndarray) -> None:
+    with written(path) as partial, open(partial, "wb") as file:
+        np.save(file, array)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def verify(folder: Path, splits: dict[str, Any]) -> None:
+    """Compare every shard with its checksum.
+
+    Raises:
+        ValueError: files that are missing or damaged, all of them named.
+    """
+    from rich.progress import track
+
+    files = [(folder / split / shard["file"], shard) for split, about in splits.items() for shard in about["shards"]]
+    damaged = [
+        str(path)
+        for path, shard in track(files, "verifying", transient=True)
+        if not path.is_file() or checksum(path) != shard["blake2b"]
+    ]
+    if damaged:
+        raise ValueError(f"missing or damaged, their checksums do not agree: {', '.join(damaged)}")
 
 
 def dataset_files(folder: Path, shards: list[dict[str, Any]]) -> None:
@@ -141,9 +216,3 @@ def tokenizer_hash(tokenizer: Any) -> str:
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     text = json.dumps([state, special], sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def write_json(path: Path, value: Any) -> None:
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    partial.replace(path)

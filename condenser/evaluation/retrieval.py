@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condenser.data.corpus import COMPRESSED, lines_of, open_lines
+from condenser.data.corpus import COMPRESSED, opened
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -70,8 +70,8 @@ def read_lines(folder: Path, name: str) -> Iterator[tuple[str, str]]:
     path = next((p for suffix in ("", *COMPRESSED) if (p := folder / (name + suffix)).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has no {name} (plain or {', '.join(COMPRESSED)}), which this needs")
-    with open_lines(str(path), lambda file, size, name: file) as file:
-        for number, line in enumerate(lines_of(file, str(path)), start=1):
+    with opened(path) as (file, _):
+        for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}, line {number}", line.decode(errors="replace").rstrip("\r\n")
 

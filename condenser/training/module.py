@@ -162,9 +162,9 @@ class CondenserModule(L.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         checkpoint["tokens_seen"] = int(self.tokens_seen)
-        checkpoint["condenser"] = hub.description(
-            self.model, datamodule.store, config.read_text() if config.is_file() else ""
-        )
+        folder = next(iter(datamodule.weights)) / "tokenizer"
+        run_config = config.read_text() if config.is_file() else ""
+        checkpoint["condenser"] = hub.description(self.model, folder, datamodule.about(), run_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_fits(checkpoint)

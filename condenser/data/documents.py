@@ -1,0 +1,107 @@
+"""Records to documents: the fields of a JSON object or of a table's row, or a run of lines of plain text.
+
+What cannot be used is a ValueError that names the file and the line; whoever asked decides whether to stop or to count.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from condenser.data.corpus import Columns, Source, Unit, missing_column, units
+
+
+class Document(NamedTuple):
+    text: str
+    key: int  # 64-bit hash of its id, or of its text where it has none
+
+
+def check(sources: list[Source], columns: Columns, skip_bad_lines: bool) -> None:
+    """Read the beginning of every source, so that what cannot work stops before any work.
+
+    Raises:
+        ValueError: as `units` and `documents`, or a source without any document.
+    """
+    for source in sources:
+        parts = units(source, columns, 1 << 16)
+        first = next((document for unit in parts for document in documents(unit, source, columns)), None)
+        if first is None:
+            raise ValueError(f"{source.name} holds no documents")
+        if isinstance(first, ValueError) and not skip_bad_lines:
+            raise first
+
+
+def documents(unit: Unit, source: Source, columns: Columns) -> Iterator[Document | ValueError]:
+    """What each record of a unit holds, or why it cannot be used, and where it is."""
+    for number, record in records(unit, source):
+        try:
+            yield document_of(record, source, columns)
+        except ValueError as error:
+            unit_of_place = "row" if isinstance(record, dict) else "line"
+            yield ValueError(f"{source.name}, {unit_of_place} {number}: {error}")
+
+
+def records(unit: Unit, source: Source) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    """The rows, the lines that are not blank, or the runs of such lines, with the number of each (its first line)."""
+    if not isinstance(unit.payload, bytes):
+        yield from enumerate(unit.payload, unit.first)
+        return
+    lines = unit.payload.split(b"\n")
+    if source.kind == "jsonl":
+        yield from ((number, line) for number, line in enumerate(lines, unit.first) if line.strip())
+        return
+    document: list[bytes] = []
+    for number, line in enumerate([*lines, b""], unit.first):
+        if line.strip():
+            document.append(line)
+        elif document:
+            yield number - len(document), b"\n".join(document).rstrip()
+            document = []
+
+
+def document_of(record: bytes | dict[str, Any], source: Source, columns: Columns) -> Document:
+    """Raises ValueError for what is not a record, a field that is missing or no text, and text that is none."""
+    if isinstance(record, bytes) and source.kind == "text":
+        record = {columns.text: decoded(record)}
+    elif isinstance(record, bytes):
+        record = json_object(record)
+    text = field(record, columns.text, "--text-column")
+    if columns.title is not None and (title := field(record, columns.title, "--title-column")):
+        text = f"{title}\n{text}"
+    if "\0" in text:
+        raise ValueError("holds NUL characters: binary data, or a damaged file")
+    identity = record.get(columns.id)
+    try:
+        return Document(text, hash64(text if identity is None else str(identity)))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"no valid Unicode: {error.reason}") from None
+
+
+def decoded(record: bytes) -> str:
+    try:
+        return record.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+    try:
+        record = json.loads(decoded(line))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
+    return record
+
+
+def field(record: dict[str, Any], column: str, option: str) -> str:
+    if column not in record:
+        raise ValueError(missing_column(column, option, list(record)))
+    value = "" if record[column] is None else record[column]
+    if not isinstance(value, str):
+        raise ValueError(f"{column!r} is not a text but {type(value).__name__}")
+    return value
+
+
+def hash64(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -1,0 +1,126 @@
+"""`condenser prepare merge`: the shares of the work, put together to a finished store; the end of every preparation."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from condenser.data.store import (
+    MANIFEST,
+    SPLITS,
+    Shard,
+    dataset_files,
+    save_array,
+    tokenizer_hash,
+    verify,
+    write_json,
+)
+from condenser.data.tokenizers import load_tokenizer
+from condenser.data.work import BAD_NAMED, UNFINISHED, read_record
+
+
+def merge(store: str, /) -> None:
+    """Put the shares of a store together.
+
+    Run it once `condenser prepare ... --shard I/N` has ended for every I from 0 to N - 1, on any machines that share
+    the folder. It verifies that every share is there and every file whole, then writes the manifest: the store is byte
+    for byte the one that a single machine makes.
+
+    Args:
+        store: the folder that `condenser prepare --shard I/N` wrote to.
+
+    Raises:
+        ValueError: a share that is not finished, or a damaged file.
+    """
+    folder = Path(store)
+    if not (folder / UNFINISHED).is_file():
+        raise ValueError(f"{store} is no store in the making: there is nothing to merge")
+    started = json.loads((folder / UNFINISHED).read_text())
+    names = sorted([*earlier_units(folder, started["first_source"]), *shared_units(folder)])
+    records = [read_record(folder, name) for name in names]
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    splits = {split: joined(split, records) for split in SPLITS}
+    verify(folder, splits)
+    counts_by_id = token_counts(folder, splits["train"]["shards"], len(tokenizer))
+    save_array(folder / "token_counts.npy", counts_by_id)
+    counts = {name: sum(record["counts"][name] for record in records) for name in records[0]["counts"]}
+    counts["kept"] = sum(about["documents"] for about in splits.values())
+    counts["repeated_ids"] = repeated([folder / "units" / f"{name}.npy" for name in names])
+    counts["tokens_unknown"] = int(counts_by_id[tokenizer.unk_token_id]) if tokenizer.unk_token else 0
+    for split, about in splits.items():
+        dataset_files(folder / split, about["shards"])
+    manifest = {
+        "settings": started["settings"],
+        "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(tokenizer)},
+        "counts": counts,
+        "bad": [bad for record in records for bad in record["bad"]][:BAD_NAMED],
+        "splits": splits,
+    }
+    write_json(folder / MANIFEST, manifest)
+    (folder / UNFINISHED).unlink()
+    for path in folder.glob("units/share-*.json"):
+        path.unlink()
+    print(summary(store, manifest))
+
+
+def earlier_units(folder: Path, first_source: int) -> list[str]:
+    names = (path.stem for path in folder.glob("units/[0-9]*-*.json"))
+    return [name for name in names if int(name.partition("-")[0]) < first_source]
+
+
+def shared_units(folder: Path) -> list[str]:
+    """The units of all shares. Raises ValueError if any is missing."""
+    shares: dict[int, dict[int, list[str]]] = {}
+    for path in folder.glob("units/share-*-of-*.json"):
+        _, index, _, count = path.stem.split("-")
+        shares.setdefault(int(count), {})[int(index)] = json.loads(path.read_text())
+    for n, done in shares.items():
+        if len(done) == n:
+            return [name for names in done.values() for name in names]
+    missing = ", ".join(f"{index}/{n}" for n, done in shares.items() for index in range(n) if index not in done)
+    raise ValueError(f"{folder} is unfinished: first run `condenser prepare` with --shard {missing or 'I/N'}")
+
+
+def joined(split: str, records: list[dict[str, Any]]) -> dict[str, Any]:
+    shards = [shard for record in records for shard in record[split]["shards"]]
+    return {
+        "documents": sum(record[split]["documents"] for record in records),
+        "rows": sum(shard["rows"] for shard in shards),
+        "tokens": sum(shard["tokens"] for shard in shards),
+        "shards": shards,
+    }
+
+
+def token_counts(folder: Path, shards: list[dict[str, Any]], vocabulary: int) -> np.ndarray:
+    counts = np.zeros(vocabulary, np.int64)
+    for shard in shards:
+        counts += np.bincount(Shard(folder / "train" / shard["file"], shard["bytes"]).tokens, minlength=vocabulary)
+    return counts
+
+
+def repeated(files: list[Path]) -> int:
+    """How many of the hashes in all files were there before; memory is bounded by taking a part of them at a time."""
+    parts = 1 + sum(path.stat().st_size for path in files) // 2**28
+    n_repeated = 0
+    for part in range(parts):
+        hashes = np.concatenate([keys[keys % np.uint64(parts) == part] for keys in map(np.load, files)])
+        n_repeated += len(hashes) - len(np.unique(hashes))
+    return n_repeated
+
+
+def summary(output: str, manifest: dict[str, Any]) -> str:
+    counts, splits = manifest["counts"], manifest["splits"]
+    train, validation = splits["train"], splits["validation"]
+    lines = [
+        f"{output}: {train['rows']:,} rows, {train['tokens']:,} tokens for training; "
+        f"{validation['rows']:,} rows for validation",
+        f"{counts['documents']:,} documents: {counts['kept']:,} kept, {counts['empty']:,} empty, "
+        f"{counts['too_short']:,} too short, {counts['bad']:,} bad; {counts['repeated_ids']:,} repeat an id",
+        f"{counts['tokens_kept']:,} tokens kept, {counts['tokens_dropped']:,} dropped, "
+        f"{counts['tokens_unknown']:,} unknown to the tokenizer",
+    ]
+    lines += [f"bad: {bad}" for bad in manifest["bad"][:3]]
+    if not validation["rows"]:
+        lines.append("no document is in the validation split: raise --validation-fraction to validate during training")
+    return "\n".join(lines)
