@@ -24,6 +24,11 @@ COMMANDS = {  # name: (module:function, one line)
     "validate": ("condenser.training.cli:validate", "validation losses and accuracies of a checkpoint"),
     "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
     "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval on BEIR folders, fine-tuned first or not"),
+    "inspect": (
+        "condenser.data.inspection:inspect_store",
+        "what is in a token store: numbers, samples, masks, padding",
+    ),
+    "bench data": ("condenser.benchmark:bench_data", "speed of preparing, masking and batching, beside others"),
     "report": ("condenser.report:report", "curves and tables of one or several runs in one HTML file"),
 }
 OWN_PARSER = {"fit", "validate"}  # called with the remaining arguments as they are

@@ -1,10 +1,19 @@
 """Documents to rows of tokens: sentences, words and spans, in any language."""
 
+import itertools
+from collections import Counter
+
 import numpy as np
+import pytest
+from conftest import make_documents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from condenser.data.blocks import Blocks, block_spans, cut_documents, sentence_ends, word_starts_of
+from condenser.data.blocks import Blocks, block_spans, cut_documents
 from condenser.data.documents import Document
+from condenser.data.encoding import Encoder, sentence_bounds
 from condenser.data.hashing import hash_ints
 
 
@@ -38,26 +47,164 @@ def test_word_starts_are_the_tokenizers_own_words(store):
     tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
     backend = tokenizer.backend_tokenizer
     documents = [Document("Retrieving, unencoded tokens; reranked.", 0)]
-    rows = cut_documents(documents, backend, Blocks(max_length=32, validation_fraction=0.0))[0]["train"]
+    rows = cut_documents(documents, Encoder(backend), Blocks(max_length=32, validation_fraction=0.0))[0]["train"]
     tokens = tokenizer.convert_ids_to_tokens(rows.tokens[0])
     assert [not token.startswith("##") for token in tokens] == rows.word_starts[0].tolist()
     assert any(token.startswith("##") for token in tokens)
 
 
 def test_a_byte_level_tokenizers_words_are_right_too(roberta):
-    text = "Attending heads, rerankers."
-    encoding = AutoTokenizer.from_pretrained(roberta).backend_tokenizer.encode(text, add_special_tokens=False)
-    starts = word_starts_of(encoding.word_ids)
-    words = "".join("|" * int(start) + token for start, token in zip(starts, encoding.tokens, strict=True))
+    backend = AutoTokenizer.from_pretrained(roberta).backend_tokenizer
+    ids, starts, _ = Encoder(backend)("Attending heads, rerankers.")
+    tokens = [backend.id_to_token(number) for number in ids]
+    words = "".join("|" * int(start) + token for start, token in zip(starts, tokens, strict=True))
     assert words.replace("Ġ", "") == "|Attending|heads|,|rerankers|."
 
 
-def test_sentences_are_found_in_tokens_even_without_spaces_between_them():
-    text = "我喜欢猫。他也是。 The end. New one?"
-    ends = sentence_ends(text, np.arange(1, len(text) + 1), "en")  # one token a character
-    assert [text[a:b].strip() for a, b in zip([0, *ends], ends, strict=False)] == [
-        "我喜欢猫。",
-        "他也是。",
-        "The end.",
-        "New one?",
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """A Unigram tokenizer as XLM-R, ALBERT and DeBERTa have: ▁ stands for the space before a word."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False)
+    tokenizer.train_from_iterator([*make_documents(100), *LANGUAGES.values()] * 4, trainer)
+    return tokenizer
+
+
+LANGUAGES = {
+    "zh": "北京是中国的首都。它有三千年的历史!我们去BERT学校吗?很好。",
+    "ja": "吾輩は猫である。名前はまだ無い。どこで生れたか。",
+    "ar": "القطة على السجادة. أين الكلب؟ ذهب إلى البيت!",
+    "he": "החתול ישב על המחצלת. איפה הכלב? הוא הלך הביתה.",
+    "th": "แมวนั่งบนเสื่อ",
+}
+
+
+def words_of(text, encoder):
+    """The words of a text, as the pieces of it between word starts."""
+    ids, starts, _ = encoder(text)
+    words = []
+    for number, start in zip(ids, starts, strict=True):
+        piece = encoder.tokenizer.id_to_token(int(number)).removeprefix("##").replace("▁", "")
+        words[-1:] = [*words[-1:], piece] if start else [words[-1] + piece]
+    return [word for word in words if word]
+
+
+def test_sentencepiece_words_are_right(sentencepiece):
+    assert words_of("Attending heads. Ranking masks.", Encoder(sentencepiece)) == [
+        "Attending",
+        "heads.",
+        "Ranking",
+        "masks.",
     ]
+
+
+def test_in_scripts_without_spaces_every_token_is_a_word_and_latin_words_among_them_stay_whole(sentencepiece, bert):
+    starts = Encoder(sentencepiece)(LANGUAGES["ja"]).word_starts
+    assert starts.all()  # SentencePiece itself takes the whole text for a word
+    words = words_of(LANGUAGES["zh"], Encoder(bert, "zh"))
+    assert words[:6] == list("北京是中国的")
+    assert "bert" in words
+    assert len(Encoder(bert)("bert").ids) > 1
+
+
+def test_a_named_segmenter_decides_what_a_word_is(bert):
+    dictionary = ["北京", "中国", "首都", "历史", "学校"]
+
+    def segment(text):
+        while text:
+            word = next((word for word in dictionary if text.startswith(word)), text[0])
+            yield word
+            text = text[len(word) :]
+
+    words = words_of("北京是中国的首都。", Encoder(bert, "zh", segment))
+    assert words == ["北京", "是", "中国", "的", "首都", "。"]
+    with pytest.raises(ValueError, match="which the text does not go on with"):
+        Encoder(bert, "zh", lambda text: ["天津"])("北京")
+
+
+@pytest.mark.parametrize(("language", "sentences"), [("zh", 4), ("ja", 3), ("ar", 3), ("he", 3)])
+def test_sentences_end_where_they_do_in_languages_without_spaces_or_from_right_to_left(language, sentences):
+    text = LANGUAGES[language]
+    bounds = [0, *sentence_bounds(text, language)]
+    found = [text[begin:end].strip() for begin, end in itertools.pairwise(bounds)]
+    assert len(found) == sentences
+    assert all(sentence[-1] in "。!?؟.!" for sentence in found)
+    assert "".join(found).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.fixture(scope="module")
+def bert(store):
+    """The store's WordPiece tokenizer with some Chinese characters, letters and pieces of words."""
+    backend = AutoTokenizer.from_pretrained(store / "tokenizer").backend_tokenizer
+    vocabulary = backend.get_vocab()
+    letters = "".join(LANGUAGES.values()).lower() + "abcdefghijklmnopqrstuvwxyz0123456789"
+    for piece in [*letters, *("##" + letter for letter in letters)]:
+        vocabulary.setdefault(piece, len(vocabulary))
+    backend.model = models.WordPiece(vocabulary, unk_token="[UNK]")
+    return backend
+
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=200)
+PROSE = st.lists(
+    st.sampled_from(
+        [*make_documents(5), *LANGUAGES.values(), "\n\n", " ", "é", "e\u0301", "[SEP]", "x.y?z", "がぎ", "\u200b"]
+    )
+).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXT | PROSE)
+def test_sentence_by_sentence_gives_what_the_whole_text_gives(bert, text):
+    encoder = Encoder(bert)
+    assert encoder.by_sentence
+    one, other = encoder.sentence_by_sentence(text), encoder.as_a_whole(text)
+    assert one.ids.tolist() == other.ids.tolist()
+    assert one.word_starts.tolist() == other.word_starts.tolist()
+    assert one.sentence_ends == other.sentence_ends
+
+
+@settings(max_examples=200, deadline=None)
+@given(TEXT | PROSE)
+def test_rows_put_together_are_the_tokenizers_tokens_whatever_the_text(bert, sentencepiece, text):
+    for tokenizer in (bert, sentencepiece):
+        rows, counts = cut_documents(
+            [Document(text, 0)], Encoder(tokenizer), Blocks(max_length=12, validation_fraction=0)
+        )
+        tokens = [number for part in rows["train"].tokens for number in part.tolist()]
+        assert tokens == tokenizer.encode(text, add_special_tokens=False).ids
+        assert counts["tokens_kept"] == len(tokens) == sum(rows["train"].lengths)
+        assert all(0 < length <= 10 for length in rows["train"].lengths)
+        assert counts["empty"] == (not tokens)
+
+
+def test_a_very_long_text_is_tokenized_in_pieces_with_the_same_tokens(bert, sentencepiece, monkeypatch):
+    text = " ".join(make_documents(30))
+    for tokenizer in (bert, sentencepiece):
+        whole = Encoder(tokenizer).as_a_whole(text)
+        with monkeypatch.context() as patch:
+            patch.setattr("condenser.data.encoding.PIECE", 100)
+            in_pieces = Encoder(tokenizer).as_a_whole(text)
+        assert whole.ids.tolist() == in_pieces.ids.tolist()
+        assert whole.word_starts.tolist() == in_pieces.word_starts.tolist()
+        assert whole.sentence_ends == in_pieces.sentence_ends
+
+
+def test_spans_come_from_documents_with_two_or_more_and_the_others_are_counted(bert):
+    texts = ["Short.", *make_documents(40, seed=2)]
+    blocks = Blocks(kind="spans", max_length=20, validation_fraction=0.0)
+    rows, counts = cut_documents([Document(text, 0) for text in texts], Encoder(bert), blocks)
+    spans = Counter(rows["train"].documents)
+    assert min(spans.values()) >= 2
+    assert len(spans) == rows["train"].n_documents == len(texts) - counts["too_short"]
+    assert counts["too_short"] > 0
+    n_tokens = sum(len(Encoder(bert)(text).ids) for text in texts)
+    assert counts["tokens_kept"] + counts["tokens_dropped"] == n_tokens
+
+
+def test_rows_shorter_than_the_minimum_are_dropped_and_counted(bert):
+    documents = [Document(text, 0) for text in make_documents(50)]
+    rows, counts = cut_documents(documents, Encoder(bert), Blocks(max_length=20, min_length=6, validation_fraction=0.0))
+    assert min(rows["train"].lengths) >= 6
+    assert counts["rows_dropped"] > 0
+    assert len(np.concatenate(rows["train"].tokens)) == counts["tokens_kept"]

@@ -17,6 +17,7 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
     "export": {"models", "hub", "runs"},
     "training": {"models", "data", "hub", "runs"},
     "evaluation": {"models", "data", "hub"},
+    "benchmark": {"data"},
     "figures": {"runs"},
     "report": {"figures", "runs"},
     "runs": set(),

@@ -141,8 +141,8 @@ class CondenserDataModule(L.LightningDataModule):
 
 def store_folder(name: str) -> Path:
     """A store's folder, or the store of that name in data/tokens."""
-    folder = Path(name)
-    return Path("data/tokens") / name if not folder.exists() and len(folder.parts) == 1 else folder
+    named = Path("data/tokens") / name
+    return named if named.is_dir() and not Path(name).exists() else Path(name)
 
 
 class Steps(Dataset):

@@ -103,31 +103,43 @@ class Shard:
 
 def write_shard(
     path: Path,
-    rows: list[np.ndarray],
-    word_starts: list[np.ndarray],
+    tokens: np.ndarray,
+    word_starts: np.ndarray,
+    lengths: np.ndarray,
     token_type: str,
-    documents: list[int] | None = None,
+    documents: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Rows of token ids, their word starts (packed, lowest bit first) and documents -> a file; what is known of it."""
-    packed = [np.packbits(starts, bitorder="little") for starts in word_starts]
+    """Write rows to a file; what is known of it.
+
+    Args:
+        tokens, word_starts: of all rows, one after the other, ``[lengths.sum()]``.
+        lengths, documents: of each row; the number of its document.
+    """
     columns = {
-        "input_ids": list_array(rows, np.dtype(token_type)),
-        "word_starts": list_array(packed, np.dtype(np.uint8)),
-        "length": pa.array(np.array([len(row) for row in rows], np.uint16)),
+        "input_ids": list_array(tokens.astype(token_type), lengths),
+        "word_starts": packed_bits(word_starts, lengths),
+        "length": pa.array(lengths.astype(np.uint16)),
     }
     if documents is not None:
-        columns["document"] = pa.array(np.array(documents, np.uint32))
+        columns["document"] = pa.array(documents.astype(np.uint32))
     table = pa.table(columns)
     with written(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
         out.write_table(table, max_chunksize=len(table))  # one record batch: see Shard
-    tokens = int(columns["length"].to_numpy().sum(dtype=np.int64))
-    known = {"file": path.name, "rows": len(rows), "tokens": tokens}
+    known = {"file": path.name, "rows": len(lengths), "tokens": len(tokens)}
     return known | {"bytes": path.stat().st_size, "blake2b": checksum(path)}
 
 
-def list_array(rows: list[np.ndarray], dtype: np.dtype) -> pa.ListArray:
-    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(np.concatenate(rows).astype(dtype)))
+def list_array(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(np.append(0, np.cumsum(lengths)).astype(np.int32)), pa.array(values))
+
+
+def packed_bits(bits: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+    """Eight booleans to a byte, lowest bit first; a row begins with a byte of its own."""
+    n_bytes = -(-lengths // 8)
+    first = 8 * np.append(0, np.cumsum(n_bytes)[:-1]) - np.append(0, np.cumsum(lengths)[:-1])  # how far each row moves
+    spread = np.zeros(8 * n_bytes.sum(), bool)
+    spread[np.arange(len(bits)) + np.repeat(first, lengths)] = bits
+    return list_array(np.packbits(spread, bitorder="little"), n_bytes)
 
 
 @contextmanager

@@ -24,7 +24,9 @@ import numpy as np
 from condenser.data.blocks import Blocks, cut_documents
 from condenser.data.corpus import Columns, Source, Unit, units
 from condenser.data.documents import Document, documents
+from condenser.data.encoding import Encoder
 from condenser.data.store import save_array, write_json, write_shard
+from condenser.data.words import load_segmenter
 
 UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest says the same
 BAD_NAMED = 20  # records that could not be used and are named in the manifest; all are counted
@@ -68,7 +70,6 @@ def pool(job: Job, workers: int) -> Iterator[Any]:
         load_job(job)
         yield do_unit
         return
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores out already
     waiting = deque[Future]()
     executor = ProcessPoolExecutor(workers, get_context("spawn"), load_worker, (job, os.getpid()))
 
@@ -115,22 +116,23 @@ def load_worker(job: Job, parent: int) -> None:
         os._exit(1)
 
     threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores out already
     gc.disable()  # a hundred thousand short-lived tuples a document, and no cycles
     load_job(job)
 
 
 def load_job(job: Job) -> None:
-    global JOB, TOKENIZER
+    global JOB, ENCODER
     from tokenizers import Tokenizer
 
-    JOB = job
-    TOKENIZER = Tokenizer.from_file(str(job.folder / "tokenizer" / "tokenizer.json"))
-    TOKENIZER.no_truncation()
-    TOKENIZER.no_padding()
+    tokenizer = Tokenizer.from_file(str(job.folder / "tokenizer" / "tokenizer.json"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    JOB, ENCODER = job, Encoder(tokenizer, job.blocks.language, load_segmenter(job.blocks.word_segmenter))
 
 
 JOB: Job  # what the units of this process share: set by `load_job`
-TOKENIZER: Any
+ENCODER: Encoder
 
 
 def do_unit(name: str, source: Source, unit: Unit) -> None:
@@ -143,15 +145,17 @@ def do_unit(name: str, source: Source, unit: Unit) -> None:
             bad.append(str(document))
         else:
             raise ValueError(f"{document} (--skip-bad-lines goes on)")
-    cut, counts = cut_documents(usable, TOKENIZER, JOB.blocks)
-    token_type = "uint16" if TOKENIZER.get_vocab_size() <= 65536 else "uint32"
+    cut, counts = cut_documents(usable, ENCODER, JOB.blocks)
+    token_type = "uint16" if ENCODER.tokenizer.get_vocab_size() <= 65536 else "uint32"
     record: dict[str, Any] = {"counts": {"documents": len(usable) + len(bad), "bad": len(bad)} | counts}
     for split, rows in cut.items():
         record[split] = {"documents": rows.n_documents, "shards": []}
         if rows.tokens:
-            numbers = rows.documents if JOB.blocks.kind == "spans" else None
             path = JOB.folder / split / f"data-{name}.arrow"
-            record[split]["shards"] = [write_shard(path, rows.tokens, rows.word_starts, token_type, numbers)]
+            tokens, starts = np.concatenate(rows.tokens), np.concatenate(rows.word_starts)
+            documents_of_rows = np.array(rows.documents) if JOB.blocks.kind == "spans" else None
+            known = write_shard(path, tokens, starts, np.array(rows.lengths), token_type, documents_of_rows)
+            record[split]["shards"] = [known]
     save_array(record_path(JOB, name).with_suffix(".npy"), np.array([document.key for document in usable], np.uint64))
     write_json(record_path(JOB, name), record | {"bad": bad[:BAD_NAMED]})
 

@@ -1,0 +1,108 @@
+"""A document's text to its tokens, where words start among them, and where sentences end.
+
+Sentences are found by sentencex: compiled (50 MB/s; the next best reached 25, the common ones below 3), rules for many
+languages inside the wheel, and it knows the sentence ends of Chinese and Japanese, which no space follows.
+
+The general way tokenizes a text as a whole and asks the tokenizer where each token is. BERT's own tokenizers never join
+characters across white space or punctuation, so for them sentences can be tokenized one by one, which gives the same
+tokens without asking: a quarter quicker.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from condenser.data.words import Segmenter, unspaced, word_starts
+
+PIECE = 1 << 20  # characters that are tokenized at a time
+
+
+class Encoded(NamedTuple):
+    ids: np.ndarray  # [n]
+    word_starts: np.ndarray  # [n], true where a word begins
+    sentence_ends: list[int]  # in tokens, ascending; the last is n
+
+
+class Encoder:
+    """Encodes texts with a tokenizer of the tokenizers library.
+
+    Args:
+        language: of the sentence splitter, as an ISO 639-1 code.
+        segment: a word segmenter, whose words count instead of the tokenizer's.
+    """
+
+    def __init__(self, tokenizer: Any, language: str = "en", segment: Segmenter | None = None):
+        self.tokenizer, self.language, self.segment = tokenizer, language, segment
+        self.by_sentence = segment is None and is_bert(tokenizer)
+        if self.by_sentence:
+            pieces = [tokenizer.id_to_token(number) or "" for number in range(tokenizer.get_vocab_size())]
+            goes_on = tokenizer.model.continuing_subword_prefix
+            bare = [piece.removeprefix(goes_on) or " " for piece in pieces]
+            self.alone_from = unspaced("".join(piece[0] for piece in bare))  # by token id
+            self.alone_until = unspaced("".join(piece[-1] for piece in bare))
+            self.starts = np.array([not piece.startswith(goes_on) for piece in pieces]) | self.alone_from
+
+    def __call__(self, text: str) -> Encoded:
+        return self.sentence_by_sentence(text) if self.by_sentence else self.as_a_whole(text)
+
+    def sentence_by_sentence(self, text: str) -> Encoded:
+        bounds = itertools.pairwise([0, *sentence_bounds(text, self.language)])
+        parts = [piece for begin, end in bounds for piece in pieces_of(text[begin:end])]
+        encodings = self.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
+        ends = list(itertools.accumulate(map(len, encodings)))
+        n = ends[-1] if ends else 0
+        ids = np.fromiter(itertools.chain.from_iterable([encoding.ids for encoding in encodings]), np.int32, n)
+        starts = self.starts[ids]
+        starts[1:] |= self.alone_until[ids[:-1]]
+        return Encoded(ids, starts, sorted({*ends} - {0}))
+
+    def as_a_whole(self, text: str) -> Encoded:
+        ids, numbers, offsets, base = [], [], [], 0
+        for piece in pieces_of(text):
+            encoding = self.tokenizer.encode(piece, add_special_tokens=False)
+            ids.append(np.array(encoding.ids, np.int32))
+            numbers.append(np.array(encoding.word_ids, float) + base)  # None outside words: nan, unlike any other
+            flat = itertools.chain.from_iterable(encoding.offsets)  # np.array of the pairs takes four times as long
+            offsets.append(np.fromiter(flat, np.int64, 2 * len(encoding)).reshape(-1, 2) + base)
+            base += len(piece)
+        places = np.concatenate(offsets)
+        bounds = sentence_bounds(text, self.language)
+        ends = np.searchsorted(np.maximum.accumulate(places[:, 1]), bounds, side="right")
+        starts = word_starts(text, np.concatenate(numbers), places, self.segment)
+        return Encoded(np.concatenate(ids), starts, sorted({*ends.tolist(), len(places)} - {0}))
+
+
+def is_bert(tokenizer: Any) -> bool:
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    return (
+        isinstance(tokenizer.model, models.WordPiece)
+        and isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
+        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+    )
+
+
+def sentence_bounds(text: str, language: str) -> list[int]:
+    """Where the sentences of a text end, in characters, ascending; the last is the text's end."""
+    import sentencex
+
+    bounds, at = [], 0
+    for sentence in sentencex.segment(language, text):
+        found = text.find(sentence, at)  # the blank line between two paragraphs is left out
+        if found >= 0:
+            at = found + len(sentence)
+            bounds.append(at)
+    return [*bounds[:-1], len(text)]
+
+
+def pieces_of(text: str) -> Iterator[str]:
+    """A text in pieces of at most `PIECE` characters, to bound the memory; they begin at spaces where there are any."""
+    start = 0
+    while len(text) - start > PIECE:
+        end = text.rfind(" ", start + 1, start + PIECE)
+        end = start + PIECE if end < 0 else end
+        yield text[start:end]
+        start = end
+    yield text[start:]

@@ -1,0 +1,194 @@
+"""`condenser inspect`: what is in a token store, for eyes."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from condenser.data.blocks import SPECIAL_TOKENS
+from condenser.data.datamodule import CondenserDataModule, Steps
+from condenser.data.masking import IGNORED, Unit
+from condenser.data.store import read_manifest
+from condenser.data.store import verify as verify_files
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+COLOURS = {"mask": "white on red", "random": "black on yellow", "keep": "black on green"}
+STEPS_LOOKED_AT = 100  # of an epoch, for padding and shapes
+
+
+def inspect_store(
+    store: str,
+    /,
+    *,
+    samples: int = 3,
+    epoch: int = 0,
+    mask_unit: Unit = "word",
+    mask_probability: float = 0.15,
+    batch_size: int = 1024,
+    micro_batches_per_step: int = 8,
+    window: int = 8,
+    pad_to_multiple_of: int = 1,
+    seed: int = 0,
+    verify: bool = False,
+) -> None:
+    """Show what is in a token store: where it came from, how long its rows are, some with their masks, the padding.
+
+    Args:
+        store: folder that `condenser prepare` wrote.
+        samples: rows to show.
+        epoch: the epoch whose masks are shown.
+        mask_unit: mask whole words, single tokens, or spans of words.
+        mask_probability: share of the tokens to predict.
+        batch_size: sequences per optimizer step over all devices.
+        micro_batches_per_step: parts of a step.
+        window: steps whose sequences are sorted by length together.
+        pad_to_multiple_of: padded lengths are rounded up to a multiple of this.
+        seed: seed of order and masks.
+        verify: compare every file with its checksum first, which reads all of them.
+
+    Raises:
+        ValueError: no store there, or a damaged one.
+    """
+    from rich.console import Console
+
+    console, manifest = Console(highlight=False), read_manifest(store)
+    if verify:
+        verify_all(store, manifest, console)
+    n_train = manifest["splits"]["train"]["rows"]
+    data = CondenserDataModule(
+        store,
+        batch_size=min(batch_size, max(1, n_train)),
+        micro_batches_per_step=max(1, min(micro_batches_per_step, batch_size, n_train)),
+        window=window,
+        mask_unit=mask_unit,
+        mask_probability=mask_probability,
+        pad_to_multiple_of=pad_to_multiple_of,
+        num_workers=0,
+        seed=seed,
+    )
+    data.setup("fit")
+    steps = data.train_dataloader().dataset
+    assert isinstance(steps, Steps)
+    show_manifest(console, store, manifest)
+    show_lengths(console, data.train.lengths)
+    show_samples(console, data, steps, epoch, samples)
+    show_padding(console, steps, manifest["settings"]["max_length"])
+
+
+def verify_all(store: str, manifest: dict[str, Any], console: "Console") -> None:
+    verify_files(Path(store), manifest["splits"])
+    n_files = sum(len(about["shards"]) for about in manifest["splits"].values())
+    console.print(f"all {n_files} files agree with their checksums")
+
+
+def show_manifest(console: "Console", store: str, manifest: dict[str, Any]) -> None:
+    settings, counts = manifest["settings"], manifest["counts"]
+    n_bytes = sum(shard["bytes"] for about in manifest["splits"].values() for shard in about["shards"])
+    rows = {
+        name: ", ".join(f"{about[what]:,} {what}" for what in ("rows", "tokens", "documents"))
+        for name, about in manifest["splits"].items()
+    }
+    rows["documents"] = ", ".join(
+        f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if "tokens" not in name
+    )
+    rows["tokens"] = ", ".join(f"{n:,} {name[7:]}" for name, n in counts.items() if name.startswith("tokens_"))
+    rows["size"] = f"{n_bytes / 1e6:,.1f} MB, {n_bytes / max(1, counts['tokens_kept']):.2f} bytes a token"
+    rows["tokenizer"] = f"{settings['tokenizer']}, {manifest['tokenizer']['vocabulary']:,} ids"
+    rows["sources"] = "\n".join(source["name"] for source in settings["sources"])
+    shown = ("kind", "max_length", "min_length", "short_fraction", "language", "word_segmenter", "title_column", "seed")
+    rows["settings"] = ", ".join(f"{name} {settings[name]}" for name in shown if settings[name] is not None)
+    rows["bad"] = "\n".join(manifest["bad"]) or "none"
+    show_table(console, store, rows)
+
+
+def show_table(console: "Console", title: str, rows: dict[str, str]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", show_header=False)
+    for row in rows.items():
+        table.add_row(*row)
+    console.print(table)
+
+
+def show_lengths(console: "Console", lengths: np.ndarray) -> None:
+    """A histogram with a bar for each sixteenth of the longest."""
+    counts, edges = np.histogram(lengths, bins=16, range=(0, int(lengths.max())))
+    console.print("\n[bold]lengths[/bold], in tokens without special ones")
+    for count, low, high in zip(counts, edges, edges[1:], strict=False):
+        bar = "█" * round(40 * count / counts.max())
+        console.print(f"{low + 1:5.0f} to {high:4.0f} {bar} {count:,}")
+
+
+def show_samples(console: "Console", data: CondenserDataModule, steps: Steps, epoch: int, n: int) -> None:
+    from rich.text import Text
+
+    legend = Text("\nmasks: ").append("[MASK] stands here", COLOURS["mask"]).append(" ")
+    console.print(
+        legend.append("another token", COLOURS["random"]).append(" ").append("left as it is", COLOURS["keep"])
+    )
+    numbers = np.linspace(0, len(data.train) - 1, n, dtype=np.int64)
+    for number in numbers:
+        text = Text(f"\nrow {number}: ", "bold")
+        for piece, is_start, fate in masked_pieces(data, steps, epoch, int(number)):
+            text.append(" " if is_start else "", "").append(piece, COLOURS.get(fate, "not bold"))
+        console.print(text)
+
+
+def masked_pieces(data: CondenserDataModule, steps: Steps, epoch: int, number: int) -> list[tuple[str, bool, str]]:
+    """A sample's tokens: the text of each, whether a word begins, and its fate: mask, random, keep or none."""
+    batch = steps.micro_batch(epoch, np.array([number]))
+    inputs, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+    _, starts, _ = data.train.read(data.train.samples(epoch, np.array([number])).rows)
+
+    def text(token: int) -> str:
+        return data.tokenizer.decode([token]).removeprefix("##").strip()
+
+    found = []
+    for place, is_start in enumerate(starts[0].tolist(), start=1):
+        now, label = inputs[place], labels[place]
+        if label == IGNORED:
+            found.append((text(now), is_start, ""))
+        elif now == data.tokenizer.mask_token_id:
+            found.append((f"[{text(label)}]", is_start, "mask"))
+        elif now == label:
+            found.append((f"[{text(label)}=]", is_start, "keep"))
+        else:
+            found.append((f"[{text(label)}→{text(now)}]", is_start, "random"))
+    return found
+
+
+def show_padding(console: "Console", steps: Steps, max_length: int) -> None:
+    batches = steps.batches
+    shapes, shares = padding(steps, max_length)
+    rows = {name: f"{share:.2%}" for name, share in shares.items()}
+    common = ", ".join(f"{rows} x {length}" for (rows, length), _ in shapes.most_common(4))
+    rows["shapes of micro-batches"] = f"{len(shapes)} different, such as {common}"
+    rows["steps in an epoch"] = f"{batches.steps_per_epoch:,}"
+    title = f"\npadding at batch_size {batches.batch_size}, {batches.micro_batches_per_step} micro-batches a step"
+    show_table(console, title, rows)
+
+
+def padding(steps: Steps, max_length: int) -> tuple[Counter, dict[str, float]]:
+    """Shapes of the first micro-batches and their share of padding, beside what it would be without buckets."""
+    batches = steps.batches
+    shapes: Counter[tuple[int, int]] = Counter()
+    everything = []
+    for step in range(min(STEPS_LOOKED_AT, batches.steps_per_epoch)):
+        for numbers in batches.step(step):
+            lengths = steps.mixture.lengths[steps.mixture.samples(0, numbers).rows] + np.int64(SPECIAL_TOKENS)
+            longest = -(-int(lengths.max()) // batches.multiple_of) * batches.multiple_of
+            shapes[len(lengths), longest] += 1
+            everything.append(lengths)
+    lengths = np.random.default_rng(0).permutation(np.concatenate(everything))
+    size = max(1, batches.batch_size // batches.micro_batches_per_step)
+    at_random = [lengths[first : first + size] for first in range(0, len(lengths), size)]
+    real = int(lengths.sum())
+    area = sum(rows * longest * n for (rows, longest), n in shapes.items())
+    return shapes, {
+        "bucketed by length": 1 - real / area,
+        "rows at random, padded to the longest": 1 - real / sum(len(part) * int(part.max()) for part in at_random),
+        f"rows padded to {max_length}": 1 - real / (len(lengths) * max_length),
+    }

@@ -1,0 +1,69 @@
+"""Where words start among a text's tokens: what whole-word masking goes by.
+
+Words are the tokenizer's own (``##`` of WordPiece, ``Ġ`` of byte-level BPE, ``▁`` of SentencePiece all come down to the
+numbers it gives them), but for scripts written without spaces. There a word is what a named segmenter says, or a token.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# Code points of scripts written without spaces: Thai, Lao, Tibetan, Burmese; Khmer; kana; Han; half-width kana
+UNSPACED_RANGES = [(0xE00, 0x10A0), (0x1780, 0x1800), (0x3040, 0x3100), (0x3400, 0xA000), (0xF900, 0xFB00)]
+UNSPACED_RANGES += [(0xFF60, 0xFFA0), (0x20000, 0x40000)]
+UNSPACED = np.zeros(0x110000 >> 5, bool)  # by code point / 32
+for low, high in UNSPACED_RANGES:
+    UNSPACED[low >> 5 : high >> 5] = True
+
+Segmenter = Callable[[str], Any]
+
+
+def unspaced(text: str) -> np.ndarray:
+    """True at each character of a script written without spaces."""
+    return UNSPACED[np.frombuffer(text.encode("utf-32-le"), np.uint32) >> 5]
+
+
+def word_starts(text: str, numbers: np.ndarray, offsets: np.ndarray, segment: Segmenter | None) -> np.ndarray:
+    """True at each token that begins a word.
+
+    Args:
+        numbers: ``[n]`` the number of each token's word, by the tokenizer.
+        offsets: ``[n, 2]`` where each token begins and ends in the text, in characters.
+        segment: a word segmenter, whose words count instead of the tokenizer's.
+    """
+    if segment is not None:
+        numbers = np.searchsorted(words_of(segment, text), offsets[:, 0], side="right")
+    starts = np.ones(len(numbers), bool)
+    starts[1:] = numbers[1:] != numbers[:-1]
+    if segment is None and not text.isascii():
+        alone, (first, end) = unspaced(text), offsets.T
+        starts |= alone[first]  # BERT's tokenizers number each Chinese character, SentencePiece's a sentence
+        starts[1:] |= alone[np.maximum(end[:-1] - 1, 0)]
+    return starts
+
+
+def words_of(segment: Segmenter, text: str) -> list[int]:
+    """Where the words that a segmenter finds begin, in characters."""
+    begins, at = [], 0
+    for word in segment(text):
+        at = text.find(word, at)
+        if at < 0:
+            raise ValueError(f"the word segmenter gave {word!r}, which the text does not go on with")
+        begins.append(at)
+        at += len(word)
+    return begins
+
+
+def load_segmenter(name: str | None) -> Segmenter | None:
+    """``module:function``, which gives a text's words in order (``jieba:cut``)."""
+    if name is None:
+        return None
+    module, _, function = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"--word-segmenter {name}: give module:function of a function from a text to its words ({error})"
+        ) from None
