@@ -131,9 +131,9 @@ def show_samples(console: "Console", data: CondenserDataModule, steps: Steps, ep
     )
     numbers = np.linspace(0, len(data.train) - 1, n, dtype=np.int64)
     for number in numbers:
-        text = Text(f"\nrow {number}: ", "bold")
+        text = Text().append(f"\nrow {number}: ", "bold")
         for piece, is_start, fate in masked_pieces(data, steps, epoch, int(number)):
-            text.append(" " if is_start else "", "").append(piece, COLOURS.get(fate, "not bold"))
+            text.append(" " if is_start else "", "").append(piece, COLOURS.get(fate, ""))
         console.print(text)
 
 
