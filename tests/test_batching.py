@@ -1,5 +1,7 @@
 """Batches: every sample once an epoch, equal area, the same whatever the devices, any step at once."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -77,6 +79,41 @@ def test_epochs_and_seeds_have_different_orders():
     for other in (epoch_steps(batches(lengths), epoch=1), epoch_steps(batches(lengths, seed=2))):
         overlap = np.mean([len(a & set(np.concatenate(b))) for a, b in zip(first, other, strict=True)])
         assert overlap < 20  # two random steps of 256 out of 20,000 share 3
+
+
+def padded_lengths(lengths, multiple):
+    return -(-(lengths.astype(int) + 2) // multiple) * multiple
+
+
+@pytest.mark.parametrize("multiple", [8, 16, 64])
+def test_lengths_rounded_up_give_few_shapes_of_equal_area(multiple):
+    lengths = corpus_lengths()
+    shapes = {}
+    for multiple_of in (1, multiple):
+        padded = padded_lengths(lengths, multiple_of)
+        order = batches(lengths, batch_size=1024, multiple_of=multiple_of, added=2)
+        steps = [[(len(part), int(padded[part].max())) for part in step] for step in epoch_steps(order)]
+        shapes[multiple_of] = {longest for step in steps for _, longest in step}
+        for step in steps:
+            mean = np.mean([rows * longest for rows, longest in step])
+            assert all(abs(rows * longest - mean) <= max(0.05 * mean, longest) for rows, longest in step)
+    assert all(longest % multiple == 0 for longest in shapes[multiple])
+    assert len(shapes[multiple]) < len(shapes[1]) / 2
+
+
+def test_a_hundred_million_rows_take_two_bytes_each_and_any_step_a_moment(capsys):
+    """Counted, not timed: what a step allocates does not depend on the number of rows."""
+    peaks = []
+    for n in (1_000_000, 100_000_000):
+        lengths = np.resize(corpus_lengths(), n)
+        tracemalloc.start()
+        order = batches(lengths, batch_size=1024)
+        order.step(order.steps_per_epoch * 3 + 1234)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert order.lengths is lengths
+        assert lengths.nbytes == 2 * n
+    assert peaks[1] < 1.5 * peaks[0] < 2**21
 
 
 @pytest.mark.parametrize("n_parts", [1, 2, 7, 64])

@@ -5,9 +5,11 @@ import random
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from condenser.data.hashing import hash_ints, permuted, uniform
-from condenser.data.masking import IGNORED, choose_words, mask_tokens
+from condenser.data.masking import IGNORED, choose_words, mask_tokens, span_of_word
 
 MASK = 4
 ORDINARY = np.arange(5, 1000)
@@ -111,6 +113,73 @@ def test_random_replacements_are_spread_over_the_ordinary_tokens_only():
     assert counts[:5].sum() == 0
     expected = len(drawn) / 20
     assert (abs(counts[5:] - expected) < 4.5 * np.sqrt(expected)).all()
+
+
+def test_span_lengths_are_spanberts_geometric_ones_cut_at_ten():
+    starts = np.ones((500, 2000), bool)
+    spans = span_of_word(starts, hash_ints(1, np.arange(500))[:, None])
+    lengths = np.concatenate([np.bincount(row)[:300] for row in spans])  # the first 300 spans of each row are whole
+    counts, n = np.bincount(lengths, minlength=11)[1:], len(lengths)
+    expected = 0.8 ** np.arange(10) / np.sum(0.8 ** np.arange(10))
+    assert len(counts) == 10
+    assert (abs(counts - n * expected) < 4 * np.sqrt(n * expected * (1 - expected))).all()
+    assert abs(lengths.mean() - 3.8) < 0.02  # the mean that the paper states
+
+
+def test_span_masks_meet_the_budget_in_whole_words_that_stand_together():
+    input_ids, word_starts, lengths = batch(rows=2000, width=126)
+    lengths[:] = 126
+    chosen = masked(input_ids, word_starts, lengths, unit="span")[1] != IGNORED
+    counts, budget = chosen.sum(axis=1), round(0.15 * 126)
+    assert (counts <= budget).all()
+    assert (counts == budget).mean() > 0.5  # the last span is cut where the next word does not fit
+    assert counts.mean() > 0.95 * budget
+    word = np.cumsum(word_starts | (np.arange(126) == 0), axis=1)
+    for row in range(200):
+        whole = [chosen[row][word[row] == number] for number in np.unique(word[row])]
+        assert all(part.all() or not part.any() for part in whole)
+    runs = {unit: n_runs(masked(input_ids, word_starts, lengths, unit=unit)[1] != IGNORED) for unit in ("word", "span")}
+    assert runs["span"] < 0.5 * runs["word"]
+
+
+def n_runs(chosen):
+    return (np.diff(chosen.astype(int), axis=1, prepend=0) == 1).sum()
+
+
+def test_the_tokens_of_a_span_have_one_fate_together():
+    input_ids, word_starts, lengths = batch(rows=4000, width=60)
+    inputs, labels = masked(input_ids, word_starts, lengths, unit="span", random_ids=np.array([3]))
+    chosen = labels != IGNORED
+    fate = np.where(inputs == MASK, 0, np.where(inputs == 3, 1, 2))
+    starts = word_starts | (np.arange(60) == 0)
+    spans = span_of_word(starts & (np.arange(60) < lengths[:, None]), hash_ints(7, 0, np.arange(4000))[:, None])
+    together = chosen[:, 1:] & chosen[:, :-1] & (spans[:, 1:] == spans[:, :-1])
+    assert together.sum() > 10_000
+    assert (fate[:, 1:][together] == fate[:, :-1][together]).all()
+    shares = np.bincount(fate[chosen], minlength=3) / chosen.sum()
+    assert (abs(shares - [0.8, 0.1, 0.1]) < 0.02).all()  # tokens of a span are not independent: a wider band
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_whatever_the_rows_masks_keep_their_promises(data):
+    rows, width = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 40))
+    lengths = np.array(data.draw(st.lists(st.integers(0, width), min_size=rows, max_size=rows)))
+    word_starts = np.array(data.draw(st.lists(st.booleans(), min_size=rows * width, max_size=rows * width)))
+    word_starts = word_starts.reshape(rows, width)
+    input_ids = np.random.default_rng(0).choice(ORDINARY, (rows, width))
+    unit = data.draw(st.sampled_from(["word", "token", "span"]))
+    probability = data.draw(st.floats(0.01, 0.99))
+    seed, epoch = data.draw(st.integers(0, 2**63)), data.draw(st.integers(0, 10**6))
+    inputs, labels = masked(input_ids, word_starts, lengths, unit=unit, probability=probability, seed=seed, epoch=epoch)
+    chosen = labels != IGNORED
+    assert (chosen.sum(axis=1) <= np.maximum(1, np.round(probability * lengths))).all()
+    assert not (chosen & (np.arange(width) >= lengths[:, None])).any()
+    assert (labels[chosen] == input_ids[chosen]).all()
+    assert (inputs[~chosen] == input_ids[~chosen]).all()
+    assert np.isin(inputs[chosen], [MASK, *ORDINARY]).all()
+    if unit == "token":
+        assert (chosen.any(axis=1) == (lengths > 0)).all()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 10, 1000, 4097])

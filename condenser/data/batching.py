@@ -109,30 +109,65 @@ class BucketedBatches:
 
 
 def equal_area_bounds(lengths: np.ndarray, n_parts: int) -> list[int]:
-    """Cut descending ``lengths`` into ``n_parts`` runs of equal area (rows x the run's longest), to about one row.
+    """Cut descending ``lengths`` into ``n_parts`` runs of equal area (rows x the run's longest).
 
-    Returns the ``n_parts + 1`` bounds. The common area is found by bisection: too small a one leaves more samples for
-    the last run than it can hold.
+    Returns the ``n_parts + 1`` bounds. The common area is found by bisection. Filling one run after the other would
+    leave to the last whatever the steps between lengths happen to leave, so the bounds are then chosen together.
     """
-    longest = lengths.tolist()
-    smallest, largest = 0.0, float(len(longest) * longest[0])
-    while largest - smallest > 0.25 * longest[-1] / n_parts:
+    smallest, largest = 0.0, float(len(lengths) * lengths[0])
+    while largest - smallest > 0.25 * lengths[-1] / n_parts:
         area = (smallest + largest) / 2
-        bounds = bounds_for_area(longest, n_parts, area)
-        if (bounds[-1] - bounds[-2]) * longest[bounds[-2]] > area:
+        start = last_start(lengths, n_parts, area)
+        if (len(lengths) - start) * lengths[min(start, len(lengths) - 1)] > area:
             smallest = area
         else:
             largest = area
-    return bounds_for_area(longest, n_parts, largest)
+    candidates = (
+        bounds
+        for tolerance, scale in itertools.product((0.25, 0.5, 1, 2, 4, np.inf), (1, 0.97, 1.03, 0.94, 1.06))
+        if (bounds := bounds_near(lengths, n_parts, scale * largest, tolerance))
+    )
+    best, least = [], np.inf
+    for bounds in candidates:
+        if (worst := inequality(lengths, bounds)) < least:
+            best, least = bounds, worst
+        if least < 0.8:
+            break
+    return best
 
 
-def bounds_for_area(longest: list[int], n_parts: int, area: float) -> list[int]:
-    """Runs of about ``area`` each, the last taking what is left; the fraction of a row cut off here is added there."""
-    bounds, carry, n = [0], 0.0, len(longest)
-    for part in range(1, n_parts):
-        start = bounds[-1]
-        rows = area / longest[start] + carry
-        whole = min(max(1, int(rows)), n - start - (n_parts - part))
-        carry = min(max(rows - whole, 0.0), 1.0)
-        bounds.append(start + whole)
-    return [*bounds, n]
+def inequality(lengths: np.ndarray, bounds: list[int]) -> float:
+    """How far the area of a run is from the mean at most, in rows of its own or 5 % of the mean, if that is more."""
+    longest = lengths[bounds[:-1]]
+    areas = np.diff(bounds) * longest
+    return float((np.abs(areas - areas.mean()) / np.maximum(0.05 * areas.mean(), longest)).max())
+
+
+def last_start(lengths: np.ndarray, n_parts: int, area: float) -> int:
+    """Where the last run begins if each before it is filled up to ``area``."""
+    start = 0.0
+    for _ in range(n_parts - 1):
+        start += max(1.0, area / lengths[min(int(start), len(lengths) - 1)])
+    return int(start)
+
+
+def bounds_near(lengths: np.ndarray, n_parts: int, area: float, tolerance: float) -> list[int]:
+    """Bounds of runs whose areas all differ from ``area`` by at most ``tolerance`` times one row or 5 %, whichever is
+    larger; empty if there are none."""
+    n, rows = len(lengths), area / lengths
+    slack = tolerance * np.maximum(0.05 * rows, 1)
+    fewest, most = np.clip(np.ceil(rows - slack), 1, n), np.clip(np.floor(rows + slack), 1, n)
+    first_end, last_end = (np.minimum(np.arange(n) + size, n + 1).astype(np.int64) for size in (fewest, most))
+    starts = [np.array([0])]  # of each run, all that can be reached
+    for _ in range(n_parts):
+        here = starts[-1]
+        opened = np.bincount(first_end[here], minlength=n + 2) - np.bincount(last_end[here] + 1, minlength=n + 3)[:-1]
+        starts.append(np.flatnonzero(opened[:n].cumsum()))
+        ends = opened.cumsum()[n] > 0
+    if not ends:
+        return []
+    bounds = [n]
+    for here in starts[n_parts - 1 :: -1]:
+        fits = here[(first_end[here] <= bounds[-1]) & (bounds[-1] <= last_end[here])]
+        bounds.append(int(fits[np.abs((bounds[-1] - fits) * lengths[fits] - area).argmin()]))
+    return bounds[::-1]
