@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+import pyarrow as pa
+
 COMPRESSED = (".gz", ".xz", ".zst")
 READERS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet"}
 LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is not what it was taken for
@@ -132,7 +134,7 @@ def units(source: Source, columns: Columns, size: int) -> Iterator[Unit]:
     rows: list[dict[str, Any]] = []
     for row, position in table_rows(source, columns):
         rows.append(row)
-        characters += len(row[columns.text] or "")
+        characters += len(row[columns.text]) if isinstance(row[columns.text], str) else 0
         if characters >= size:
             yield Unit(number, first, rows, position)
             first, number, characters, rows = first + len(rows), number + 1, 0, []
@@ -143,10 +145,12 @@ def units(source: Source, columns: Columns, size: int) -> Iterator[Unit]:
 def whole_records(file: BinaryIO, source: Source, size: int) -> Iterator[bytes]:
     """A file in parts of at least ``size`` bytes that end where a line ends; in plain text, where a document does."""
     while payload := file.read(size):
-        rest = bytearray(file.readline(LONGEST_RECORD))
-        while source.kind == "text" and (line := file.readline(LONGEST_RECORD)).strip():
+        line = file.readline(LONGEST_RECORD)
+        rest = bytearray(line)
+        while source.kind == "text" and line and len(rest) < LONGEST_RECORD:
+            line = file.readline(LONGEST_RECORD)
             rest += line
-            if len(rest) >= LONGEST_RECORD:
+            if not line.strip():
                 break
         if len(rest) >= LONGEST_RECORD:
             raise ValueError(
@@ -159,8 +163,6 @@ def whole_records(file: BinaryIO, source: Source, size: int) -> Iterator[bytes]:
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """A file to read, decompressed by its suffix, and as it is on disk. ValueError if it cannot be read to its end."""
-    from zstandard import ZstdDecompressor, ZstdError
-
     with open(path, "rb") as raw:
         suffix, file = Path(path).suffix, raw
         if suffix == ".gz":
@@ -168,10 +170,10 @@ def opened(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
         elif suffix == ".xz":
             file = cast(Any, lzma.LZMAFile(raw))  # noqa: SIM115, holds nothing but `raw`
         elif suffix == ".zst":
-            file = cast(Any, io.BufferedReader(ZstdDecompressor().stream_reader(raw, read_across_frames=True)))
+            file = cast(Any, io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))  # notices where one is cut off
         try:
             yield file, raw
-        except (OSError, EOFError, lzma.LZMAError, zlib.error, ZstdError) as error:
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{path} cannot be decompressed to its end: {error}") from None
 
 
@@ -197,7 +199,6 @@ def table_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any
 
 
 def parquet_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], int]]:
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
     with open(source.name, "rb") as file:

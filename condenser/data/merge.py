@@ -1,6 +1,7 @@
 """`condenser prepare merge`: the shares of the work, put together to a finished store; the end of every preparation."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def merge(store: str, /) -> None:
     }
     write_json(folder / MANIFEST, manifest)
     (folder / UNFINISHED).unlink()
-    for path in folder.glob("units/share-*.json"):
-        path.unlink()
+    for path in [*folder.glob("units/share-*.json"), *folder.glob("**/*.partial")]:  # of those who were killed, too
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     print(summary(store, manifest))
 
 

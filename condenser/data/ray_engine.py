@@ -28,15 +28,12 @@ def do_all(job: Job, shares: int | None = None) -> None:
     count = shares or int(ray.cluster_resources()["CPU"])
 
     def share(row: dict) -> dict:
-        do_share(job, int(row["id"]), count, workers=1, progress=False)
-        return row
+        try:
+            do_share(job, int(row["id"]), count, workers=1, progress=False)
+        except (ValueError, OSError) as error:
+            return {"error": str(error)}
+        return {"error": ""}
 
-    try:
-        ray.data.range(count, override_num_blocks=count).map(share).materialize()
-    except Exception as error:  # Ray wraps what a task raised, several times
-        causes: list[BaseException] = [error]
-        while (cause := causes[-1].__cause__ or getattr(causes[-1], "cause", None)) is not None:
-            causes.append(cause)
-        if not isinstance(causes[-1], ValueError | OSError):
-            raise
-        raise causes[-1] from None
+    done = ray.data.range(count, override_num_blocks=count).map(share).take_all()
+    if errors := [row["error"] for row in done if row["error"]]:
+        raise ValueError(errors[0])

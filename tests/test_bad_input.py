@@ -1,0 +1,251 @@
+"""`condenser prepare` on what users really have: every document is accounted for, every fault named with its place."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from conftest import make_documents, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_prepare import all_tokens, contents, prepare
+from transformers import AutoTokenizer
+
+from condenser.cli import main
+from condenser.data.corpus import Columns, Source, Unit, units
+from condenser.data.documents import Document, documents
+from condenser.data.store import read_manifest
+
+COLUMNS = Columns("text", None, "id")
+
+
+def accounted(folder):
+    counts = read_manifest(folder)["counts"]
+    assert counts["documents"] == counts["kept"] + counts["empty"] + counts["too_short"] + counts["bad"]
+    return counts
+
+
+def test_every_document_is_accounted_for_and_bad_ones_are_named(store, tmp_path, capsys):
+    good = {"id": 1, "text": "Encoding heads. Ranking."}
+    lines = [
+        json.dumps(good).encode(),
+        b'{"text": "caf\xe9"}',  # not UTF-8
+        b'{"text": "a\\u0000b"}',  # NUL
+        b'{"text": "a\x00b"}',
+        b'{"text": "\\ud800"}',  # half of a surrogate pair
+        b'{"text": ["list"]}',
+        b"",  # blank lines are none
+        b'{"text": ""}',
+        b'{"text": null}',
+        '{"text": " \u200b\u00a0\\n\\t"}'.encode(),  # nothing that a tokenizer keeps
+        json.dumps(good).encode(),
+        b'{"text": "Mask."}',
+    ]
+    source = tmp_path / "mixed.jsonl"
+    source.write_bytes(b"\n".join(lines))
+    assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines", "--min-length", "3") == 0
+    counts = accounted(tmp_path / "out")
+    expected = {"documents": 11, "kept": 2, "empty": 3, "too_short": 1, "bad": 5, "repeated_ids": 2}
+    assert {name: counts[name] for name in expected} == expected  # two repeat: the good one, and the empty text
+    named = read_manifest(tmp_path / "out")["bad"]
+    assert [line.split(": ")[0] for line in named] == [f"{source}, line {n}" for n in (2, 3, 4, 5, 6)]
+    for words, line in zip(("not UTF-8", "NUL", "not JSON", "Unicode", "not a text but list"), named, strict=True):
+        assert words in line
+    assert "bad: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("n_good", [0, 400])
+def test_without_skipping_the_first_bad_line_stops_it_and_is_named(n_good, store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("condenser.data.prepare.UNIT_BYTES", (4000, 4000))
+    source = write_jsonl(tmp_path / "some.jsonl", make_documents(n_good))
+    source.write_bytes(source.read_bytes() + b'{"text": "caf\xe9"}\n')
+    assert prepare(source, store / "tokenizer", tmp_path / "out") == 1
+    assert f"some.jsonl, line {n_good + 1}: not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
+def test_a_compressed_file_that_is_cut_off_is_named(suffix, store, tmp_path, capsys):
+    text = "".join(json.dumps({"text": document}) + "\n" for document in make_documents(3000)).encode()
+    compress = {".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstandard.ZstdCompressor().compress}[suffix]
+    whole = compress(text)
+    for name, content in (("cut", whole[: len(whole) // 2]), ("damaged", whole[:-2000] + b"x" * 1500 + whole[-500:])):
+        path = tmp_path / f"{name}.jsonl{suffix}"
+        path.write_bytes(content)
+        assert prepare(path, store / "tokenizer", tmp_path / "out") == 1
+        assert f"{path} cannot be decompressed" in capsys.readouterr().err
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("column", [pa.array([["a"]]), pa.array([3])])
+def test_a_table_whose_text_is_no_text_is_named(column, store, tmp_path, capsys):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out") == 1
+    assert "'text' is not a text but" in capsys.readouterr().err
+
+
+def test_a_damaged_table_is_named(store, tmp_path, capsys):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": make_documents(5000)}), path, compression="zstd")
+    content = bytearray(path.read_bytes())
+    content[2000:4000] = os.urandom(2000)
+    path.write_bytes(content)
+    assert prepare(path, store / "tokenizer", tmp_path / "out") == 1
+    assert f"{path} is not a parquet file, or damaged" in capsys.readouterr().err
+
+
+def test_titles_are_put_before_the_text_and_the_manifest_says_so(store, tmp_path, capsys):
+    source = tmp_path / "titled.jsonl"
+    source.write_text('{"title": "Encoders", "text": "Heads rank."}\n{"title": null, "text": "Mask."}\n')
+    assert prepare(source, store / "tokenizer", tmp_path / "out", "--title-column", "title") == 0
+    tokenizer = AutoTokenizer.from_pretrained(store / "tokenizer")
+    assert sorted(tokenizer.decode(row) for row in all_tokens(tmp_path / "out")) == ["encoders heads rank.", "mask."]
+    settings_ = read_manifest(tmp_path / "out")["settings"]
+    assert (settings_["title_column"], settings_["title_prepended"]) == ("title", True)
+    assert prepare(source, store / "tokenizer", tmp_path / "none", "--title-column", "headline") == 1
+    assert "no column 'headline'; there are 'title', 'text': name one with --title-column" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("gap", [" ", ""])
+def test_a_line_of_many_megabytes_is_one_document_and_nothing_of_it_is_lost(gap, store, tmp_path):
+    words = ["encoding", "heads", "ranked."] * 250_000
+    source = tmp_path / "long.jsonl"
+    source.write_text(json.dumps({"text": gap.join(words)}) + "\n" + json.dumps({"text": "Mask."}) + "\n")
+    assert prepare(source, store / "tokenizer", tmp_path / "out") == 0
+    counts = accounted(tmp_path / "out")
+    assert (counts["documents"], counts["kept"], counts["tokens_dropped"]) == (2, 2, 0)
+    if gap:
+        one = len(AutoTokenizer.from_pretrained(store / "tokenizer")("encoding heads ranked. ")["input_ids"]) - 2
+        assert counts["tokens_kept"] == 250_000 * one + 2
+
+
+def test_a_file_without_ends_of_documents_is_refused(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("condenser.data.corpus.LONGEST_RECORD", 10_000)
+    source = tmp_path / "endless.txt"
+    source.write_text("one line\n" * 20_000)
+    assert prepare(source, store / "tokenizer", tmp_path / "out") == 1
+    assert "endless.txt holds a document of more than" in capsys.readouterr().err
+
+
+LINES = st.lists(st.sampled_from([b'{"text": "a"}', b"\n", b"\n\n", b"\r\n", b"{", b"\x00", b"\xff", b" "]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.binary(max_size=400) | LINES.map(b"".join))
+def test_readers_survive_any_bytes_and_number_every_line(tmp_path_factory, content):
+    folder = tmp_path_factory.getbasetemp()
+    for name, kind in (("fuzz.jsonl", "jsonl"), ("fuzz.txt", "text")):
+        path = folder / name
+        path.write_bytes(content)
+        source = Source(str(path), kind)
+        found = []
+        for size in (1 << 20, 7):  # in one unit, and in many
+            parts = list(units(source, COLUMNS, size))
+            assert b"".join(unit.payload for unit in parts) == content
+            assert all(unit.first == 1 + content[: sum(len(u.payload) for u in parts[:n])].count(b"\n")
+                       for n, unit in enumerate(parts))  # fmt: skip
+            found.append([str(document) for unit in parts for document in documents(unit, source, COLUMNS)])
+        assert found[0] == found[1]
+        for number, line in enumerate(content.split(b"\n") if kind == "jsonl" else [], start=1):
+            document = next(documents(Unit(0, number, line, 0), source, COLUMNS), None)
+            assert isinstance(document, Document) or document is None or f"line {number}: " in str(document)
+
+
+# --- killed, and short of room
+
+
+def slow_preparation(corpus, tokenizer, output, workers):
+    """The command in a process of its own, with units small enough to be hit in the middle of."""
+    code = (
+        "import sys, condenser.data.prepare as p, condenser.cli as c; p.UNIT_BYTES = 20000, 20000; c.main(sys.argv[1:])"
+    )
+    arguments = ["prepare", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(output)]
+    return [sys.executable, "-c", code, *arguments, "--max-length", "32", "--workers", str(workers)]
+
+
+@pytest.mark.slow
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(store, tmp_path):
+    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
+    command = slow_preparation(corpus, store / "tokenizer", tmp_path / "whole", 2)
+    started = time.monotonic()
+    subprocess.run(command, check=True, capture_output=True)
+    duration = time.monotonic() - started
+    command = slow_preparation(corpus, store / "tokenizer", tmp_path / "killed", 2)
+    for moment in np.random.default_rng(0).uniform(0.1, 0.9, 10):
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        time.sleep(moment * duration)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, check=True, capture_output=True)
+    assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def test_workers_end_when_the_one_who_started_them_is_killed(store, tmp_path):
+    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
+    process = subprocess.Popen(
+        slow_preparation(corpus, store / "tokenizer", tmp_path / "out", 2),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    wait_for(lambda: list((tmp_path / "out").glob("units/*.json")))
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive
+
+
+def test_a_worker_that_is_killed_is_one_clear_error_and_the_command_goes_on(store, tmp_path):
+    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
+    command = slow_preparation(corpus, store / "tokenizer", tmp_path / "out", 2)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: list((tmp_path / "out").glob("units/*.json")))
+    workers = [c for c in psutil.Process(process.pid).children() if "resource_tracker" not in " ".join(c.cmdline())]
+    random.Random(0).choice(workers).kill()
+    _, errors = process.communicate(timeout=60)
+    assert "a worker process was killed" in errors
+    assert "Traceback" not in errors
+    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert read_manifest(tmp_path / "out")["counts"]["kept"] == 6000
+
+
+def wait_for(condition):
+    deadline = time.monotonic() + 60
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs root to mount a small disk")
+def test_a_disk_that_fills_up_while_appending_leaves_the_store_and_the_command_goes_on(corpus, store, tmp_path, capsys):
+    disk, more = tmp_path / "disk", write_jsonl(tmp_path / "more.jsonl", make_documents(3000, seed=8))
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=450k", "tmpfs", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        assert prepare(corpus, store / "tokenizer", disk / "out") == 0
+        before = contents(disk / "out")
+        assert prepare(more, store / "tokenizer", disk / "out", "--append") == 1
+        assert "No space left on device" in capsys.readouterr().err
+        after = contents(disk / "out")
+        assert before.items() <= after.items()
+        assert main(["inspect", str(disk / "out"), "--verify"]) == 0
+        subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
+        assert prepare(more, store / "tokenizer", disk / "out", "--append") == 0
+        assert accounted(disk / "out")["kept"] == 3400
+        assert not list((disk / "out").rglob("*.partial"))
+    finally:
+        subprocess.run(["umount", str(disk)], check=False)

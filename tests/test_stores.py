@@ -1,0 +1,402 @@
+"""Token stores: shared work and growth give the same bytes, damage is seen, several stores mix, spans pair up."""
+
+import itertools
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_documents, write_jsonl
+from test_prepare import all_tokens, contents, prepare
+
+from condenser.cli import main
+from condenser.data.batching import BucketedBatches
+from condenser.data.collate import Masking, Vocabulary, make_micro_batch
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.mixing import Mixture
+from condenser.data.spans import span_pairs
+from condenser.data.store import TokenStore, read_manifest
+from condenser.data.tokenizers import load_tokenizer
+
+
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr("condenser.data.prepare.UNIT_BYTES", (4000, 4000))
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Two files of documents."""
+    folder = tmp_path_factory.mktemp("files")
+    return [write_jsonl(folder / f"{name}.jsonl", make_documents(60, seed)) for seed, name in enumerate("ab")]
+
+
+# --- sharing the work
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+def test_shares_of_several_machines_merge_to_the_bytes_of_one(count, files, store, small_units, tmp_path, capsys):
+    assert prepare(files, store / "tokenizer", tmp_path / "one") == 0
+    for index in reversed(range(count)):
+        assert prepare(files, store / "tokenizer", tmp_path / "shared", "--shard", f"{index}/{count}") == 0
+        if index:
+            assert main(["prepare", "merge", str(tmp_path / "shared")]) == 1
+            assert "unfinished" in capsys.readouterr().err
+    if count > 1:
+        assert main(["prepare", "merge", str(tmp_path / "shared")]) == 0
+    assert contents(tmp_path / "shared") == contents(tmp_path / "one")
+    assert len(list((tmp_path / "one").glob("units/*.json"))) > 7
+
+
+def test_merging_verifies_every_file(files, store, small_units, tmp_path, capsys):
+    for index in range(2):
+        assert prepare(files, store / "tokenizer", tmp_path / "s", "--shard", f"{index}/2") == 0
+    shard = sorted((tmp_path / "s" / "train").glob("*.arrow"))[2]
+    flip_a_byte(shard)
+    assert main(["prepare", "merge", str(tmp_path / "s")]) == 1
+    assert str(shard) in capsys.readouterr().err
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "a/b", "-1/2"])
+def test_an_impossible_share_is_refused(shard, files, store, tmp_path, capsys):
+    assert prepare(files, store / "tokenizer", tmp_path / "out", f"--shard={shard}") == 1
+    assert "--shard" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_share_cannot_train_a_tokenizer(files, tmp_path, capsys):
+    assert prepare(files, "train:200", tmp_path / "out", "--shard", "0/2") == 1
+    assert "needs a tokenizer that is there already" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_gives_the_same_bytes_and_the_same_errors(files, store, small_units, tmp_path, capsys):
+    ray = pytest.importorskip("ray")
+    try:
+        assert prepare(files, store / "tokenizer", tmp_path / "one") == 0
+        assert prepare(files, store / "tokenizer", tmp_path / "ray", "--engine", "ray", "--workers", "2") == 0
+        assert contents(tmp_path / "ray") == contents(tmp_path / "one")
+        broken = tmp_path / "broken.jsonl"
+        broken.write_text(files[0].read_text() + "{oops\n")
+        assert prepare(broken, store / "tokenizer", tmp_path / "bad", "--engine", "ray") == 1
+        assert "broken.jsonl, line 61: not JSON" in capsys.readouterr().err
+    finally:
+        ray.shutdown()
+
+
+# --- growing
+
+
+def test_appending_leaves_files_and_sample_ids_as_they_were(files, store, small_units, tmp_path, capsys):
+    out = tmp_path / "grows"
+    assert prepare(files[0], store / "tokenizer", out) == 0
+    before, times = contents(out), {path: path.stat().st_mtime_ns for path in out.glob("*/*.arrow")}
+    old = TokenStore(out, "train")
+    rows = old.rows(np.arange(len(old)))
+    assert prepare(files[1], store / "tokenizer", out, "--append") == 0
+    after = contents(out)
+    changed = {name for name in before if before[name] != after[name]}
+    assert all(name.endswith(("manifest.json", "token_counts.npy", "state.json")) for name in changed)
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    new = TokenStore(out, "train")
+    for ours, theirs in zip(new.rows(np.arange(len(old))), rows, strict=True):
+        assert (ours == theirs).all()
+
+    assert prepare(files, store / "tokenizer", tmp_path / "at once") == 0
+    assert after == contents(tmp_path / "at once")
+    assert prepare(files[1], store / "tokenizer", out, "--append") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(out) == after
+
+
+def test_other_inputs_or_settings_are_refused_and_the_way_to_append_is_named(files, store, tmp_path, capsys):
+    assert prepare(files[0], store / "tokenizer", tmp_path / "out") == 0
+    assert prepare(files[1], store / "tokenizer", tmp_path / "out") == 1
+    assert "--append adds inputs to it" in capsys.readouterr().err
+    assert prepare(files[1], store / "tokenizer", tmp_path / "out", "--append", "--min-length", "3") == 1
+    assert "another min_length" in capsys.readouterr().err
+
+
+def test_an_append_that_fails_leaves_the_store_usable(files, store, tmp_path, capsys):
+    assert prepare(files[0], store / "tokenizer", tmp_path / "out") == 0
+    before = contents(tmp_path / "out")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "fine."}\n' * 3 + "{oops\n")
+    assert prepare(broken, store / "tokenizer", tmp_path / "out", "--append") == 1
+    assert "broken.jsonl, line 4" in capsys.readouterr().err
+    assert contents(tmp_path / "out") == before
+
+
+def test_a_tokenizer_that_has_changed_is_refused(files, store, small_units, tmp_path, capsys):
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(store / "tokenizer", tokenizer)
+    assert prepare(files[0], tokenizer, tmp_path / "out") == 0
+    path = tokenizer / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"do_lower_case": true', '"do_lower_case": false'))
+    assert prepare(files[1], tokenizer, tmp_path / "out", "--append") == 1
+    assert "has changed since" in capsys.readouterr().err
+    shutil.copy(path, tmp_path / "out" / "tokenizer")
+    with pytest.raises(ValueError, match="it has changed"):
+        CondenserDataModule(str(tmp_path / "out")).tokenizer  # noqa: B018
+
+
+# --- damage
+
+
+def flip_a_byte(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    shutil.copytree(store, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_flipped_bit_is_found_by_verifying(copied, capsys):
+    assert main(["inspect", str(copied), "--verify"]) == 0
+    assert "agree with their checksums" in capsys.readouterr().out
+    damaged = next((copied / "validation").glob("*.arrow"))
+    flip_a_byte(damaged)
+    assert main(["inspect", str(copied), "--verify"]) == 1
+    assert str(damaged) in capsys.readouterr().err
+
+
+def test_a_truncated_or_missing_shard_is_named_when_the_store_is_opened(copied, recipe, tmp_path, capsys):
+    shard = next((copied / "train").glob("*.arrow"))
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-100])
+    arguments = [
+        "fit",
+        "--config",
+        str(recipe),
+        "--data.store",
+        str(copied),
+        "--runs_dir",
+        str(tmp_path),
+        "--name",
+        "r",
+    ]
+    assert main(arguments) == 1
+    assert f"{shard} has {len(whole) - 100:,} bytes instead of {len(whole):,}" in capsys.readouterr().err
+    shard.unlink()
+    assert main(["inspect", str(copied)]) == 1
+    assert f"{shard} is missing" in capsys.readouterr().err
+
+
+def test_a_store_holds_a_token_in_little_more_than_two_bytes(files, store, tmp_path):
+    """At rows of 128; everything in the folder but the tokenizer, whose size does not grow."""
+    options = ["--max-length", "128", "--validation-fraction", "0.01"]
+    source = write_jsonl(tmp_path / "many.jsonl", [" ".join(make_documents(20, seed)) for seed in range(300)])
+    assert prepare(source, store / "tokenizer", tmp_path / "out", *options) == 0
+    n_bytes = sum(len(content) for name, content in contents(tmp_path / "out").items() if "tokenizer" not in name)
+    assert n_bytes / read_manifest(tmp_path / "out")["counts"]["tokens_kept"] < 2.5
+    assert TokenStore(tmp_path / "out", "train").shards[0].tokens.dtype == np.uint16
+
+
+# --- mixing
+
+
+@pytest.fixture(scope="module")
+def two_stores(files, store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    for path in files:
+        assert prepare(path, store / "tokenizer", folder / path.stem, "--validation-fraction", "0.1") == 0
+    return [folder / path.stem for path in files]
+
+
+def test_an_epoch_holds_the_weighted_share_of_each_store_and_rows_come_once_before_twice(two_stores):
+    stores = [TokenStore(folder, "train") for folder in two_stores]
+    mixture = Mixture(stores, [1.0, 0.3], seed=1)
+    quota = round(0.3 * len(stores[1]))
+    assert len(mixture) == len(stores[0]) + quota
+    order = BucketedBatches(mixture.lengths, batch_size=8, micro_batches_per_step=2, seed=1, mixture=mixture)
+    counts, seen = np.zeros(len(mixture.lengths), int), []
+    for epoch in range(10):
+        numbers = [order.step(epoch * order.steps_per_epoch + step) for step in range(order.steps_per_epoch)]
+        numbers = np.concatenate([part for step in numbers for part in step])
+        assert sorted(numbers) == list(range(len(mixture)))
+        rows, visits, _ = mixture.samples(epoch, numbers)
+        seen += zip(rows.tolist(), visits.tolist(), strict=True)
+        np.add.at(counts, rows, 1)
+        assert (counts[: len(stores[0])] == epoch + 1).all()
+        second = counts[len(stores[0]) :]
+        assert second.sum() == quota * (epoch + 1)
+        assert second.max() - second.min() <= 1
+    # the visit number is how often the row was seen before
+    assert sorted(seen) == [(row, visit) for row, count in enumerate(counts) for visit in range(count)]
+
+
+def test_a_weight_above_one_repeats_rows_within_an_epoch_with_other_masks(two_stores):
+    mixture = Mixture([TokenStore(two_stores[0], "train")], [2.0], seed=1)
+    rows, visits, ids = mixture.samples(3, np.arange(len(mixture)))
+    assert sorted(zip(rows, visits, strict=True)) == list(itertools.product(range(len(mixture) // 2), (6, 7)))
+    assert (ids == rows).all()
+
+
+def test_a_mixture_reads_what_its_stores_hold_and_its_ids_tell_the_stores_apart(two_stores):
+    stores = [TokenStore(folder, "train") for folder in two_stores]
+    mixture = Mixture(stores, seed=1)
+    rows, _, ids = mixture.samples(0, np.arange(len(mixture)))
+    some = np.array([0, len(stores[0]), 5, len(rows) - 1])
+    input_ids, word_starts, lengths = mixture.read(rows[some])
+    for place, row in enumerate(some):
+        number = int(row >= len(stores[0]))
+        local = row - number * len(stores[0])
+        assert ids[row] == (number << 40) + local
+        theirs = stores[number].rows(np.array([local]))
+        assert lengths[place] == theirs[2][0]
+        assert (input_ids[place, : lengths[place]] == theirs[0][0]).all()
+        assert (word_starts[place, : lengths[place]] == theirs[1][0]).all()
+        assert not input_ids[place, lengths[place] :].any()
+
+
+def test_stores_are_mixed_by_name_or_folder_and_their_shares_are_kept_in_the_checkpoint(
+    two_stores, recipe, tmp_path, monkeypatch
+):
+    (tmp_path / "data" / "tokens").mkdir(parents=True)
+    shutil.copytree(two_stores[1], tmp_path / "data" / "tokens" / "books")
+    monkeypatch.chdir(tmp_path)
+    stores = json.dumps({str(two_stores[0]): 1.0, "books": 0.5})
+    arguments = ["--config", str(recipe), "--data.store", "null", "--data.stores", stores, "--trainer.max_steps", "3"]
+    assert main(["fit", *arguments, "--runs_dir", "runs", "--name", "mixed"]) == 0
+    checkpoint = torch.load(next((tmp_path / "runs/mixed/checkpoints").glob("*.ckpt")), weights_only=True)
+    about = json.loads(checkpoint["condenser"]["manifest"])
+    assert about["stores"] == {two_stores[0].name: 1.0, "books": 0.5}
+    assert [source["name"] for source in about["settings"]["sources"]] == ["a.jsonl", "b.jsonl"]
+    assert main(["export", "runs/mixed", "--output", "exported"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "one of them"),
+        ({"store": "x", "stores": {"x": 1.0}}, "one of them"),
+        ({"stores": {"nowhere": 1.0}}, "no token store at nowhere"),
+    ],
+)
+def test_unclear_stores_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        CondenserDataModule(**settings).setup("fit")
+
+
+def test_stores_of_different_tokenizers_do_not_mix(store, files, tmp_path):
+    assert prepare(files[0], "train:150", tmp_path / "other") == 0
+    with pytest.raises(ValueError, match="different tokenizers"):
+        CondenserDataModule(stores={str(store): 1.0, str(tmp_path / "other"): 1.0}).setup("fit")
+
+
+# --- layouts
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_a_packed_micro_batch_holds_what_the_padded_one_holds(unit, multiple_of, store):
+    data, index = TokenStore(store, "train"), np.array([3, 50, 7, 21, 4])
+    arguments = data.rows(index), index, 2, Vocabulary.of(load_tokenizer(store / "tokenizer")), Masking(5, unit=unit)
+    padded = make_micro_batch(*arguments, "padded", multiple_of)
+    packed = make_micro_batch(*arguments, "packed", multiple_of)
+    real = padded["attention_mask"].bool()
+    assert padded["input_ids"].shape[1] % multiple_of == 0
+    for name in ("input_ids", "labels"):
+        assert (padded[name][real] == packed[name]).all()
+    lengths, cu_seqlens = real.sum(1), packed["cu_seqlens"]
+    assert cu_seqlens.dtype == packed["cu_seqlens_query"].dtype == torch.int32
+    assert (cu_seqlens.diff() == lengths).all()
+    assert packed["max_seqlen"] == lengths.max()
+    assert packed["position_ids"].tolist() == [place for length in lengths for place in range(length)]
+    assert (packed["input_ids"][cu_seqlens[:-1]] == arguments[3].cls_id).all()
+    for name in ("n_masked", "n_tokens", "sample_ids"):
+        assert torch.equal(torch.as_tensor(padded[name]), torch.as_tensor(packed[name]))
+    masked = packed["labels"] != -100
+    assert packed["masked_index"].tolist() == masked.nonzero().flatten().tolist()
+    queries = packed["query_index"]
+    is_cls = torch.isin(queries, cu_seqlens[:-1].long())
+    assert is_cls.sum() == len(index)
+    assert masked[queries[~is_cls]].all()
+    assert len(queries) == len(index) + packed["n_masked"] == packed["cu_seqlens_query"][-1]
+    assert (queries[packed["cu_seqlens_query"][:-1].long()] == cu_seqlens[:-1]).all()
+    assert packed["max_query"] == packed["cu_seqlens_query"].diff().max()
+    assert (queries[packed["masked_slot"]] == packed["masked_index"]).all()
+
+
+# --- spans
+
+
+@pytest.fixture(scope="module")
+def spans(files, store, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("spans") / "store"
+    assert prepare(files, store / "tokenizer", folder, "--kind", "spans", "--validation-fraction", "0") == 0
+    return folder
+
+
+def test_the_spans_of_a_document_stand_together_and_lone_ones_are_dropped_and_counted(spans, files, store):
+    bounds = TokenStore(spans, "train").document_bounds()
+    counts = read_manifest(spans)["counts"]
+    assert (np.diff(bounds) >= 2).all()
+    assert len(bounds) - 1 == counts["kept"] == counts["documents"] - counts["too_short"] - counts["empty"]
+    assert counts["too_short"] > 0
+    tokenizer = load_tokenizer(store / "tokenizer")
+    texts = [json.loads(line)["text"] for path in files for line in path.read_text().splitlines()]
+    whole = {tuple(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts}
+    rows = all_tokens(spans)
+    for first, end in itertools.pairwise(bounds):
+        assert tuple(token for row in rows[first:end] for token in row) in whole
+
+
+def test_a_documents_pair_is_a_function_of_seed_epoch_and_document(spans):
+    bounds = TokenStore(spans, "train").document_bounds()
+    documents = np.arange(len(bounds) - 1)
+    pairs = span_pairs(bounds, documents, seed=3, epoch=5)
+    assert (pairs[:, 0] != pairs[:, 1]).all()
+    assert ((bounds[:-1, None] <= pairs) & (pairs < bounds[1:, None])).all()
+    some = np.array([7, 0, 31])
+    assert (span_pairs(bounds, some, seed=3, epoch=5) == pairs[some]).all()
+    for other in ({"seed": 4, "epoch": 5}, {"seed": 3, "epoch": 6}):
+        assert (span_pairs(bounds, documents, **other) != pairs).any()
+
+
+def test_every_pair_of_a_document_is_drawn_equally_often():
+    bounds = np.array([0, 4])
+    pairs = np.concatenate([span_pairs(bounds, np.array([0]), seed=1, epoch=epoch) for epoch in range(6000)])
+    _, counts = np.unique(pairs, axis=0, return_counts=True)
+    assert len(counts) == 12
+    assert (abs(counts - 500) < 4.5 * np.sqrt(500)).all()
+
+
+def test_a_store_of_blocks_has_no_pairs(store):
+    with pytest.raises(ValueError, match="--kind spans"):
+        TokenStore(store, "train").document_bounds()
+
+
+# --- looking
+
+
+@pytest.mark.parametrize("folder", ["blocks", "spans"])
+def test_inspect_shows_numbers_lengths_masks_and_padding(folder, store, spans, capsys):
+    options = ["--samples", "2", "--batch-size", "32", "--micro-batches-per-step", "4"]
+    assert main(["inspect", str(store if folder == "blocks" else spans), *options]) == 0
+    out = capsys.readouterr().out
+    assert f"kind {folder}" in out
+    assert "lengths" in out
+    assert len(re.findall(r"row \d+:", out)) == 2
+    assert re.search(r"\[\w+\]", out)
+    bucketed, at_random, _ = (float(share) for share in re.findall(r"([\d.]+)%", out)[-3:])
+    assert bucketed < at_random
+
+
+def test_bench_data_compares_collation_and_preparation(files, store, tmp_path, capsys):
+    options = ["--rounds", "2", "--rows", "20000", "--batch-size", "64", "--json", str(tmp_path / "figures.json")]
+    prepared = ["--input", str(files[0]), "--tokenizer", str(store / "tokenizer")]
+    assert main(["bench", "data", "--store", str(store), *options, *prepared]) == 0
+    assert "ratio" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert set(figures) == {"collation", "order", "preparation", "versions"}
+    assert all(len(rounds) == 2 for rounds in figures["collation"].values())
+    assert main(["bench", "data", *options]) == 0  # rows in memory
+    assert main(["bench", "data", "--input", str(files[0])]) == 1
