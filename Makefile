@@ -30,7 +30,8 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 test: install  ## the tests, in under 5 minutes on 2 cores
 	$(BIN)/python -m pytest
 
-test-all: install  ## the tests and the slow ones
+test-all: install  ## the tests and the slow ones (with Ray, 250 MB)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
 	$(BIN)/python -m pytest -m 'slow or not slow'
 
 lint: install  ## ruff: rules and formatting

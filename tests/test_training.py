@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Callback
 from transformers import BertConfig, BertForMaskedLM
 
 from condenser.cli import main
-from condenser.data.datamodule import CondenserDataModule
+from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.attention import flat_positions
@@ -219,11 +219,23 @@ def assert_same_batches(first, second):
 def test_batches_do_not_depend_on_workers_or_on_where_the_loader_began(store):
     alone = loader_of(store)
     two_epochs = [*alone, *alone]
-    assert_same_batches(two_epochs[: len(alone)], loader_of(store, num_workers=2))
+    for num_workers in (1, 4):
+        assert_same_batches(two_epochs[: len(alone)], loader_of(store, num_workers=num_workers))
     resumed = loader_of(store, num_workers=2)
     resumed.load_state_dict({"position": len(alone) + 3})
     assert_same_batches(two_epochs[len(alone) + 3 :], resumed)
     assert resumed.state_dict() == {"position": 2 * len(alone)}
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_together_get_the_micro_batches_of_one(world_size, store):
+    alone = loader_of(store).dataset
+    ranks = [
+        Steps(alone.mixture, alone.batches, alone.vocabulary, alone.masking, r, world_size) for r in range(world_size)
+    ]
+    for step in (0, 7, alone.batches.steps_per_epoch + 2):
+        shared = [batch for batches in zip(*(rank[step] for rank in ranks), strict=True) for batch in batches]
+        assert_same_batches([alone[step]], [shared])
 
 
 def test_masks_are_drawn_anew_each_epoch_and_validation_keeps_its_own(store):
