@@ -189,6 +189,29 @@ def test_a_truncated_or_missing_shard_is_named_when_the_store_is_opened(copied, 
     assert f"{shard} is missing" in capsys.readouterr().err
 
 
+def test_damaged_files_that_are_removed_are_made_anew_by_the_same_command(files, store, small_units, tmp_path):
+    assert prepare(files, store / "tokenizer", tmp_path / "out") == 0
+    before, times = contents(tmp_path / "out"), {p: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*/*.arrow")}
+    lost, cut = sorted(times)[1:3]
+    lost.unlink()
+    cut.write_bytes(cut.read_bytes()[:-1])
+    assert prepare(files, store / "tokenizer", tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == before
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items() if path not in (lost, cut))
+
+
+@pytest.mark.parametrize(
+    ("manifest", "message"),
+    [("{", "is not JSON"), ("{}", "lacks 'settings'"), ("[]", "lacks"), ('{"settings": {}}', "lacks 'tokenizer'")],
+)
+def test_a_damaged_manifest_is_one_clear_error(manifest, message, copied, capsys):
+    (copied / "manifest.json").write_text(manifest)
+    assert main(["inspect", str(copied)]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert str(copied / "manifest.json") in error
+
+
 def test_a_store_holds_a_token_in_little_more_than_two_bytes(files, store, tmp_path):
     """At rows of 128; everything in the folder but the tokenizer, whose size does not grow."""
     options = ["--max-length", "128", "--validation-fraction", "0.01"]

@@ -1,6 +1,5 @@
 """`condenser prepare merge`: the shares of the work, put together to a finished store; the end of every preparation."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from condenser.data.store import (
     SPLITS,
     Shard,
     dataset_files,
+    read_json,
     save_array,
     tokenizer_hash,
     verify,
@@ -37,7 +37,7 @@ def merge(store: str, /) -> None:
     folder = Path(store)
     if not (folder / UNFINISHED).is_file():
         raise ValueError(f"{store} is no store in the making: there is nothing to merge")
-    started = json.loads((folder / UNFINISHED).read_text())
+    started = read_json(folder / UNFINISHED)
     names = sorted([*earlier_units(folder, started["first_source"]), *shared_units(folder)])
     records = [read_record(folder, name) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -75,7 +75,7 @@ def shared_units(folder: Path) -> list[str]:
     shares: dict[int, dict[int, list[str]]] = {}
     for path in folder.glob("units/share-*-of-*.json"):
         _, index, _, count = path.stem.split("-")
-        shares.setdefault(int(count), {})[int(index)] = json.loads(path.read_text())
+        shares.setdefault(int(count), {})[int(index)] = read_json(path)
     for n, done in shares.items():
         if len(done) == n:
             return [name for names in done.values() for name in names]

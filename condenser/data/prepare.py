@@ -4,7 +4,6 @@ blocks.py says how documents are cut, store.py what is written, work.py who does
 it begins: settings are checked, and the store is begun, gone on with, or added to.
 """
 
-import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ from condenser.data.blocks import Blocks
 from condenser.data.corpus import Columns, resolve, units
 from condenser.data.documents import Document, check, documents
 from condenser.data.merge import merge
-from condenser.data.store import MANIFEST, SPLITS, tokenizer_hash, write_json
+from condenser.data.store import MANIFEST, missing_files, read_json, read_manifest, tokenizer_hash, write_json
 from condenser.data.tokenizers import load_tokenizer, obtain_tokenizer
 from condenser.data.work import UNFINISHED, Job, available_cores, do_share, reading
 
@@ -95,7 +94,10 @@ def prepare(
         print(f"{output} is already prepared: nothing to do")
         return
     if started is None:
-        started = begin(folder, settings, [fingerprints[place] for place in todo], sum(s.size() for s in sources))
+        n_bytes = sum(source.size() for source in sources)
+        started = new_state(folder, settings, [fingerprints[place] for place in todo], n_bytes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / UNFINISHED, started)  # from here on, the folder is a store in the making
     first_source = started["first_source"]
     sources = [sources[place] for place in todo]
     job = Job(folder, sources, first_source, columns, blocks, started["settings"]["unit_bytes"], skip_bad_lines)
@@ -127,19 +129,19 @@ def share_of(shard: str | None) -> tuple[int, int]:
 def find_state(
     folder: Path, settings: dict[str, Any], fingerprints: list[dict], append: bool
 ) -> tuple[dict[str, Any] | None, list[int]]:
-    """What `begin` wrote, if it was here, and which of the inputs are to be done.
+    """The state of a store in the making, if there is one, and which of the inputs are to be done.
 
     Raises:
         ValueError: the folder holds something else, or a store of other settings or inputs.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists() or (folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())):
         return None, list(range(len(fingerprints)))
     if not folder.is_dir():
         raise ValueError(f"--output {folder} is a file")
     unfinished = (folder / UNFINISHED).is_file()
     if not unfinished and not (folder / MANIFEST).is_file():
         raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
-    state = json.loads((folder / (UNFINISHED if unfinished else MANIFEST)).read_text())
+    state = read_json(folder / UNFINISHED) if unfinished else read_manifest(folder)
     written, changed = state["settings"], []
     done = written["sources"][: state["first_source"]] if unfinished else written["sources"] if append else []
     todo = [place for place, fingerprint in enumerate(fingerprints) if not append or fingerprint not in done]
@@ -151,25 +153,25 @@ def find_state(
             f"{folder} holds a store made with another {', '.join(changed)}; choose another --output, or remove it"
             + (" (--append adds inputs to it)" if changed == ["input"] and not append else "")
         )
-    return (state, todo) if unfinished else (None, todo if append else [])
+    if unfinished:
+        return state, todo
+    if not append and missing_files(folder, state["splits"]):  # damaged: what is missing is made anew
+        return {"first_source": 0, "settings": written}, todo
+    return None, todo if append else []
 
 
-def begin(folder: Path, settings: dict[str, Any], new: list[dict[str, Any]], n_bytes: int) -> dict[str, Any]:
-    """Mark the folder as a store in the making, which a finished one becomes when something is appended."""
+def new_state(folder: Path, settings: dict[str, Any], new: list[dict[str, Any]], n_bytes: int) -> dict[str, Any]:
+    """What is kept of a store in the making; of a finished one that is added to, with its settings."""
     unit_bytes = int(np.clip(n_bytes // 128, *UNIT_BYTES))
     settings, earlier = settings | {"unit_bytes": unit_bytes}, []
     if (folder / MANIFEST).is_file():
-        settings = json.loads((folder / MANIFEST).read_text())["settings"]
+        settings = read_manifest(folder)["settings"]
         earlier = settings["sources"]
-    for name in ("units", *SPLITS):
-        (folder / name).mkdir(parents=True, exist_ok=True)
-    state = {"first_source": len(earlier), "settings": settings | {"sources": [*earlier, *new]}}
-    write_json(folder / UNFINISHED, state)
-    return state
+    return {"first_source": len(earlier), "settings": settings | {"sources": [*earlier, *new]}}
 
 
 def forget(folder: Path, first_source: int) -> None:
-    """Undo `begin`."""
+    """Leave a folder as it was before its first unit."""
     if first_source:
         (folder / UNFINISHED).unlink()
     else:

@@ -80,10 +80,11 @@ class Shard:
     """The flat arrays behind one Arrow file of a single record batch; zero-copy views of the mapped file."""
 
     def __init__(self, path: Path, size: int):
+        repair = "the command that made the store makes it anew"
         if not path.is_file():
-            raise ValueError(f"{path} is missing: the store is damaged, restore the file or prepare the store anew")
+            raise ValueError(f"{path} is missing; {repair}")
         if path.stat().st_size != size:
-            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}: damaged, prepare it anew")
+            raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}, it is damaged; {repair}")
         with pa.memory_map(str(path)) as file:  # closed at once, the mapping stays: any number of shards can be open
             table = pa.ipc.open_stream(file).read_all()
         tokens, bits = (table[name].chunk(0) for name in ("input_ids", "word_starts"))
@@ -170,6 +171,17 @@ def checksum(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def shard_files(folder: Path, splits: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """The shards' paths, and what is known of each."""
+    return [(folder / split / shard["file"], shard) for split, about in splits.items() for shard in about["shards"]]
+
+
+def missing_files(folder: Path, splits: dict[str, Any]) -> list[Path]:
+    """Shards that are not there, or of another size than they had."""
+    files = shard_files(folder, splits)
+    return [path for path, shard in files if not path.is_file() or path.stat().st_size != shard["bytes"]]
+
+
 def verify(folder: Path, splits: dict[str, Any]) -> None:
     """Compare every shard with its checksum.
 
@@ -178,14 +190,16 @@ def verify(folder: Path, splits: dict[str, Any]) -> None:
     """
     from rich.progress import track
 
-    files = [(folder / split / shard["file"], shard) for split, about in splits.items() for shard in about["shards"]]
     damaged = [
         str(path)
-        for path, shard in track(files, "verifying", transient=True)
+        for path, shard in track(shard_files(folder, splits), "verifying", transient=True)
         if not path.is_file() or checksum(path) != shard["blake2b"]
     ]
     if damaged:
-        raise ValueError(f"missing or damaged, their checksums do not agree: {', '.join(damaged)}")
+        raise ValueError(
+            f"missing or damaged, their checksums do not agree: {', '.join(damaged)}; "
+            "remove them, and the command that made the store makes them anew"
+        )
 
 
 def dataset_files(folder: Path, shards: list[dict[str, Any]]) -> None:
@@ -215,10 +229,21 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no {MANIFEST}: an unfinished token store, or none; run `condenser prepare` again"
         )
+    manifest = read_json(path)
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): the store is damaged, prepare it anew") from None
+        for part in ("settings", "tokenizer", "counts", "bad"):
+            manifest[part]
+        manifest["settings"]["kind"], [shard["blake2b"] for _, shard in shard_files(path, manifest["splits"])]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} lacks {error}: damaged, or of an older version; prepare the store anew") from None
+    return manifest
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): damaged, prepare the store anew") from None
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

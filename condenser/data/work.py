@@ -5,7 +5,6 @@ shards. So the bytes do not depend on who did the work, and an interrupted run g
 """
 
 import gc
-import json
 import os
 import threading
 import time
@@ -25,7 +24,7 @@ from condenser.data.blocks import Blocks, cut_documents
 from condenser.data.corpus import Columns, Source, Unit, units
 from condenser.data.documents import Document, documents
 from condenser.data.encoding import Encoder
-from condenser.data.store import save_array, write_json, write_shard
+from condenser.data.store import SPLITS, missing_files, read_json, save_array, write_json, write_shard
 from condenser.data.words import load_segmenter
 
 UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest says the same
@@ -52,12 +51,14 @@ def do_share(job: Job, index: int, count: int, workers: int, progress: bool = Tr
         ValueError: unreadable input, or a process that was killed.
     """
     results: list[str] = []
+    for name in ("units", *SPLITS):
+        (job.folder / name).mkdir(parents=True, exist_ok=True)
     with pool(job, workers) as submit, reading(job, "preparing", progress) as read:
         for place, source in enumerate(job.sources):
             for unit in units(source, job.columns, job.unit_bytes):
                 if (place if len(job.sources) >= count else place + unit.number) % count == index:
                     results.append(f"{job.first_source + place:05d}-{unit.number:05d}")
-                    if not record_path(job, results[-1]).is_file():
+                    if not is_done(job, results[-1]):
                         submit(results[-1], source, unit)
                 read(place, unit.position)
     write_json(job.folder / "units" / f"share-{index}-of-{count}.json", results)
@@ -160,12 +161,20 @@ def do_unit(name: str, source: Source, unit: Unit) -> None:
     write_json(record_path(JOB, name), record | {"bad": bad[:BAD_NAMED]})
 
 
+def is_done(job: Job, name: str) -> bool:
+    """Whether a unit has its record, and its shards are still there."""
+    if not record_path(job, name).is_file():
+        return False
+    record = read_record(job.folder, name)
+    return not missing_files(job.folder, {split: record[split] for split in SPLITS})
+
+
 def record_path(job: Job, name: str) -> Path:
     return job.folder / "units" / f"{name}.json"
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any]:
-    return json.loads((folder / "units" / f"{name}.json").read_text())
+    return read_json(folder / "units" / f"{name}.json")
 
 
 def available_cores() -> int:
