@@ -91,9 +91,8 @@ def show_manifest(console: "Console", store: str, manifest: dict[str, Any]) -> N
         name: ", ".join(f"{about[what]:,} {what}" for what in ("rows", "tokens", "documents"))
         for name, about in manifest["splits"].items()
     }
-    rows["documents"] = ", ".join(
-        f"{n:,} {name.replace('_', ' ')}" for name, n in counts.items() if "tokens" not in name
-    )
+    of_documents = ("documents", "kept", "empty", "too_short", "bad", "repeated_ids")
+    rows["documents"] = ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in of_documents)
     rows["tokens"] = ", ".join(f"{n:,} {name[7:]}" for name, n in counts.items() if name.startswith("tokens_"))
     rows["size"] = f"{n_bytes / 1e6:,.1f} MB, {n_bytes / max(1, counts['tokens_kept']):.2f} bytes a token"
     rows["tokenizer"] = f"{settings['tokenizer']}, {manifest['tokenizer']['vocabulary']:,} ids"
@@ -115,20 +114,20 @@ def show_table(console: "Console", title: str, rows: dict[str, str]) -> None:
 
 def show_lengths(console: "Console", lengths: np.ndarray) -> None:
     """A histogram with a bar for each sixteenth of the longest."""
-    counts, edges = np.histogram(lengths, bins=16, range=(0, int(lengths.max())))
+    width = -(-int(lengths.max()) // 16)
+    counts = np.bincount((lengths.astype(np.int64) - 1) // width)
     console.print("\n[bold]lengths[/bold], in tokens without special ones")
-    for count, low, high in zip(counts, edges, edges[1:], strict=False):
-        bar = "█" * round(40 * count / counts.max())
-        console.print(f"{low + 1:5.0f} to {high:4.0f} {bar} {count:,}")
+    for place, count in enumerate(counts):
+        console.print(
+            f"{place * width + 1:5} to {(place + 1) * width:4} {'█' * round(40 * count / counts.max())} {count:,}"
+        )
 
 
 def show_samples(console: "Console", data: CondenserDataModule, steps: Steps, epoch: int, n: int) -> None:
     from rich.text import Text
 
-    legend = Text("\nmasks: ").append("[MASK] stands here", COLOURS["mask"]).append(" ")
-    console.print(
-        legend.append("another token", COLOURS["random"]).append(" ").append("left as it is", COLOURS["keep"])
-    )
+    legend = Text("\nmasks: ").append("[hidden]", COLOURS["mask"]).append(" ")
+    console.print(legend.append("[was→is]", COLOURS["random"]).append(" ").append("[left as it is=]", COLOURS["keep"]))
     numbers = np.linspace(0, len(data.train) - 1, n, dtype=np.int64)
     for number in numbers:
         text = Text().append(f"\nrow {number}: ", "bold")
