@@ -21,7 +21,7 @@ from condenser.data.store import MANIFEST, missing_files, read_json, read_manife
 from condenser.data.tokenizers import load_tokenizer, obtain_tokenizer
 from condenser.data.work import UNFINISHED, Job, available_cores, do_share, reading
 
-UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit
+UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit; in between, there are 512 units
 
 
 def prepare(
@@ -162,7 +162,7 @@ def find_state(
 
 def new_state(folder: Path, settings: dict[str, Any], new: list[dict[str, Any]], n_bytes: int) -> dict[str, Any]:
     """What is kept of a store in the making; of a finished one that is added to, with its settings."""
-    unit_bytes = int(np.clip(n_bytes // 128, *UNIT_BYTES))
+    unit_bytes = int(np.clip(n_bytes // 512, *UNIT_BYTES))
     settings, earlier = settings | {"unit_bytes": unit_bytes}, []
     if (folder / MANIFEST).is_file():
         settings = read_manifest(folder)["settings"]
