@@ -44,7 +44,7 @@ def test_every_document_is_accounted_for_and_bad_ones_are_named(store, tmp_path,
         b'{"text": "caf\xe9"}',  # not UTF-8
         b'{"text": "a\\u0000b"}',  # NUL
         b'{"text": "a\x00b"}',
-        b'{"text": "\\ud800"}',  # half of a surrogate pair
+        b'{"id": 7, "text": "\\ud800"}',  # half of a surrogate pair
         b'{"text": ["list"]}',
         b"",  # blank lines are none
         b'{"text": ""}',
@@ -86,6 +86,39 @@ def test_a_compressed_file_that_is_cut_off_is_named(suffix, store, tmp_path, cap
         assert prepare(path, store / "tokenizer", tmp_path / "out") == 1
         assert f"{path} cannot be decompressed" in capsys.readouterr().err
         assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_byte_order_mark_is_no_text_and_deep_nesting_is_no_crash(store, tmp_path, capsys):
+    source = tmp_path / "bom.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"text": "Mask."}\n{"a": ' + b"[" * 200_000 + b"\n")
+    assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 0
+    assert accounted(tmp_path / "out")["kept"] == 1
+    assert "line 2: not JSON" in read_manifest(tmp_path / "out")["bad"][0]
+
+
+def test_when_nothing_is_left_that_is_an_error_with_the_reason_and_no_store(store, tmp_path, capsys):
+    source = tmp_path / "other.jsonl"
+    source.write_text('{"body": "x"}\n' * 5)
+    assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 1
+    error = capsys.readouterr().err
+    assert "nothing is left of 5 documents: 5 bad" in error
+    assert "line 1: no column 'text'; there are 'body'" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_input_given_twice_is_refused(corpus, store, tmp_path, capsys):
+    assert prepare([corpus, corpus], store / "tokenizer", tmp_path / "out") == 1
+    assert "given twice" in capsys.readouterr().err
+
+
+def test_a_row_of_a_table_that_is_not_utf8_is_named_and_can_be_skipped(store, tmp_path, capsys):
+    offsets, data = pa.array([0, 5, 9, 14], pa.int32()).buffers()[1], pa.py_buffer(b"Mask.caf\xe9Heads")
+    texts = pa.StringArray.from_buffers(3, offsets, data)
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
+    assert prepare(tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out") == 1
+    assert "a.parquet, row 2: not UTF-8" in capsys.readouterr().err
+    assert prepare(tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 0
+    assert accounted(tmp_path / "out")["kept"] == 2
 
 
 @pytest.mark.parametrize("column", [pa.array([["a"]]), pa.array([3])])

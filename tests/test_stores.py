@@ -130,6 +130,27 @@ def test_an_append_that_fails_leaves_the_store_usable(files, store, tmp_path, ca
     assert contents(tmp_path / "out") == before
 
 
+def test_a_store_that_lost_a_file_is_not_added_to_before_it_is_repaired(files, store, small_units, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert prepare(files[0], store / "tokenizer", out) == 0
+    before = contents(out)
+    for lost in ("units/00000-00001.json", "train/data-00000-00001.arrow"):
+        (out / lost).unlink()
+        assert prepare(files[1], store / "tokenizer", out, "--append") == 1
+        assert f"{lost} is missing or damaged: first repair" in capsys.readouterr().err
+        assert prepare(files[0], store / "tokenizer", out) == 0
+        assert contents(out) == before
+
+
+def test_a_share_file_left_from_before_does_not_count_when_a_store_grows(files, store, tmp_path, capsys):
+    assert prepare(files[0], store / "tokenizer", tmp_path / "out") == 0
+    (tmp_path / "out/units/share-0-of-1.json").write_text('["00000-00000"]')
+    assert prepare(files[1], store / "tokenizer", tmp_path / "out", "--append", "--shard", "0/2") == 0
+    assert prepare(files[1], store / "tokenizer", tmp_path / "out", "--append", "--shard", "1/2") == 0
+    assert main(["prepare", "merge", str(tmp_path / "out")]) == 0
+    assert read_manifest(tmp_path / "out")["counts"]["documents"] == 120
+
+
 def test_a_tokenizer_that_has_changed_is_refused(files, store, small_units, tmp_path, capsys):
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(store / "tokenizer", tokenizer)
@@ -202,7 +223,15 @@ def test_damaged_files_that_are_removed_are_made_anew_by_the_same_command(files,
 
 @pytest.mark.parametrize(
     ("manifest", "message"),
-    [("{", "is not JSON"), ("{}", "lacks 'settings'"), ("[]", "lacks"), ('{"settings": {}}', "lacks 'tokenizer'")],
+    [
+        ("{", "is not JSON"),
+        ("[]", "lacks 'settings'"),
+        ('{"settings": {}}', "lacks 'tokenizer'"),
+        (
+            json.dumps({key: {} for key in ("settings", "tokenizer", "counts", "bad", "units", "splits")}),
+            "lacks 'kind'",
+        ),
+    ],
 )
 def test_a_damaged_manifest_is_one_clear_error(manifest, message, copied, capsys):
     (copied / "manifest.json").write_text(manifest)

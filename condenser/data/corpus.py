@@ -11,6 +11,7 @@ import io
 import lzma
 import os
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,6 +79,9 @@ def resolve(inputs: list[str]) -> list[Source]:
             sources.append(hub_source(name))
         for path in paths:
             sources += folder_sources(path) if os.path.isdir(path) else [file_source(path)]
+    paths = [os.path.realpath(source.name) if source.size() else source.name for source in sources]
+    if repeated := sorted(path for path, n in Counter(paths).items() if n > 1):
+        raise ValueError(f"{repeated[0]} is given twice among the inputs")
     return sources
 
 
@@ -134,7 +138,7 @@ def units(source: Source, columns: Columns, size: int) -> Iterator[Unit]:
     rows: list[dict[str, Any]] = []
     for row, position in table_rows(source, columns):
         rows.append(row)
-        characters += len(row[columns.text]) if isinstance(row[columns.text], str) else 0
+        characters += len(row[columns.text]) if isinstance(row[columns.text], str | bytes) else 0
         if characters >= size:
             yield Unit(number, first, rows, position)
             first, number, characters, rows = first + len(rows), number + 1, 0, []
@@ -206,10 +210,16 @@ def parquet_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, A
             table = pq.ParquetFile(file)
             needed = needed_columns(columns, table.schema_arrow.names, source.name)
             for batch in table.iter_batches(batch_size=256, columns=needed):
-                for row in batch.to_pylist():
+                for row in as_bytes(batch).to_pylist():
                     yield row, file.tell()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{source.name} is not a parquet file, or damaged: {error}") from None
+
+
+def as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Texts as bytes, so that one that is not UTF-8 spoils its own row only."""
+    binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    return batch.cast(pa.schema([pa.field(each.name, binary.get(each.type, each.type)) for each in batch.schema]))
 
 
 def needed_columns(columns: Columns, existing: list[str], where: str) -> list[str]:

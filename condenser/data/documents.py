@@ -72,14 +72,15 @@ def document_of(record: bytes | dict[str, Any], source: Source, columns: Columns
         raise ValueError("holds NUL characters: binary data, or a damaged file")
     identity = record.get(columns.id)
     try:
-        return Document(text, hash64(text if identity is None else str(identity)))
+        key = hash64(text)
+        return Document(text, key if identity is None else hash64(str(identity)))
     except UnicodeEncodeError as error:
         raise ValueError(f"no valid Unicode: {error.reason}") from None
 
 
 def decoded(record: bytes) -> str:
     try:
-        return record.decode()
+        return record.decode("utf-8-sig")  # some editors begin a file with a byte order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"not UTF-8: {error.reason} at byte {error.start}") from None
 
@@ -87,7 +88,7 @@ def decoded(record: bytes) -> str:
 def json_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(decoded(line))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
@@ -98,9 +99,9 @@ def field(record: dict[str, Any], column: str, option: str) -> str:
     if column not in record:
         raise ValueError(missing_column(column, option, list(record)))
     value = "" if record[column] is None else record[column]
-    if not isinstance(value, str):
+    if not isinstance(value, str | bytes):
         raise ValueError(f"{column!r} is not a text but {type(value).__name__}")
-    return value
+    return decoded(value) if isinstance(value, bytes) else value
 
 
 def hash64(text: str) -> int:

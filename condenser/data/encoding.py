@@ -49,14 +49,19 @@ class Encoder:
 
     def sentence_by_sentence(self, text: str) -> Encoded:
         bounds = itertools.pairwise([0, *sentence_bounds(text, self.language)])
-        parts = [piece for begin, end in bounds for piece in pieces_of(text[begin:end])]
-        encodings = self.tokenizer.encode_batch_fast(parts, add_special_tokens=False)
-        ends = list(itertools.accumulate(map(len, encodings)))
-        n = ends[-1] if ends else 0
-        ids = np.fromiter(itertools.chain.from_iterable([encoding.ids for encoding in encodings]), np.int32, n)
+        parts = (piece for begin, end in bounds for piece in pieces_of(text[begin:end]))
+        sizes: list[int] = []
+        ids = [np.empty(0, np.int32)]
+        for group in groups_of(parts):
+            encodings = self.tokenizer.encode_batch_fast(group, add_special_tokens=False)
+            sizes += map(len, encodings)
+            ids.append(np.fromiter(itertools.chain.from_iterable([e.ids for e in encodings]), np.int32))
+        return self.with_starts(np.concatenate(ids), sizes)
+
+    def with_starts(self, ids: np.ndarray, sizes: list[int]) -> Encoded:
         starts = self.starts[ids]
         starts[1:] |= self.alone_until[ids[:-1]]
-        return Encoded(ids, starts, sorted({*ends} - {0}))
+        return Encoded(ids, starts, sorted({*itertools.accumulate(sizes)} - {0}))
 
     def as_a_whole(self, text: str) -> Encoded:
         ids, numbers, offsets, base = [], [], [], 0
@@ -95,6 +100,19 @@ def sentence_bounds(text: str, language: str) -> list[int]:
             at = found + len(sentence)
             bounds.append(at)
     return [*bounds[:-1], len(text)]
+
+
+def groups_of(parts: Iterator[str]) -> Iterator[list[str]]:
+    """Parts of a text, as many at a time as make up `PIECE` characters."""
+    group, size = [], 0
+    for part in parts:
+        group.append(part)
+        size += len(part)
+        if size >= PIECE:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def pieces_of(text: str) -> Iterator[str]:

@@ -69,10 +69,10 @@ def inspect_store(
         num_workers=0,
         seed=seed,
     )
+    show_manifest(console, store, manifest)
     data.setup("fit")
     steps = data.train_dataloader().dataset
     assert isinstance(steps, Steps)
-    show_manifest(console, store, manifest)
     show_lengths(console, data.train.lengths)
     show_samples(console, data, steps, epoch, samples)
     show_padding(console, steps, manifest["settings"]["max_length"])
@@ -128,7 +128,7 @@ def show_samples(console: "Console", data: CondenserDataModule, steps: Steps, ep
 
     legend = Text("\nmasks: ").append("[hidden]", COLOURS["mask"]).append(" ")
     console.print(legend.append("[was→is]", COLOURS["random"]).append(" ").append("[left as it is=]", COLOURS["keep"]))
-    numbers = np.linspace(0, len(data.train) - 1, n, dtype=np.int64)
+    numbers = np.linspace(0, len(data.train) - 1, max(0, n), dtype=np.int64)
     for number in numbers:
         text = Text().append(f"\nrow {number}: ", "bold")
         for piece, is_start, fate in masked_pieces(data, steps, epoch, int(number)):

@@ -12,6 +12,7 @@ from condenser.data.store import (
     Shard,
     dataset_files,
     read_json,
+    read_manifest,
     save_array,
     tokenizer_hash,
     verify,
@@ -19,6 +20,10 @@ from condenser.data.store import (
 )
 from condenser.data.tokenizers import load_tokenizer
 from condenser.data.work import BAD_NAMED, UNFINISHED, read_record
+
+
+class EmptyStoreError(ValueError):
+    """No row is left of the input."""
 
 
 def merge(store: str, /) -> None:
@@ -37,15 +42,21 @@ def merge(store: str, /) -> None:
     folder = Path(store)
     if not (folder / UNFINISHED).is_file():
         raise ValueError(f"{store} is no store in the making: there is nothing to merge")
-    started = read_json(folder / UNFINISHED)
-    names = sorted([*earlier_units(folder, started["first_source"]), *shared_units(folder)])
+    started = read_json(folder / UNFINISHED, "settings", "first_source")
+    first_source = started["first_source"]
+    earlier = read_manifest(folder)["units"] if first_source else []
+    names = sorted([*earlier, *(name for name in shared_units(folder) if source_of(name) >= first_source)])
     records = [read_record(folder, name) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
     splits = {split: joined(split, records) for split in SPLITS}
+    counts = {name: sum(record["counts"][name] for record in records) for name in records[0]["counts"]}
+    bad = [bad for record in records for bad in record["bad"]][:BAD_NAMED]
+    if not any(about["rows"] for about in splits.values()):
+        reasons = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("bad", "empty", "too_short"))
+        raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
     verify(folder, splits)
     counts_by_id = token_counts(folder, splits["train"]["shards"], len(tokenizer))
     save_array(folder / "token_counts.npy", counts_by_id)
-    counts = {name: sum(record["counts"][name] for record in records) for name in records[0]["counts"]}
     counts["kept"] = sum(about["documents"] for about in splits.values())
     counts["repeated_ids"] = repeated([folder / "units" / f"{name}.npy" for name in names])
     counts["tokens_unknown"] = int(counts_by_id[tokenizer.unk_token_id]) if tokenizer.unk_token else 0
@@ -55,19 +66,19 @@ def merge(store: str, /) -> None:
         "settings": started["settings"],
         "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(tokenizer)},
         "counts": counts,
-        "bad": [bad for record in records for bad in record["bad"]][:BAD_NAMED],
+        "bad": bad,
+        "units": names,
         "splits": splits,
     }
     write_json(folder / MANIFEST, manifest)
-    (folder / UNFINISHED).unlink()
     for path in [*folder.glob("units/share-*.json"), *folder.glob("**/*.partial")]:  # of those who were killed, too
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / UNFINISHED).unlink()
     print(summary(store, manifest))
 
 
-def earlier_units(folder: Path, first_source: int) -> list[str]:
-    names = (path.stem for path in folder.glob("units/[0-9]*-*.json"))
-    return [name for name in names if int(name.partition("-")[0]) < first_source]
+def source_of(unit: str) -> int:
+    return int(unit.partition("-")[0])
 
 
 def shared_units(folder: Path) -> list[str]:

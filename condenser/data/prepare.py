@@ -16,7 +16,7 @@ import numpy as np
 from condenser.data.blocks import Blocks
 from condenser.data.corpus import Columns, resolve, units
 from condenser.data.documents import Document, check, documents
-from condenser.data.merge import merge
+from condenser.data.merge import EmptyStoreError, merge
 from condenser.data.store import MANIFEST, missing_files, read_json, read_manifest, tokenizer_hash, write_json
 from condenser.data.tokenizers import load_tokenizer, obtain_tokenizer
 from condenser.data.work import UNFINISHED, Job, available_cores, do_share, reading
@@ -79,6 +79,8 @@ def prepare(
         ValueError: unreadable input, an unsuitable tokenizer, or an output folder that holds something else.
     """
     index, count = share_of(shard)
+    if workers is not None and workers < 1:
+        raise ValueError(f"--workers {workers} must be at least 1")
     if count > 1 and (tokenizer.startswith("train:") or engine == "ray"):
         raise ValueError(f"--shard {shard} needs a tokenizer that is there already, and --engine processes")
     blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
@@ -109,14 +111,15 @@ def prepare(
             do_all(job, workers)
         else:
             do_share(job, index, count, workers or available_cores())
-    except BaseException:
-        if count == 1 and not list(folder.glob(f"units/{first_source:05d}-*.json")):
+        if count == 1:
+            merge(output)
+        else:
+            print(f"{output}: share {index} of {count} is done; `condenser prepare merge {output}` when all are")
+    except BaseException as error:
+        units_there = list(folder.glob(f"units/{first_source:05d}-*.json"))
+        if count == 1 and (not units_there or isinstance(error, EmptyStoreError)):
             forget(folder, first_source)  # nothing to go on from: leave no trace
         raise
-    if count == 1:
-        merge(output)
-    else:
-        print(f"{output}: share {index} of {count} is done; `condenser prepare merge {output}` when all are")
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
@@ -141,7 +144,7 @@ def find_state(
     unfinished = (folder / UNFINISHED).is_file()
     if not unfinished and not (folder / MANIFEST).is_file():
         raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
-    state = read_json(folder / UNFINISHED) if unfinished else read_manifest(folder)
+    state = read_json(folder / UNFINISHED, "settings", "first_source") if unfinished else read_manifest(folder)
     written, changed = state["settings"], []
     done = written["sources"][: state["first_source"]] if unfinished else written["sources"] if append else []
     todo = [place for place, fingerprint in enumerate(fingerprints) if not append or fingerprint not in done]
@@ -155,7 +158,12 @@ def find_state(
         )
     if unfinished:
         return state, todo
-    if not append and missing_files(folder, state["splits"]):  # damaged: what is missing is made anew
+    lost = missing_files(folder, state["splits"]) + [
+        path for unit in state["units"] if not (path := folder / "units" / f"{unit}.json").is_file()
+    ]
+    if lost and append:
+        raise ValueError(f"{lost[0]} is missing or damaged: first repair the store with the command that made it")
+    if lost:
         return {"first_source": 0, "settings": written}, todo
     return None, todo if append else []
 
@@ -175,7 +183,7 @@ def forget(folder: Path, first_source: int) -> None:
     if first_source:
         (folder / UNFINISHED).unlink()
     else:
-        shutil.rmtree(folder)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def store_tokenizer(folder: Path, spec: str, job: Job) -> None:
@@ -185,7 +193,11 @@ def store_tokenizer(folder: Path, spec: str, job: Job) -> None:
         with reading(job, "training the tokenizer", spec.startswith("train:")) as read:
             tokenizer = obtain_tokenizer(spec, lambda: texts(job, read))
         partial = folder / f"tokenizer.{uuid.uuid4().hex[:8]}.partial"
-        tokenizer.save_pretrained(partial)
+        tokenizer.init_kwargs.pop("local_files_only", None)  # of the environment, not of the tokenizer
+        try:
+            tokenizer.save_pretrained(partial)
+        except Exception as error:  # the tokenizers library has no kinds of errors
+            raise OSError(f"{place} cannot be written: {error}") from error
         try:
             partial.rename(place)
         except OSError:  # another machine was faster

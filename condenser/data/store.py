@@ -11,6 +11,7 @@ Legend: B samples, L longest length among them.
 """
 
 import hashlib
+import io
 import json
 import os
 import uuid
@@ -85,8 +86,11 @@ class Shard:
             raise ValueError(f"{path} is missing; {repair}")
         if path.stat().st_size != size:
             raise ValueError(f"{path} has {path.stat().st_size:,} bytes instead of {size:,}, it is damaged; {repair}")
-        with pa.memory_map(str(path)) as file:  # closed at once, the mapping stays: any number of shards can be open
-            table = pa.ipc.open_stream(file).read_all()
+        try:
+            with pa.memory_map(str(path)) as file:  # closed at once, the mapping stays: any number can be open
+                table = pa.ipc.open_stream(file).read_all()
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{path} is damaged ({error}); remove it, and {repair}") from None
         tokens, bits = (table[name].chunk(0) for name in ("input_ids", "word_starts"))
         self.tokens, self.token_offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
         self.bits, self.bit_offsets = bits.values.to_numpy(), bits.offsets.to_numpy()
@@ -152,6 +156,8 @@ def written(path: Path) -> Iterator[Path]:
         with open(partial, "rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:  # pyarrow's, for one, does not name the file
+        raise OSError(f"{path} cannot be written: {os.strerror(error.errno) if error.errno else error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -162,8 +168,10 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    with written(path) as partial, open(partial, "wb") as file:
-        np.save(file, array)
+    content = io.BytesIO()  # numpy's own writing to a full disk fails without saying why
+    np.save(content, array)
+    with written(path) as partial:
+        partial.write_bytes(content.getbuffer())
 
 
 def checksum(path: Path) -> str:
@@ -229,21 +237,28 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no {MANIFEST}: an unfinished token store, or none; run `condenser prepare` again"
         )
-    manifest = read_json(path)
+    manifest = read_json(path, "settings", "tokenizer", "counts", "bad", "units", "splits")
     try:
-        for part in ("settings", "tokenizer", "counts", "bad"):
-            manifest[part]
-        manifest["settings"]["kind"], [shard["blake2b"] for _, shard in shard_files(path, manifest["splits"])]
+        settings, counts, splits = manifest["settings"], manifest["counts"], manifest["splits"]
+        [settings[name] for name in ("kind", "sources", "max_length")]
+        [splits[split][what] for split in SPLITS for what in ("rows", "tokens", "documents", "shards")]
+        [shard[what] for _, shard in shard_files(path, splits) for what in ("bytes", "blake2b", "rows")]
+        counts["tokens_kept"], manifest["tokenizer"]["hash"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} lacks {error}: damaged, or of an older version; prepare the store anew") from None
     return manifest
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *keys: str) -> Any:
+    """What a file holds. ValueError, naming the file, if that is not JSON, or lacks one of the ``keys``."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}): damaged, prepare the store anew") from None
+    missing = [key for key in keys if not isinstance(value, dict) or key not in value]
+    if missing:
+        raise ValueError(f"{path} lacks {missing[0]!r}: damaged, or of an older version; prepare the store anew")
+    return value
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
