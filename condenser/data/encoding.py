@@ -51,14 +51,12 @@ class Encoder:
         bounds = itertools.pairwise([0, *sentence_bounds(text, self.language)])
         parts = (piece for begin, end in bounds for piece in pieces_of(text[begin:end]))
         sizes: list[int] = []
-        ids = [np.empty(0, np.int32)]
+        numbers = [np.empty(0, np.int32)]
         for group in groups_of(parts):
             encodings = self.tokenizer.encode_batch_fast(group, add_special_tokens=False)
             sizes += map(len, encodings)
-            ids.append(np.fromiter(itertools.chain.from_iterable([e.ids for e in encodings]), np.int32))
-        return self.with_starts(np.concatenate(ids), sizes)
-
-    def with_starts(self, ids: np.ndarray, sizes: list[int]) -> Encoded:
+            numbers.append(np.fromiter(itertools.chain.from_iterable([e.ids for e in encodings]), np.int32))
+        ids = np.concatenate(numbers)
         starts = self.starts[ids]
         starts[1:] |= self.alone_until[ids[:-1]]
         return Encoded(ids, starts, sorted({*itertools.accumulate(sizes)} - {0}))
