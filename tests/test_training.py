@@ -17,6 +17,7 @@ import torch
 import yaml
 from conftest import TINY_MODEL
 from lightning.pytorch.callbacks import Callback
+from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from condenser.cli import main
@@ -298,10 +299,15 @@ def test_accumulated_micro_batches_give_the_gradient_of_the_mean_over_all_masked
     torch.testing.assert_close(accumulated, [parameter.grad for parameter in model.parameters()], rtol=1e-4, atol=1e-7)
 
 
+def tiny_condenser():
+    torch.manual_seed(0)
+    return Condenser.from_masked_lm(BertForMaskedLM(BertConfig(vocab_size=50, **TINY_MODEL)), skip_from=1)
+
+
 def test_no_decay_on_biases_and_layer_norm_and_the_rate_rises_then_falls():
-    model = BertForMaskedLM(BertConfig(vocab_size=50, **TINY_MODEL))
+    model = tiny_condenser()
     settings = Optimization(learning_rate=2.0, warmup_fraction=0.1)
-    optimizer = build_optimizer(model, settings)
+    optimizer = build_optimizer(nn.ModuleDict({"model": model}), settings)
     decayed, plain = (set(map(id, group["params"])) for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         assert (id(parameter) in plain) == ("bias" in name or "LayerNorm" in name), name

@@ -39,6 +39,34 @@ def parts(lm: PreTrainedModel) -> Parts:
     return Parts(encoder.embeddings, encoder.encoder.layer, mlm_head)
 
 
+def depths(lm: PreTrainedModel) -> dict[nn.Parameter, int]:
+    """How far each weight lies below the MLM head: 1 for the last layer's, N + 1 for the embeddings'."""
+    embeddings, layers, _ = parts(lm)
+    found = dict.fromkeys(lm.parameters(), 0)
+    for below, layer in enumerate([*reversed(layers), embeddings], start=1):
+        found |= dict.fromkeys(layer.parameters(), below)  # type: ignore[attr-defined]
+    return found
+
+
+def prepare_layers(lm: PreTrainedModel, freeze_embeddings: bool, freeze_layers: int, reinit_layers: int) -> None:
+    """Keep the embeddings and the first layers as they are, and draw the last layers anew.
+
+    Raises:
+        ValueError: more layers than there are, or one that would be both.
+    """
+    embeddings, layers, _ = parts(lm)
+    if min(freeze_layers, reinit_layers) < 0 or freeze_layers + reinit_layers > len(layers):
+        raise ValueError(
+            f"freeze_layers={freeze_layers} and reinit_layers={reinit_layers}: the backbone has {len(layers)} layers"
+        )
+    for layer in layers[len(layers) - reinit_layers :]:
+        for parameter in layer.parameters():
+            parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # else loaded weights are left alone
+        layer.apply(lm._init_weights)
+    for kept in [*([embeddings] if freeze_embeddings else []), *layers[:freeze_layers]]:
+        kept.requires_grad_(False)
+
+
 def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: Any) -> PreTrainedModel:
     """A masked LM warm-started from ``backbone`` (folder or hub name), or a BERT with random weights where it is None.
 

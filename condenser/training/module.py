@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 
 from condenser import hub
 from condenser.data.hashing import hash_ints
+from condenser.models.backbones import prepare_layers
 from condenser.models.condenser import Condenser, CondenserOutput
 from condenser.training.optim import Optimization, build_optimizer, build_schedule
 
@@ -35,6 +36,9 @@ class CondenserModule(L.LightningModule):
         late_mlm: add the backbone's own MLM loss.
         pruned: run the last layers only where the loss reads them; same loss, less work.
         gradient_checkpointing: recompute every layer in the backward pass: less memory, about a third more work.
+        freeze_embeddings: keep the embeddings as they are; the MLM head's decoder is tied to them.
+        freeze_layers: keep the first layers of the backbone as they are.
+        reinit_layers: draw the last layers of the backbone anew.
         optimizer: learning rate, schedule, clipping.
         seed: seed of initialisation and dropout; follows seed_everything.
     """
@@ -48,6 +52,9 @@ class CondenserModule(L.LightningModule):
         late_mlm: bool = True,
         pruned: bool = True,
         gradient_checkpointing: bool = False,
+        freeze_embeddings: bool = False,
+        freeze_layers: int = 0,
+        reinit_layers: int = 0,
         optimizer: Optimization = Optimization(),  # noqa: B008, never changed
         seed: int = 0,
     ):
@@ -56,7 +63,13 @@ class CondenserModule(L.LightningModule):
         self.backbone, self.backbone_config = backbone, backbone_config or {}
         self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
         self.gradient_checkpointing, self.optimization, self.seed = gradient_checkpointing, optimizer, seed
+        self.layers: dict[str, Any] = {
+            "freeze_embeddings": freeze_embeddings,
+            "freeze_layers": freeze_layers,
+            "reinit_layers": reinit_layers,
+        }
         self.model: Condenser | None = None
+        self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
         streams = [name for name, on in (("mlm", late_mlm), ("head_mlm", n_head_layers > 0)) if on]
         names = [f"{stream}_{what}" for stream in streams for what in ("loss", "accuracy", "loss_at_mask")]
@@ -69,7 +82,11 @@ class CondenserModule(L.LightningModule):
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, **self.head)
+        prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
+        if self.optimization.decay_to_start:
+            backbone = ((name, p) for name, p in self.model.named_parameters() if not name.startswith("c_head."))
+            self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
         if self.gradient_checkpointing:
             self.model.gradient_checkpointing_enable()
 
@@ -80,7 +97,7 @@ class CondenserModule(L.LightningModule):
             )
 
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self, self.optimization)
+        optimizer = build_optimizer(self, self.optimization, self.start)
         steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, steps)}
 

@@ -1,10 +1,19 @@
-"""The optimizer and its schedule, as in the paper: AdamW, linear warm-up, linear decay."""
+"""The optimizer and its schedule. The defaults are the paper's: AdamW, linear warm-up, linear decay."""
 
-from dataclasses import dataclass
+import importlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from torch import nn
-from torch.optim import AdamW, Optimizer
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+from condenser.models.backbones import depths
+
+ADAMW = "torch.optim.AdamW"
 
 
 @dataclass
@@ -14,43 +23,126 @@ class Optimization:
     Args:
         learning_rate: its peak, reached at the end of the warm-up.
         weight_decay: decoupled decay of all weights but biases and LayerNorm's.
-        warmup_fraction: share of all steps over which the rate rises from 0; it then falls linearly to 0.
+        warmup_fraction: share of all steps over which the rate rises from 0.
+        schedule: after the warm-up, fall to 0 linearly or as a cosine, stay constant, or stay and then fall linearly
+            over the last decay_fraction of the steps (warmup-stable-decay).
+        decay_fraction: see schedule.
         gradient_clip: largest norm of the whole gradient; 0 leaves it as it is.
         betas: decay rates of AdamW's moments.
         eps: AdamW's epsilon.
+        layer_decay: the rate of each layer is that of the layer above it times this; embeddings lie below layer 1.
+        head_learning_rate: the Condenser head's own peak; learning_rate by default.
+        head_only_steps: at first train the Condenser head alone, for a fresh head on a trained backbone.
+        decay_to_start: decay the backbone's weights toward their starting values instead of zero.
+        optimizer: class path of another optimizer than AdamW, which is given lr, weight_decay and optimizer_options.
+        optimizer_options: its further arguments.
     """
 
     learning_rate: float = 1e-4
     weight_decay: float = 0.01
     warmup_fraction: float = 0.1
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
+    decay_fraction: float = 0.1
     gradient_clip: float = 1.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    layer_decay: float = 1.0
+    head_learning_rate: float | None = None
+    head_only_steps: int = 0
+    decay_to_start: bool = False
+    optimizer: str = ADAMW
+    optimizer_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        if not self.learning_rate > 0:
-            raise ValueError(f"optimizer.learning_rate={self.learning_rate} must be positive")
-        if not 0 <= self.warmup_fraction <= 1:
-            raise ValueError(f"optimizer.warmup_fraction={self.warmup_fraction} must lie between 0 and 1")
-        if min(self.weight_decay, self.gradient_clip) < 0:
-            raise ValueError("optimizer.weight_decay and optimizer.gradient_clip must not be negative")
+        for name, value in (("learning_rate", self.learning_rate), ("head_learning_rate", self.head_learning_rate)):
+            if value is not None and not value > 0:
+                raise ValueError(f"optimizer.{name}={value} must be positive")
+        for name in ("warmup_fraction", "decay_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"optimizer.layer_decay={self.layer_decay} must be above 0 and at most 1")
+        for name in ("weight_decay", "gradient_clip", "head_only_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
+        optimizer_class(self.optimizer)
+        if self.decay_to_start and self.optimizer != ADAMW:
+            raise ValueError(f"optimizer.decay_to_start needs {ADAMW}, whose weight decay it turns to another target")
 
 
-def build_optimizer(module: nn.Module, settings: Optimization) -> AdamW:
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},  # biases and LayerNorm
-    ]
-    return AdamW(groups, lr=settings.learning_rate, betas=settings.betas, eps=settings.eps)
+def optimizer_class(path: str) -> Callable[..., Optimizer]:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"optimizer.optimizer={path} is not the class path of an optimizer: {error}") from None
+
+
+def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, Tensor] | None = None) -> Optimizer:
+    """An optimizer over the trainable weights of ``module``, which holds a Condenser as ``model``.
+
+    Weights of one rate and one weight decay form a group.
+
+    Args:
+        start: the model's weights by name as they were before the first step, for ``decay_to_start``.
+    """
+    model: Any = module.model
+    in_head, layers_above = set(model.c_head.parameters()), depths(model.lm)
+    groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
+    for parameter in module.parameters():
+        if not parameter.requires_grad:
+            continue
+        head = parameter in in_head
+        rate = settings.learning_rate * settings.layer_decay ** layers_above.get(parameter, 0)
+        if head and settings.head_learning_rate is not None:
+            rate = settings.head_learning_rate
+        decay = settings.weight_decay if parameter.ndim >= 2 else 0.0  # none on biases and LayerNorm
+        groups.setdefault((head and settings.head_only_steps > 0, rate, decay), []).append(parameter)
+    options: dict[str, Any] = dict(settings.optimizer_options)
+    if settings.optimizer == ADAMW:
+        options = {"betas": settings.betas, "eps": settings.eps, **options}
+    optimizer = optimizer_class(settings.optimizer)(
+        [
+            {"params": parameters, "lr": rate, "weight_decay": decay, "leads": leads}
+            for (leads, rate, decay), parameters in groups.items()
+        ],
+        lr=settings.learning_rate,
+        **options,
+    )
+    if settings.decay_to_start:
+        assert start is not None
+        targets = {(p := model.get_parameter(name)): value.to(p.device) for name, value in start.items()}
+        optimizer.register_step_post_hook(lambda optimizer, *_: decay_to(targets, optimizer))
+    return optimizer
+
+
+def decay_to(targets: dict[nn.Parameter, Tensor], optimizer: Optimizer) -> None:
+    """Turn a step's decoupled decay toward zero into one toward ``targets``: AdamW took off rate * decay * weight."""
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter in targets:
+                    parameter.add_(targets[parameter], alpha=group["lr"] * group["weight_decay"])
 
 
 def build_schedule(optimizer: Optimizer, settings: Optimization, total_steps: int) -> LambdaLR:
+    """The rate of each step as a share of its peak; 0 for the backbone while the head is trained alone."""
     warmup_steps = round(settings.warmup_fraction * total_steps)
+    decay_steps = round(settings.decay_fraction * total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        left = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))  # 1 after the warm-up, 0 at the end
+        if settings.schedule == "cosine":
+            return 0.5 * (1 - math.cos(math.pi * left))
+        if settings.schedule == "constant":
+            return 1.0
+        if settings.schedule == "wsd":
+            return max(0.0, min(1.0, (total_steps - step) / max(1, decay_steps)))
+        return left
 
-    return LambdaLR(optimizer, factor)
+    def later(step: int) -> float:
+        return 0.0 if step < settings.head_only_steps else factor(step)
+
+    return LambdaLR(optimizer, [factor if group["leads"] else later for group in optimizer.param_groups])

@@ -1,0 +1,181 @@
+"""The optimizer's settings do what they say."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_MODEL
+from test_training import final_state, fit, tiny_condenser
+from torch import nn
+
+from condenser.models.backbones import parts
+from condenser.training.optim import Optimization, build_optimizer, build_schedule
+
+
+def optimizer_of(model, **settings):
+    settings = Optimization(**settings)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    return build_optimizer(nn.ModuleDict({"model": model}), settings, start), settings
+
+
+def rates(schedule_settings, total_steps=100):
+    optimizer, settings = optimizer_of(tiny_condenser(), learning_rate=1.0, **schedule_settings)
+    schedule, found = build_schedule(optimizer, settings, total_steps), []
+    for _ in range(total_steps):
+        found.append(schedule.get_last_lr())
+        optimizer.step()
+        schedule.step()
+    return np.array(found)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"schedule": "linear"}, lambda step: (100 - step) / 90),
+        ({"schedule": "cosine"}, lambda step: 0.5 * (1 + math.cos(math.pi * (step - 10) / 90))),
+        ({"schedule": "constant"}, lambda step: 1.0),
+        ({"schedule": "wsd", "decay_fraction": 0.2}, lambda step: min(1.0, (100 - step) / 20)),
+    ],
+)
+def test_after_the_same_warm_up_each_schedule_has_its_shape(settings, expected):
+    found = rates({"warmup_fraction": 0.1, **settings})[:, 0]
+    np.testing.assert_allclose(found[:10], np.arange(1, 11) / 11)
+    np.testing.assert_allclose(found[10:], [expected(step) for step in range(10, 100)], atol=1e-12)
+
+
+def test_each_layer_learns_slower_than_the_one_above_and_the_head_at_its_own_rate():
+    model = tiny_condenser()
+    optimizer, _ = optimizer_of(model, learning_rate=1.0, layer_decay=0.5, head_learning_rate=3.0)
+    rate = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    assert len(rate) == len(list(model.parameters()))
+    embeddings, layers, mlm_head = parts(model.lm)
+    assert {rate[p] for p in model.c_head.parameters()} == {3.0}
+    for depth, layer in enumerate(reversed(layers), start=1):
+        assert {rate[p] for p in layer.parameters()} == {0.5**depth}
+    assert {rate[p] for p in embeddings.parameters()} == {0.5 ** (len(layers) + 1)}
+    assert {rate[p] for p in mlm_head.predictions.transform.parameters()} == {1.0}
+
+
+def weights(run):
+    return {name: value for name, value in final_state(run)["state_dict"].items() if "val_metrics" not in name}
+
+
+def changed(run, export):
+    """Which weights of a run differ from those of the export that it started from."""
+    from condenser.hub import load_export
+
+    before = load_export(export).state_dict()
+    return {name.removeprefix("model.") for name, value in weights(run).items()
+            if not torch.equal(value, before[name.removeprefix("model.")])}  # fmt: skip
+
+
+@pytest.fixture
+def warm(recipe, tiny_export, tmp_path):
+    """Runs two steps from the tiny export; gives the names of the weights that changed."""
+
+    def run(*options):
+        start = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "2"]
+        assert fit(recipe, tmp_path, "warm", *start, *options) == 0
+        return changed(tmp_path / "warm", tiny_export)
+
+    return run
+
+
+def test_the_head_alone_is_trained_at_first(warm):
+    names = warm("--model.optimizer.head_only_steps", "2")
+    assert names
+    assert all(name.startswith("c_head.") for name in names)
+
+
+def test_frozen_layers_and_embeddings_stay_as_they_are(warm):
+    names = warm("--model.freeze_embeddings", "true", "--model.freeze_layers", "2")
+    assert not any("embeddings" in name or ".layer.0." in name or ".layer.1." in name for name in names)
+    assert any(".layer.2." in name for name in names)
+    assert any(name.startswith("c_head.") for name in names)
+
+
+def test_reinitialised_layers_are_new_draws_and_the_others_come_from_the_backbone(recipe, tiny_export, tmp_path):
+    from condenser.hub import load_export
+
+    before = load_export(tiny_export).state_dict()
+    start = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
+    options = ["--model.reinit_layers", "1", "--model.optimizer.learning_rate", "1e-12"]
+    assert fit(recipe, tmp_path, "r", *start, *options) == 0
+    for name, value in weights(tmp_path / "r").items():
+        distance = (value - before[name.removeprefix("model.")]).abs().max()
+        if ".layer.2." in name and name.endswith("dense.weight"):
+            assert distance > 0.01
+        elif ".layer.2." not in name:
+            assert distance < 1e-6
+
+
+@pytest.mark.parametrize("options", [["--model.freeze_layers", "4"], ["--model.reinit_layers", "-1"]])
+def test_layers_that_are_not_there_are_refused(options, recipe, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "r", *options) == 1
+    assert "the backbone has 3 layers" in capsys.readouterr().err
+
+
+def test_weights_decay_toward_where_they_started():
+    """AdamW without decay, minus rate * decay * (weight - start), written out."""
+    models = tiny_condenser(), tiny_condenser()
+    start = {name: p.detach().clone() for name, p in models[0].named_parameters()}
+    ours, _ = optimizer_of(models[0], learning_rate=0.1, weight_decay=0.5, decay_to_start=True)
+    plain, _ = optimizer_of(models[1], learning_rate=0.1, weight_decay=0.0)
+    for seed in range(4):
+        for optimizer, model in zip((ours, plain), models, strict=True):
+            generator = torch.Generator().manual_seed(seed)
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+            before = {name: p.detach().clone() for name, p in model.named_parameters()}
+            optimizer.step()
+        with torch.no_grad():
+            for name, p in models[1].named_parameters():
+                if p.ndim >= 2:
+                    p -= 0.1 * 0.5 * (before[name] - start[name])
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_with_decay_to_start_a_resumed_run_still_knows_where_it_started(recipe, tiny_export, tmp_path):
+    start = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}"]
+    start += ["--model.optimizer.decay_to_start", "true", "--model.optimizer.weight_decay", "0.9"]
+    assert fit(recipe, tmp_path, "whole", *start) == 0
+    stop = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps", "3"]
+    assert fit(recipe, tmp_path, "parts", *start, *stop) == 0
+    assert fit(recipe, tmp_path, "parts", *start) == 0
+    whole, parts_ = weights(tmp_path / "whole"), weights(tmp_path / "parts")
+    assert all(torch.equal(whole[name], parts_[name]) for name in whole)
+
+
+@pytest.mark.parametrize("path", ["torch.optim.RMSprop", "torch.optim.Adafactor"])
+def test_another_optimizer_is_a_class_path(path, recipe, tmp_path):
+    assert fit(recipe, tmp_path, "other", "--model.optimizer.optimizer", path) == 0
+    groups = final_state(tmp_path / "other")["optimizer_states"][0]["param_groups"]
+    assert ("alpha" in groups[0]) == (path == "torch.optim.RMSprop")
+    assert len(groups) == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"learning_rate": 0}, "must be positive"),
+        ({"layer_decay": 1.5}, "layer_decay=1.5"),
+        ({"decay_fraction": 2}, "decay_fraction=2"),
+        ({"head_only_steps": -1}, "must not be negative"),
+        ({"optimizer": "torch.optim.Nothing"}, "is not the class path of an optimizer"),
+        ({"optimizer": "torch.optim.SGD", "decay_to_start": True}, "needs torch.optim.AdamW"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Optimization(**settings)
+
+
+def test_the_average_of_the_weights_is_a_callback_of_lightnings(recipe, tmp_path):
+    ema = ["--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.5"]
+    assert fit(recipe, tmp_path, "ema", *ema) == 0
+    assert fit(recipe, tmp_path, "plain") == 0
+    averaged, plain = weights(tmp_path / "ema"), weights(tmp_path / "plain")
+    assert TINY_MODEL["hidden_size"] in plain["model.lm.bert.embeddings.word_embeddings.weight"].shape
+    assert any(not torch.equal(averaged[name], plain[name]) for name in plain)
