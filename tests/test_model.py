@@ -173,7 +173,7 @@ def test_gradient_checkpointing_recomputes_every_layer_once_and_keeps_the_dropou
         return [p.grad.clone() for p in model.parameters()], len(calls)
 
     plain, n_plain = gradients()
-    model.gradient_checkpointing_enable()
+    model.gradient_checkpointing = True
     recomputed, n_recomputed = gradients()
     assert (n_plain, n_recomputed) == (6, 12)
     torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)

@@ -93,10 +93,12 @@ def make_micro_batch(
     )
     inputs, labels, real = with_special_tokens(inputs, labels, lengths, vocabulary, multiple_of)
     arrays = pad(inputs, labels, real) if layout == "padded" else pack(inputs, labels, real)
-    counts = {"n_masked": len(arrays["masked_index"]), "n_tokens": int(real.sum()), "area": arrays["input_ids"].size}
+    per_row, masked_per_row = real.sum(axis=1), (labels != IGNORED).sum(axis=1)
+    counts = {"n_masked": len(arrays["masked_index"]), "n_tokens": int(per_row.sum()), "area": arrays["input_ids"].size}
+    counts["pairs"] = int((per_row**2).sum())  # of tokens that attend to each other
+    counts["query_pairs"] = int((per_row * (1 + masked_per_row)).sum())  # of [CLS] and masked tokens with all
     if layout == "packed":
-        per_row = np.diff(arrays["cu_seqlens"]), np.diff(arrays["cu_seqlens_query"])
-        counts |= {"max_seqlen": int(per_row[0].max()), "max_query": int(per_row[1].max())}
+        counts |= {"max_seqlen": int(per_row.max()), "max_query": int(masked_per_row.max()) + 1}
     arrays = {"sample_ids": sample_ids, **arrays}
     return {name: torch.from_numpy(array) for name, array in arrays.items()} | counts
 

@@ -8,7 +8,7 @@ handed out, the same on every rank and for any number of workers.
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import numpy as np
@@ -37,6 +37,8 @@ class CondenserDataModule(L.LightningDataModule):
         mask_unit: mask whole words, single tokens, or spans of words.
         mask_probability: share of the tokens to predict.
         mask_rates: shares of these that become [MASK], a random token, or stay as they are.
+        layout: padded rows, or packed tokens without any padding; auto packs where a kernel for it is at hand (a GPU in
+            bf16, with attention dropout 0).
         pad_to_multiple_of: padded lengths are rounded up to a multiple of this; fewer shapes for compilers.
         num_workers: loader processes per device; the batches do not depend on it.
         seed: seed of order and masks; follows seed_everything.
@@ -52,6 +54,7 @@ class CondenserDataModule(L.LightningDataModule):
         mask_unit: Unit = "word",
         mask_probability: float = 0.15,
         mask_rates: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        layout: Literal["auto", "padded", "packed"] = "auto",
         pad_to_multiple_of: int = 1,
         num_workers: int = 2,
         seed: int = 0,
@@ -62,7 +65,7 @@ class CondenserDataModule(L.LightningDataModule):
         self.weights = {
             store_folder(name): weight for name, weight in ({store: 1.0} if store else stores or {}).items()
         }
-        self.pad_to_multiple_of = pad_to_multiple_of
+        self.layout, self.pad_to_multiple_of = layout, pad_to_multiple_of
         self.batch_size, self.micro_batches_per_step, self.window = batch_size, micro_batches_per_step, window
         self.num_workers, self.seed = num_workers, seed
         self.masking = Masking(seed, mask_probability, mask_rates, mask_unit)
@@ -135,7 +138,8 @@ class CondenserDataModule(L.LightningDataModule):
             mixture=mixture,
         )
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        steps = Steps(mixture, batches, Vocabulary.of(self.tokenizer), self.masking, rank, world_size)
+        layout: Layout = "packed" if self.layout == "packed" else "padded"  # the module has settled "auto"
+        steps = Steps(mixture, batches, Vocabulary.of(self.tokenizer), self.masking, rank, world_size, layout)
         return StepLoader(steps, training, self.num_workers if training else 0)
 
 
@@ -156,9 +160,10 @@ class Steps(Dataset):
         masking: Masking,
         rank: int = 0,
         world_size: int = 1,
+        layout: Layout = "padded",
     ):
         self.mixture, self.batches, self.vocabulary, self.masking = mixture, batches, vocabulary, masking
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.layout = rank, world_size, layout
 
     def __getitem__(self, step: int) -> list[dict[str, Any]]:
         epoch = step // self.batches.steps_per_epoch
@@ -169,10 +174,10 @@ class Steps(Dataset):
             for place, samples in enumerate(numbers)
         ]
 
-    def micro_batch(self, epoch: int, numbers: np.ndarray, layout: Layout = "padded") -> dict[str, Any]:
+    def micro_batch(self, epoch: int, numbers: np.ndarray, layout: Layout | None = None) -> dict[str, Any]:
         rows, visits, ids = self.mixture.samples(epoch, numbers)
         tokens, multiple_of = self.mixture.read(rows), self.batches.multiple_of
-        return make_micro_batch(tokens, ids, visits, self.vocabulary, self.masking, layout, multiple_of)
+        return make_micro_batch(tokens, ids, visits, self.vocabulary, self.masking, layout or self.layout, multiple_of)
 
 
 class Upcoming(Sampler):

@@ -1,29 +1,45 @@
 """Hugging Face masked language models, taken apart: embeddings, transformer layers, MLM head.
 
-A family joins by a line in ``FAMILIES``, provided that its layers have BERT's sub-modules (``attention.self.query``,
+A family joins by an entry in ``FAMILIES``, provided that its layers have BERT's sub-modules (``attention.self.query``,
 ``attention.output``, ``feed_forward_chunk``...), which ``attention.py`` calls when it prunes a layer.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
-
-FAMILIES = {  # model_type: (encoder attribute, MLM head attribute)
-    "bert": ("bert", "cls"),
-    "roberta": ("roberta", "lm_head"),
-    "xlm-roberta": ("roberta", "lm_head"),
-    "camembert": ("roberta", "lm_head"),
-}
 
 
 class Parts(NamedTuple):
     """The pieces of a masked LM that a Condenser runs one by one."""
 
-    embeddings: Callable  # input_ids [B, L] -> [B, L, H]
+    embeddings: nn.Module
     layers: nn.ModuleList
-    mlm_head: Callable  # [M, H] -> logits [M, V]: transform + tied decoder
+    transform: Callable  # [M, H] -> [M, H]: what the MLM head does before its decoder
+    decoder: nn.Linear  # [M, H] -> logits [M, V], tied to the word embeddings
+
+    def mlm_head(self, hidden: Tensor) -> Tensor:
+        return self.decoder(self.transform(hidden))
+
+
+def bert_parts(lm: Any) -> Parts:
+    head = lm.cls.predictions
+    return Parts(lm.bert.embeddings, lm.bert.encoder.layer, head.transform, head.decoder)
+
+
+def roberta_parts(lm: Any) -> Parts:
+    head = lm.lm_head
+    return Parts(
+        lm.roberta.embeddings,
+        lm.roberta.encoder.layer,
+        lambda hidden: head.layer_norm(F.gelu(head.dense(hidden))),
+        head.decoder,
+    )
+
+
+FAMILIES = {"bert": bert_parts, "roberta": roberta_parts, "xlm-roberta": roberta_parts, "camembert": roberta_parts}
 
 
 def parts(lm: PreTrainedModel) -> Parts:
@@ -35,13 +51,21 @@ def parts(lm: PreTrainedModel) -> Parts:
     model_type = lm.config.model_type
     if model_type not in FAMILIES:
         raise ValueError(f"a backbone of type {model_type!r} is not supported; choose one of: {', '.join(FAMILIES)}")
-    encoder, mlm_head = (getattr(lm, name) for name in FAMILIES[model_type])
-    return Parts(encoder.embeddings, encoder.encoder.layer, mlm_head)
+    return FAMILIES[model_type](lm)
+
+
+def embed(embeddings: Any, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
+    """States ``[B, L, H]`` of padded ``input_ids`` ``[B, L]``; ``[1, T, H]`` of packed ones ``[T]``, whose
+    ``position_ids`` ``[T]`` begin at 0 with every sequence."""
+    if position_ids is None:
+        return embeddings(input_ids)
+    padding = embeddings.position_embeddings.padding_idx  # RoBERTa's positions begin after it
+    return embeddings(input_ids[None], position_ids=position_ids[None] + (0 if padding is None else padding + 1))
 
 
 def depths(lm: PreTrainedModel) -> dict[nn.Parameter, int]:
     """How far each weight lies below the MLM head: 1 for the last layer's, N + 1 for the embeddings'."""
-    embeddings, layers, _ = parts(lm)
+    embeddings, layers, _, _ = parts(lm)
     found = dict.fromkeys(lm.parameters(), 0)
     for below, layer in enumerate([*reversed(layers), embeddings], start=1):
         found |= dict.fromkeys(layer.parameters(), below)  # type: ignore[attr-defined]
@@ -54,7 +78,7 @@ def prepare_layers(lm: PreTrainedModel, freeze_embeddings: bool, freeze_layers: 
     Raises:
         ValueError: more layers than there are, or one that would be both.
     """
-    embeddings, layers, _ = parts(lm)
+    embeddings, layers, _, _ = parts(lm)
     if min(freeze_layers, reinit_layers) < 0 or freeze_layers + reinit_layers > len(layers):
         raise ValueError(
             f"freeze_layers={freeze_layers} and reinit_layers={reinit_layers}: the backbone has {len(layers)} layers"

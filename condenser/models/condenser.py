@@ -5,18 +5,21 @@
     head  = c_head([late[CLS]; early[1:]])
     loss  = MLM(head) + MLM(late)                  one MLM head for both, read at masked positions only
 
-Legend: B sequences, L padded length, M masked tokens, Q query positions of a sequence, H hidden size, V vocabulary.
+Legend: B sequences, L padded length, T packed tokens, M masked tokens, Q query positions, H hidden size. States are
+[B, L, H] or [1, T, H]; flattened, positions are counted over all sequences.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from condenser.models.attention import checkpoint_layers, flat_positions, padding_mask, run_layer
-from condenser.models.backbones import parts
+from condenser.models.attention import PACKED, Sequences, flat_positions, padding_mask, run_layer
+from condenser.models.backbones import embed, parts
+from condenser.models.losses import FUSED_AVAILABLE, predicted_right, token_losses
 
 
 @dataclass
@@ -59,6 +62,9 @@ class Condenser(nn.Module):
         super().__init__()
         self.lm, self.c_head = lm, c_head
         self.skip_from, self.late_mlm, self.pruned = skip_from, late_mlm, pruned
+        self.gradient_checkpointing = False  # recompute every layer in the backward pass, with the same dropout
+        self.fused_loss: bool | None = None  # None: on CUDA, if torch offers it; see `token_losses`
+        self.run_layer: Callable[..., Tensor] = run_layer
 
     @classmethod
     def from_masked_lm(
@@ -89,46 +95,69 @@ class Condenser(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor,
-        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        cu_seqlens_query: Tensor | None = None,
+        max_seqlen: int = 0,
+        max_query: int = 0,
         masked_index: Tensor | None = None,
         query_index: Tensor | None = None,
         masked_slot: Tensor | None = None,
         score: bool = False,
     ) -> CondenserOutput:
-        """Losses of a padded batch: ``input_ids``, ``attention_mask``, ``labels`` ``[B, L]`` (-100 = not scored).
+        """Losses of a padded or packed micro-batch (see `make_micro_batch` for their fields).
 
-        The collator gives the positions that the loss reads (see `flat_positions`); without them they are derived.
-        ``score`` adds whether each masked token was predicted right.
+        Padded: ``input_ids``, ``attention_mask``, ``labels`` ``[B, L]`` (-100 = not scored); the positions that the loss
+        reads are derived where the collator does not give them. Packed: ``input_ids``, ``position_ids``, ``labels``
+        ``[T]`` and all the rest; needs `pack`. ``score`` adds whether each masked token was predicted right.
         """
+        assert labels is not None
         if masked_index is None:
             masked_index, query_index, masked_slot = flat_positions(labels)
-        embeddings, layers, mlm_head = parts(self.lm)
-        at = query_index if self.pruned else None
-        read_index = masked_slot if self.pruned else masked_index
+        assert query_index is not None
+        embeddings, layers, transform, decoder = parts(self.lm)
+        early = late = embed(embeddings, input_ids, position_ids)
+        if cu_seqlens is None:
+            assert attention_mask is not None
+            where = Sequences(query_index, padding_mask(self.lm.config, late, attention_mask))
+            first = torch.arange(len(input_ids), device=input_ids.device)  # times L, or Q: where the [CLS] are
+            cls_index = first * input_ids.shape[1]
+            cls_slot = first * query_index.shape[1] if self.pruned else cls_index
+        else:
+            assert cu_seqlens_query is not None
+            where = Sequences(query_index, None, cu_seqlens, cu_seqlens_query, max_seqlen, max_query)
+            cls_index = cu_seqlens[:-1].long()
+            cls_slot = cu_seqlens_query[:-1] if self.pruned else cls_index
 
-        early = late = embeddings(input_ids)
-        mask = padding_mask(self.lm.config, late, attention_mask)
         for depth, layer in enumerate(layers, start=1):
-            late = run_layer(layer, late, mask, at if depth == len(layers) else None)
+            late = self.run(layer, late, where, self.pruned and depth == len(layers))
             if depth == self.skip_from:
                 early = late
         streams = [late] if self.late_mlm else []
 
-        head = torch.cat([late[:, :1], early[:, 1:]], dim=1)  # pruned or not, [CLS] comes first
+        head = early.flatten(0, 1).index_copy(0, cls_index, late.flatten(0, 1)[cls_slot]).view_as(early)
         for depth, layer in enumerate(self.c_head, start=1):
-            head = run_layer(layer, head, mask, at if depth == len(self.c_head) else None)
+            head = self.run(layer, head, where, self.pruned and depth == len(self.c_head))
         streams += [head] if self.c_head else []
 
-        logits = mlm_head(torch.cat([hidden.flatten(0, 1)[read_index] for hidden in streams]))  # [2M, V]
+        read_index = masked_slot if self.pruned else masked_index
+        hidden = transform(torch.cat([states.flatten(0, 1)[read_index] for states in streams]))  # [2M, H]
         targets = labels.flatten()[masked_index].repeat(len(streams))
-        losses = F.cross_entropy(logits.float(), targets, reduction="none")
-        output = CondenserOutput(*self.by_stream(losses))
+        fused = FUSED_AVAILABLE and hidden.is_cuda if self.fused_loss is None else self.fused_loss
+        output = CondenserOutput(*self.by_stream(token_losses(hidden, decoder, targets, fused and not score)))
         if score:
-            output.mlm_correct, output.head_mlm_correct = self.by_stream(logits.detach().argmax(-1) == targets)
+            output.mlm_correct, output.head_mlm_correct = self.by_stream(predicted_right(hidden, decoder, targets))
         if not self.pruned:
             output.last_hidden_state, output.skip_hidden_state, output.head_hidden_state = late, early, head
         return output
+
+    def run(self, layer: nn.Module, hidden: Tensor, where: Sequences, pruned: bool) -> Tensor:
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self.run_layer, layer, hidden, where, pruned, use_reentrant=False)
+        return self.run_layer(layer, hidden, where, pruned)
 
     def by_stream(self, values: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Values ``[2M]`` of both streams (or ``[M]`` of the one there is) -> the backbone's, the head's."""
@@ -137,7 +166,17 @@ class Condenser(nn.Module):
             return late, head
         return (values, None) if self.late_mlm else (None, values)
 
-    def gradient_checkpointing_enable(self) -> None:
-        """Recompute every layer, the head's too, in the backward pass."""
-        checkpoint_layers(parts(self.lm).layers)
-        checkpoint_layers(self.c_head)
+    def pack(self) -> None:
+        """Make the layers take packed micro-batches too.
+
+        Raises:
+            ValueError: the backbone has attention dropout, which the kernel has not.
+        """
+        dropout = self.lm.config.attention_probs_dropout_prob
+        if dropout:
+            raise ValueError(f"packed sequences need attention_probs_dropout_prob=0, not {dropout}")
+        self.lm.set_attn_implementation(PACKED)
+
+    def compile(self) -> None:  # type: ignore[override]
+        """Compile the layers; all of them share few compiled functions, for any shape of a micro-batch."""
+        self.run_layer = torch.compile(run_layer, dynamic=True)

@@ -5,6 +5,7 @@ but the last micro-batch stay on the device, then clip, step, schedule. Each los
 by the step's masked tokens on *all* devices, so how many devices share a step does not change it.
 """
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,11 @@ from condenser import hub
 from condenser.data.hashing import hash_ints
 from condenser.models.backbones import prepare_layers
 from condenser.models.condenser import Condenser, CondenserOutput
-from condenser.training.optim import Optimization, build_optimizer, build_schedule
+from condenser.models.flops import Work, training_flops
+from condenser.training.guard import FiniteGuard
+from condenser.training.optim import Optimization, build_optimizer, build_schedule, skips_on_device
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "labels", "masked_index", "query_index", "masked_slot")
+MODEL_INPUTS = set(inspect.signature(Condenser.forward).parameters) - {"self", "score"}
 
 
 class CondenserModule(L.LightningModule):
@@ -36,6 +39,8 @@ class CondenserModule(L.LightningModule):
         late_mlm: add the backbone's own MLM loss.
         pruned: run the last layers only where the loss reads them; same loss, less work.
         gradient_checkpointing: recompute every layer in the backward pass: less memory, about a third more work.
+        compile: let torch.compile fuse the layers' small operations; a minute or two at the start.
+        fused_loss: never hold the logits of all masked tokens: less memory; by default on GPUs with torch 2.13 or newer.
         freeze_embeddings: keep the embeddings as they are; the MLM head's decoder is tied to them.
         freeze_layers: keep the first layers of the backbone as they are.
         reinit_layers: draw the last layers of the backbone anew.
@@ -52,6 +57,8 @@ class CondenserModule(L.LightningModule):
         late_mlm: bool = True,
         pruned: bool = True,
         gradient_checkpointing: bool = False,
+        compile: bool = False,
+        fused_loss: bool | None = None,
         freeze_embeddings: bool = False,
         freeze_layers: int = 0,
         reinit_layers: int = 0,
@@ -62,7 +69,8 @@ class CondenserModule(L.LightningModule):
         self.automatic_optimization = False
         self.backbone, self.backbone_config = backbone, backbone_config or {}
         self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
-        self.gradient_checkpointing, self.optimization, self.seed = gradient_checkpointing, optimizer, seed
+        self.gradient_checkpointing, self.compiled, self.fused_loss = gradient_checkpointing, compile, fused_loss
+        self.optimization, self.seed = optimizer, seed
         self.layers: dict[str, Any] = {
             "freeze_embeddings": freeze_embeddings,
             "freeze_layers": freeze_layers,
@@ -71,6 +79,7 @@ class CondenserModule(L.LightningModule):
         self.model: Condenser | None = None
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
         self.tokens_seen = torch.zeros((), dtype=torch.int64)
+        self.flops_needed = torch.zeros((), dtype=torch.float64)  # since the start of this process
         streams = [name for name, on in (("mlm", late_mlm), ("head_mlm", n_head_layers > 0)) if on]
         names = [f"{stream}_{what}" for stream in streams for what in ("loss", "accuracy", "loss_at_mask")]
         self.val_metrics: Any = nn.ModuleDict({name: MeanMetric() for name in ["loss", *names, "unigram_loss_at_mask"]})
@@ -87,8 +96,23 @@ class CondenserModule(L.LightningModule):
         if self.optimization.decay_to_start:
             backbone = ((name, p) for name, p in self.model.named_parameters() if not name.startswith("c_head."))
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
-        if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable()
+        self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
+        self.choose_layout()
+        if self.compiled:
+            self.model.compile()
+
+    def choose_layout(self) -> None:
+        """Settle how micro-batches are laid out, if the data leave it open, and prepare the model for it."""
+        assert self.model is not None
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        on_gpu, bf16 = self.trainer.strategy.root_device.type == "cuda", "bf16" in str(self.trainer.precision)
+        if datamodule.layout == "auto":
+            suits = on_gpu and bf16 and not self.model.lm.config.attention_probs_dropout_prob
+            datamodule.layout = "packed" if suits else "padded"
+        if datamodule.layout == "packed":
+            if on_gpu and not bf16:
+                raise ValueError("data.layout=packed needs trainer.precision=bf16-mixed on a GPU")
+            self.model.pack()
 
     def setup(self, stage: str) -> None:
         if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
@@ -101,24 +125,39 @@ class CondenserModule(L.LightningModule):
         steps = int(self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, steps)}
 
+    def on_fit_start(self) -> None:
+        if self.device.type == "cuda" and self.trainer.precision != "32-true":
+            torch.set_float32_matmul_precision("high")
+        self.guard = FiniteGuard(Path(self.trainer.default_root_dir), self.trainer.global_rank)
+
     def training_step(self, micro_batches: list[dict[str, Any]], batch_idx: int) -> None:
+        """One optimizer step. It never waits for a GPU, but for what is logged on logging steps."""
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        counts = self.summed([[b["n_masked"], b["n_tokens"], b["area"], len(b["sample_ids"])] for b in micro_batches])
-        n_masked, n_tokens, area, n_sequences = counts
+        n_masked, n_tokens, area, n_sequences, flops = self.sizes(micro_batches)
         weight = self.trainer.world_size / n_masked  # DDP averages gradients over devices
         log = self.is_logging_step(self.global_step + 1)
-        sums = []
+        losses, sums = [], []
         for number, batch in enumerate(micro_batches, start=1):
             torch.manual_seed(dropout_seed(self.seed, batch["step"], batch["micro_batch"]))
             with nullcontext() if number == len(micro_batches) else self.unsynchronised():
                 output = self.model_output(batch, score=log)
-                self.manual_backward(self.step_loss(output) * weight)
+                loss = self.step_loss(output)
+                self.manual_backward(loss * weight)
+            losses.append(loss.detach())
             sums.append(stream_sums(output) if log else {})
-        norm = nn.utils.clip_grad_norm_(self.parameters(), self.optimization.gradient_clip or float("inf"))
+        norm = nn.utils.clip_grad_norm_(
+            self.parameters(), self.optimization.gradient_clip or float("inf"), foreach=True
+        )
+        not_finite = self.guard.watch(self.global_step + 1, micro_batches, losses, norm)
+        if skips_on_device(optimizer.optimizer):
+            optimizer.optimizer.found_inf = not_finite
+        else:
+            self.guard.check()
         optimizer.step()
         optimizer.zero_grad()
         self.tokens_seen = self.tokens_seen.to(n_tokens.device) + n_tokens.long()
+        self.flops_needed = self.flops_needed.to(flops.device) + flops
         if log:
             extra = {"grad_norm": norm, "lr": scheduler.get_last_lr()[0], "sequences": n_sequences}
             self.log_step(sums, n_masked, extra, padding=1 - n_tokens / area)
@@ -130,12 +169,24 @@ class CondenserModule(L.LightningModule):
 
     def model_output(self, batch: dict[str, Any], score: bool) -> CondenserOutput:
         assert self.model is not None
-        return self.model(**{name: batch[name] for name in MODEL_INPUTS}, score=score)
+        return self.model(**{name: value for name, value in batch.items() if name in MODEL_INPUTS}, score=score)
 
-    def summed(self, rows: list[list[Any]]) -> Tensor:
-        """The column sums of ``rows`` (one a micro-batch) over this step's micro-batches on all devices."""
-        sums = torch.tensor(rows, dtype=torch.float64).sum(0).float().to(self.device)
-        return self.trainer.strategy.reduce(sums, reduce_op="sum")
+    def sizes(self, micro_batches: list[dict[str, Any]]) -> Tensor:
+        """Of this step on all devices: masked tokens, tokens, positions computed, sequences, needed operations."""
+        assert self.model is not None
+        config, n_head_layers = self.model.lm.config, len(self.model.c_head)
+        of_each = [
+            (b["n_masked"], b["n_tokens"], b["area"], len(b["sample_ids"]), Work.needed(b)) for b in micro_batches
+        ]
+        rows = [(*row, training_flops(config, n_head_layers, self.model.late_mlm, work)) for *row, work in of_each]
+        return self.summed(torch.tensor(rows, dtype=torch.float64).sum(0).float())
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of ``values`` over all devices. (Lightning's own reduction has a barrier, which waits.)"""
+        values = values.to(self.device, non_blocking=True)
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(values)
+        return values
 
     def is_logging_step(self, step: int) -> bool:
         trainer: Any = self.trainer
@@ -148,7 +199,7 @@ class CondenserModule(L.LightningModule):
     def log_step(self, sums: list[dict[str, Tensor]], n_masked: Tensor, extra: dict[str, Any], padding: Tensor) -> None:
         names = list(sums[0])
         local = torch.stack([torch.stack([step_sums[name] for step_sums in sums]).sum() for name in names])
-        means = self.trainer.strategy.reduce(local, reduce_op="sum") / n_masked
+        means = self.summed(local) / n_masked
         values = dict(zip(names, means, strict=True))
         values["loss"] = torch.stack([value for name, value in values.items() if name.endswith("loss")]).sum()
         values |= {**extra, "tokens_seen": self.tokens_seen.double()}
@@ -176,6 +227,7 @@ class CondenserModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
+        self.guard.check()  # the last step's, before its weights are kept
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         checkpoint["tokens_seen"] = int(self.tokens_seen)

@@ -100,7 +100,7 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
         groups.setdefault((head and settings.head_only_steps > 0, rate, decay), []).append(parameter)
     options: dict[str, Any] = dict(settings.optimizer_options)
     if settings.optimizer == ADAMW:
-        options = {"betas": settings.betas, "eps": settings.eps, **options}
+        options = {"betas": settings.betas, "eps": settings.eps, "fused": True, **options}
     optimizer = optimizer_class(settings.optimizer)(
         [
             {"params": parameters, "lr": rate, "weight_decay": decay, "leads": leads}
@@ -114,6 +114,11 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
         targets = {(p := model.get_parameter(name)): value.to(p.device) for name, value in start.items()}
         optimizer.register_step_post_hook(lambda optimizer, *_: decay_to(targets, optimizer))
     return optimizer
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether a step is left out where the optimizer's ``found_inf`` is 1.0, without asking the device."""
+    return bool(optimizer.defaults.get("fused"))
 
 
 def decay_to(targets: dict[nn.Parameter, Tensor], optimizer: Optimizer) -> None:
