@@ -105,7 +105,7 @@ def packed_attention_forward(
 ) -> tuple[Tensor, None]:
     """`attend_packed` as Hugging Face's layers call it; without ``cu_seqlens`` their padded attention."""
     if cu_seqlens is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)  # type: ignore[return-value]
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     assert not options.get("dropout"), "the variable-length kernel has no attention dropout"
     return attend_packed(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen), None
 

@@ -68,7 +68,7 @@ def depths(lm: PreTrainedModel) -> dict[nn.Parameter, int]:
     embeddings, layers, _, _ = parts(lm)
     found = dict.fromkeys(lm.parameters(), 0)
     for below, layer in enumerate([*reversed(layers), embeddings], start=1):
-        found |= dict.fromkeys(layer.parameters(), below)  # type: ignore[attr-defined]
+        found |= dict.fromkeys(layer.parameters(), below)
     return found
 
 
