@@ -110,9 +110,9 @@ class Condenser(nn.Module):
     ) -> CondenserOutput:
         """Losses of a padded or packed micro-batch (see `make_micro_batch` for their fields).
 
-        Padded: ``input_ids``, ``attention_mask``, ``labels`` ``[B, L]`` (-100 = not scored); the positions that the loss
-        reads are derived where the collator does not give them. Packed: ``input_ids``, ``position_ids``, ``labels``
-        ``[T]`` and all the rest; needs `pack`. ``score`` adds whether each masked token was predicted right.
+        Padded: ``input_ids``, ``attention_mask``, ``labels`` ``[B, L]`` (-100 = not scored); the positions that the
+        loss reads are derived where the collator does not give them. Packed: ``input_ids``, ``position_ids``,
+        ``labels`` ``[T]`` and all the rest; needs `pack`. ``score`` adds whether each masked token was predicted right.
         """
         assert labels is not None
         if masked_index is None:
@@ -177,6 +177,6 @@ class Condenser(nn.Module):
             raise ValueError(f"packed sequences need attention_probs_dropout_prob=0, not {dropout}")
         self.lm.set_attn_implementation(PACKED)
 
-    def compile(self) -> None:  # type: ignore[override]
+    def compile(self) -> None:
         """Compile the layers; all of them share few compiled functions, for any shape of a micro-batch."""
         self.run_layer = torch.compile(run_layer, dynamic=True)

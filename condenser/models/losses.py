@@ -24,7 +24,9 @@ def token_losses(hidden: Tensor, decoder: nn.Linear, targets: Tensor, fused: boo
         return F.cross_entropy(decoder(hidden).float(), targets, reduction="none")
     if not FUSED_AVAILABLE:
         raise ValueError("fused_loss needs torch 2.13 or newer; leave the setting out to use plain logits")
-    device, weight, bias = hidden.device.type, decoder.weight, decoder.bias
+    device = hidden.device.type
+    weight: Tensor = decoder.weight
+    bias: Tensor = decoder.bias
     if torch.is_autocast_enabled(device):  # which the function does not know of
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)

@@ -40,7 +40,7 @@ class CondenserModule(L.LightningModule):
         pruned: run the last layers only where the loss reads them; same loss, less work.
         gradient_checkpointing: recompute every layer in the backward pass: less memory, about a third more work.
         compile: let torch.compile fuse the layers' small operations; a minute or two at the start.
-        fused_loss: never hold the logits of all masked tokens: less memory; by default on GPUs with torch 2.13 or newer.
+        fused_loss: never hold the logits of all masked tokens: less memory; by default on GPUs where torch can.
         freeze_embeddings: keep the embeddings as they are; the MLM head's decoder is tied to them.
         freeze_layers: keep the first layers of the backbone as they are.
         reinit_layers: draw the last layers of the backbone anew.
@@ -146,9 +146,8 @@ class CondenserModule(L.LightningModule):
                 self.manual_backward(loss * weight)
             losses.append(loss.detach())
             sums.append(stream_sums(output) if log else {})
-        norm = nn.utils.clip_grad_norm_(
-            self.parameters(), self.optimization.gradient_clip or float("inf"), foreach=True
-        )
+        clip = self.optimization.gradient_clip or float("inf")
+        norm = nn.utils.clip_grad_norm_(self.parameters(), clip, foreach=True)
         not_finite = self.guard.watch(self.global_step + 1, micro_batches, losses, norm)
         if skips_on_device(optimizer.optimizer):
             optimizer.optimizer.found_inf = not_finite
