@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/condenser
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types format clean
+.PHONY: help install demo test test-gpu test-all lint types format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -29,6 +29,11 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 
 test: install  ## the tests, in under 5 minutes on 2 cores
 	$(BIN)/python -m pytest
+
+test-gpu: install  ## on a machine with a GPU: its tests, and the benchmark of the paper's size at length 128 and 512
+	$(BIN)/python -m pytest -m gpu
+	$(RUN) bench --json runs/bench-128.json
+	$(RUN) bench --max-length 512 --sequences 256 --json runs/bench-512.json
 
 test-all: install  ## the tests and the slow ones (with Ray, 250 MB)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'

@@ -27,6 +27,7 @@ FREE = {  # settings that do not change what is computed, or only where
     "name",
     "runs_dir",
     "wandb",
+    "trace_steps",
     "config",
     "ckpt_path",
     "weights_only",

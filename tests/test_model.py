@@ -8,12 +8,17 @@ import torch
 from safetensors import safe_open
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
+from condenser.data.collate import pack
 from condenser.models.attention import flat_positions
 from condenser.models.backbones import parts
 from condenser.models.condenser import Condenser
+from condenser.models.losses import FUSED_AVAILABLE
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("condenser-*.safetensors"))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+WAYS = ["whole", "pruned", "packed", "fused", "recomputed"]  # each of ours beside the authors'; the last four pruned
 
 
 def load_case(path, pruned):
@@ -21,7 +26,7 @@ def load_case(path, pruned):
         meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     torch.manual_seed(0)
     model = Condenser.from_masked_lm(
-        BertForMaskedLM(BertConfig(**json.loads(meta["config"]))),
+        BertForMaskedLM(BertConfig(**json.loads(meta["config"]) | {"attention_probs_dropout_prob": 0.0})),
         skip_from=int(meta["skip_from"]),
         n_head_layers=int(meta["n_head_layers"]),
         late_mlm=meta["late_mlm"] == "True",
@@ -35,12 +40,24 @@ def load_case(path, pruned):
     return model, meta, tensors
 
 
-@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
-def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, pruned):
+def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, way):
+    pruned = way != "whole"
+    if way == "fused" and not FUSED_AVAILABLE:
+        pytest.skip("torch before 2.13 has no linear_cross_entropy")
     model, meta, tensors = load_case(path, pruned)
+    model.fused_loss = way == "fused"
     batch = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
-    out = model(**batch)
+    inputs = batch
+    if way == "packed":
+        model.pack()
+        inputs = packed(batch)
+    if way == "recomputed":
+        model.train().gradient_checkpointing = True
+        for module in model.modules():
+            module.p = 0.0  # of dropout
+    out = model(**inputs)
     assert out.loss.item() == pytest.approx(float(meta["loss"]), rel=1e-4)
     assert out.head_mlm_loss.item() == pytest.approx(float(meta["head_mlm_loss"]), rel=1e-4)
     if meta["late_mlm"] == "True":
@@ -65,6 +82,15 @@ def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, prune
             assert (gradient - reference).norm() <= 1e-3 * reference.norm() + 1e-4, key
             checked += 1
     assert checked >= len(gradients)
+
+
+def packed(batch):
+    """The real tokens of a padded batch, one row after the other."""
+    arrays = (batch[name].numpy() for name in ("input_ids", "labels", "attention_mask"))
+    input_ids, labels, real = arrays
+    fields = {name: torch.from_numpy(array) for name, array in pack(input_ids, labels, real.astype(bool)).items()}
+    longest = {"max_seqlen": input_ids.shape[1], "max_query": input_ids.shape[1]}  # bounds suffice
+    return fields | longest
 
 
 def tiny_config(config_class=BertConfig, **settings):

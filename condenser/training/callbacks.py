@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import resource
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from condenser.models.flops import bf16_peak
 from condenser.runs import METRICS, SUMMARY
 
 
@@ -111,17 +113,23 @@ class MetricsCSV(Logger):
 
 
 class Speed(Callback):
-    """Logs real tokens per second, over all devices, and the share of the time that steps wait for data."""
+    """Logs, between logging steps and over all devices: real tokens per second; the share of the time that steps waited
+    for the loader; MFU, the operations that these tokens need (no padding, pruned layers, nothing repeated) as a share
+    of the devices' bf16 peak, where that is known; and the most memory that was used."""
 
     def __init__(self) -> None:
         self.waited = self.since = self.ended = 0.0
-        self.tokens_before = 0
+        self.tokens_before, self.flops_before = 0, 0.0
+        self.peak: float | None = None
 
     def start(self, module: Any) -> None:
         self.since = self.ended = time.perf_counter()
-        self.waited, self.tokens_before = 0.0, int(module.tokens_seen)
+        self.waited, self.tokens_before, self.flops_before = 0.0, int(module.tokens_seen), float(module.flops_needed)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            peak = bf16_peak(torch.cuda.get_device_name(pl_module.device))
+            self.peak = peak and peak * trainer.world_size
         self.start(pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -140,7 +148,49 @@ class Speed(Callback):
             tokens = int(pl_module.tokens_seen) - self.tokens_before
             pl_module.log("perf/tokens_per_second", tokens / seconds, prog_bar=True)
             pl_module.log("perf/data_wait_fraction", self.waited / seconds)
+            pl_module.log("perf/memory_gb", memory_gb(pl_module.device))
+            if self.peak:
+                pl_module.log("perf/mfu", (float(pl_module.flops_needed) - self.flops_before) / seconds / self.peak)
             self.start(pl_module)
+
+
+def memory_gb(device: torch.device) -> float:
+    """The most that was allocated on a GPU; on the CPU, the most memory that this process had (GB = 1e9 bytes)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Trace(Callback):
+    """Writes what the CPU and the GPU did in ``n_steps`` steps, after some to warm up: ``trace.json.gz``, for
+    https://ui.perfetto.dev, and the operations that took longest, ``trace.txt``."""
+
+    def __init__(self, folder: Path, n_steps: int, skip: int = 5):
+        self.folder, self.first, self.n_steps = folder, skip, n_steps
+        self.profiler: Any = None
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.is_global_zero and self.first == 0:
+            self.profiler = torch.profiler.profile(profile_memory=True)
+            self.profiler.start()
+        self.first -= 1
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.profiler is not None and self.first == -self.n_steps:
+            self.finish(pl_module.device)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.profiler is not None:
+            self.finish(pl_module.device)
+
+    def finish(self, device: torch.device) -> None:
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        longest = self.profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
+        (self.folder / "trace.txt").write_text(longest)
+        self.profiler = None
 
 
 class Summary(Callback):

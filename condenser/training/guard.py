@@ -64,12 +64,12 @@ class FiniteGuard:
         path = self.folder / f"not-finite-step={watched.step}-rank={self.rank}.pt"
         torch.save(watched.micro_batches, path)
         bad = "; ".join(
-            f"the loss of micro-batch {batch['micro_batch']} (samples {', '.join(map(str, batch['sample_ids'].tolist()))})"
+            f"the loss of micro-batch {batch['micro_batch']}, samples {str(batch['sample_ids'].tolist())[1:-1]}"
             for batch, ok in zip(watched.micro_batches, losses, strict=True)
             if not ok
         )
         raise ValueError(
-            f"not finite at step {watched.step}: {bad or 'the gradient; the losses on this device are finite'}. The step "
-            f"was skipped and its batch is in {path}. Lower the learning rate, clip the gradient, lengthen the warm-up, "
-            "or look at these samples; the same command goes on from the newest checkpoint"
+            f"not finite at step {watched.step}: {bad or 'the gradient (the losses on this device are finite)'}. "
+            f"The step was skipped; its batch is in {path}. Lower the learning rate, clip the gradient, lengthen the "
+            "warm-up, or look at these samples; the same command goes on from the newest checkpoint"
         )

@@ -9,14 +9,13 @@ import random
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
+from condenser.benchmarks.tables import Measured, show, timed
 from condenser.data.batching import BucketedBatches
 from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Masking, Vocabulary, make_micro_batch
@@ -25,8 +24,6 @@ from condenser.data.documents import Document, documents
 from condenser.data.store import TokenStore, read_manifest, write_json
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.data.work import available_cores
-
-Measured = dict[str, list[float]]  # figures of each round, by what was measured
 
 
 def bench_data(
@@ -72,29 +69,6 @@ def bench_data(
         show(console, title, found["preparation"], compared=True)
     if json:
         write_json(Path(json), found | {"versions": {"numpy": np.__version__, "torch": torch.__version__}})
-
-
-def show(console: Any, title: str, measured: Measured, compared: bool = False) -> None:
-    """A table; several ways to do one thing are ``compared`` with the last of them."""
-    from rich.table import Table
-
-    table = Table("", "median", "range", *(["ratio"] if compared else []), title=title, title_justify="left")
-    reference = list(measured.values())[-1]
-    for name, figures in measured.items():
-        row = [name, f"{median(figures):.3g}", f"{min(figures):.3g} to {max(figures):.3g}"]
-        if compared:
-            row.append(f"{median(a / b for a, b in zip(figures, reference, strict=True)):.2f}")
-        table.add_row(*row)
-    console.print(table)
-
-
-@contextlib.contextmanager
-def timed(figures: list[float], amount: float = 0.0) -> Iterator[None]:
-    """Adds the seconds that the block took, or ``amount`` per second."""
-    start = time.perf_counter()
-    yield
-    seconds = time.perf_counter() - start
-    figures.append(amount / seconds if amount else seconds)
 
 
 def collation(folder: str | None, batch_size: int, micro_batches_per_step: int, rounds: int) -> Measured:
