@@ -22,16 +22,18 @@ COMMANDS = {  # name: (module:function, one line)
     "prepare merge": ("condenser.data.merge:merge", "put the shares of several machines together"),
     "fit": ("condenser.training.cli:fit", "pre-train from a YAML recipe; resumes a run of the same name"),
     "validate": ("condenser.training.cli:validate", "validation losses and accuracies of a checkpoint"),
+    "estimate": ("condenser.estimate:estimate", "parameters, memory and hours of a run, before it is started"),
     "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
     "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval on BEIR folders, fine-tuned first or not"),
     "inspect": (
         "condenser.data.inspection:inspect_store",
         "what is in a token store: numbers, samples, masks, padding",
     ),
-    "bench data": ("condenser.benchmark:bench_data", "speed of preparing, masking and batching, beside others"),
+    "bench": ("condenser.benchmarks.training:bench", "speed of a training step, from the authors' recipe to ours"),
+    "bench data": ("condenser.benchmarks.data:bench_data", "speed of preparing, masking and batching, beside others"),
     "report": ("condenser.report:report", "curves and tables of one or several runs in one HTML file"),
 }
-OWN_PARSER = {"fit", "validate"}  # called with the remaining arguments as they are
+OWN_PARSER = {"fit", "validate", "estimate"}  # called with the remaining arguments as they are
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -1,6 +1,8 @@
 """One model trained in several ways, step by step: the authors' recipe, ours, and what lies between."""
 
+import contextlib
 import inspect
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,13 +178,26 @@ class Trial:
             torch.cuda.reset_peak_memory_stats()
             self.train_step(recipe, micro_batches)
             return torch.cuda.max_memory_allocated() - unused
-        with torch.profiler.profile(profile_memory=True) as profiler:
+        with without_stderr(), torch.profiler.profile(profile_memory=True) as profiler:
             self.train_step(recipe, micro_batches)
-        events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+        events: Any = profiler.profiler.kineto_results.events()
         sizes = [event.nbytes() for event in events if event.name() == "[memory]"]
         optimizer = self.optimizers[recipe.fused_optimizer]
         kept = size_of(self.model.parameters()) + sum(size_of(state.values()) for state in optimizer.state.values())
         return kept + max(0, int(np.cumsum(sizes).max()))
+
+
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """The profiler's library notes there that it begins and ends, whatever it is told."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 def as_it_is(item: Any) -> Any:

@@ -53,7 +53,7 @@ def layer_at(layer: Any, hidden: Tensor, where: Sequences) -> Tensor:
     if where.cu_seqlens is None:
         queries = hidden.gather(1, where.query_index[..., None].expand(-1, -1, hidden.shape[-1]))
     else:
-        queries = hidden[:, where.query_index]
+        queries = hidden.index_select(1, where.query_index)
     attention = layer.attention.self
     query, key, value = (
         projection(states).unflatten(-1, (-1, attention.attention_head_size)).transpose(1, 2)

@@ -138,14 +138,17 @@ class Condenser(nn.Module):
                 early = late
         streams = [late] if self.late_mlm else []
 
-        head = early.flatten(0, 1).index_copy(0, cls_index, late.flatten(0, 1)[cls_slot]).view_as(early)
+        cls = late.flatten(0, 1).index_select(0, cls_slot)
+        head = early.flatten(0, 1).index_copy(0, cls_index, cls).view_as(early)
         for depth, layer in enumerate(self.c_head, start=1):
             head = self.run(layer, head, where, self.pruned and depth == len(self.c_head))
         streams += [head] if self.c_head else []
 
         read_index = masked_slot if self.pruned else masked_index
-        hidden = transform(torch.cat([states.flatten(0, 1)[read_index] for states in streams]))  # [2M, H]
-        targets = labels.flatten()[masked_index].repeat(len(streams))
+        assert read_index is not None
+        read = [states.flatten(0, 1).index_select(0, read_index) for states in streams]
+        hidden = transform(torch.cat(read))  # [2M, H]
+        targets = labels.flatten().index_select(0, masked_index).repeat(len(streams))
         fused = FUSED_AVAILABLE and hidden.is_cuda if self.fused_loss is None else self.fused_loss
         output = CondenserOutput(*self.by_stream(token_losses(hidden, decoder, targets, fused and not score)))
         if score:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.data.datamodule import CondenserDataModule
 from condenser.runs import CONFIG, SUMMARY, changed_keys, is_whole, newest_valid_checkpoint, step_of
-from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, MetricsCSV, Speed, Summary
+from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, MetricsCSV, Speed, Summary, Trace
 from condenser.training.module import CondenserModule
 
 REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
@@ -56,6 +56,12 @@ class RunCLI(LightningCLI):
         parser.add_argument(
             "--wandb", type=Literal["online", "offline", "off"], default="off", help="Weights & Biases beside the CSV"
         )
+        parser.add_argument(
+            "--trace_steps",
+            type=int,
+            default=0,
+            help="profile so many steps, after five: trace.json.gz and trace.txt in the run folder",
+        )
         parser.add_class_arguments(Checkpointing, "checkpoint")
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
@@ -67,9 +73,7 @@ class RunCLI(LightningCLI):
         settings = self.config[self.subcommand]
         if not settings.name:
             raise ValueError("the run needs a name: --name NAME, or name: in the configuration")
-        for key, (neutral, why) in REFUSED.items():
-            if settings.trainer[key] != neutral:
-                raise ValueError(f"trainer.{key} cannot be used here: {why}")
+        check_trainer(settings.trainer)
         self.run = Path(settings.runs_dir) / settings.name
         self.checkpoint = self.starting_point(settings.ckpt_path)
         if self.subcommand == "fit":
@@ -116,6 +120,8 @@ class RunCLI(LightningCLI):
             folder = self.run / "checkpoints"
             callbacks += [Speed(), LastCheckpoint(folder, settings.checkpoint.every_n_steps), Summary(self.run)]
             callbacks.append(BestCheckpoint(folder))
+            if settings.trace_steps:
+                callbacks.append(Trace(self.run, settings.trace_steps))
             loggers = self.loggers(settings)
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
 
@@ -137,6 +143,25 @@ class RunCLI(LightningCLI):
             offline=offline,
         )
         return [metrics, beside]
+
+
+class DryCLI(RunCLI):
+    """Settings, module and data module of a run that is not started."""
+
+    def before_instantiate_classes(self) -> None:
+        check_trainer(self.config[self.subcommand].trainer)
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def check_trainer(settings: Any) -> None:
+    for key, (neutral, why) in REFUSED.items():
+        if settings[key] != neutral:
+            raise ValueError(f"trainer.{key} cannot be used here: {why}")
 
 
 def is_first_rank() -> bool:
@@ -169,9 +194,9 @@ def validate(args: Sequence[str]) -> None:
     run_cli("validate", args)
 
 
-def run_cli(subcommand: str, args: Sequence[str]) -> None:
+def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI) -> RunCLI:
     quiet()
-    RunCLI(
+    return cli(
         CondenserModule,
         CondenserDataModule,
         args=[subcommand, *args],

@@ -1,0 +1,231 @@
+"""What `condenser estimate` says, against real steps: memory, operations, hours."""
+
+import functools
+import json
+from argparse import Namespace
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from condenser import estimate as estimating
+from condenser.cli import main
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.store import TokenStore
+from condenser.data.synthetic import SyntheticStore
+from condenser.models.backbones import build_masked_lm
+from condenser.models.condenser import Condenser
+from condenser.models.flops import bf16_peak
+from condenser.models.losses import FUSED_AVAILABLE
+from condenser.rehearsal import Rehearsal, Setting, micro_batch
+from condenser.training.module import CondenserModule
+from condenser.training.optim import Optimization, build_optimizer
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+SMALL = {
+    "vocab_size": 8000,
+    "hidden_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "attention_probs_dropout_prob": 0.0,
+}
+LENGTHS = np.sort(SyntheticStore(8, 64).lengths)[::-1].copy()
+NO_STORE = CondenserDataModule(store="not/there")
+
+
+@functools.cache
+def rehearsal_of(**settings):
+    return Rehearsal(small_module(**settings), NO_STORE)
+
+
+def small_module(**settings):
+    return CondenserModule(**{"backbone_config": SMALL, "skip_from": 2, **settings})
+
+
+def with_real_model(module, setting=None):
+    lm = build_masked_lm(None, module.backbone_config)
+    module.model = Condenser.from_masked_lm(lm, **module.head).train()
+    if setting:
+        module.model.gradient_checkpointing, module.model.fused_loss = setting.checkpointing, setting.fused
+    return module
+
+
+def real_batch(lengths, layout="padded"):
+    batch = micro_batch(lengths, NO_STORE, layout)
+    labels = batch["labels"]
+    return batch | {"input_ids": batch["input_ids"] % 8000, "labels": labels.where(labels < 0, labels % 8000)}
+
+
+def train(module, setting, lengths):
+    """A step of one micro-batch and one of two, on a model that is made here too."""
+    module = with_real_model(module, setting)
+    optimizer, batch = build_optimizer(module, module.optimization), real_batch(lengths)
+    for n_micro_batches in (1, 2):
+        with torch.autocast("cpu", torch.bfloat16, setting.precision == "bf16-mixed", cache_enabled=False):
+            for _ in range(n_micro_batches):
+                module.step_loss(module.model_output(batch, score=False)).backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def allocated_at_most(function, *args):
+    """By the CPU allocator's own account."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function(*args)
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_memory_is_that_of_real_steps(precision, checkpointing, pruned):
+    setting = Setting(precision, checkpointing, fused=False, on_gpu=False)
+    rehearsed, _ = rehearsal_of(pruned=pruned).peak(setting, LENGTHS)
+    measured = allocated_at_most(train, small_module(pruned=pruned), setting, LENGTHS)
+    assert rehearsed.total() == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.skipif(not FUSED_AVAILABLE, reason="needs torch 2.13")
+def test_memory_of_the_fused_loss_is_that_of_real_steps():
+    setting = Setting(
+        "bf16-mixed", True, fused=True, on_gpu=False
+    )  # its bf16 kernels on the CPU take memory of their own
+    rehearsed, _ = rehearsal_of(pruned=True).peak(setting, LENGTHS)
+    assert rehearsed.total() == pytest.approx(allocated_at_most(train, small_module(), setting, LENGTHS), rel=0.15)
+
+
+def test_memory_on_a_gpu_goes_with_settings_as_it_should():
+    rehearsal = rehearsal_of(pruned=True)
+    plain, bf16, recomputed = (
+        rehearsal.peak(Setting(precision, checkpointing, False, True), LENGTHS)
+        for precision, checkpointing in (("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True))
+    )
+    n_bytes = 4 * sum(p.numel() for p in rehearsal.model.parameters())
+    assert plain[0]["weights"] == pytest.approx(n_bytes, rel=1e-3)  # buffers too
+    assert plain[0]["optimizer"] == pytest.approx(2 * n_bytes, rel=1e-3)
+    assert plain[0]["gradients"] == n_bytes
+    assert rehearsal.packs(Setting("bf16-mixed", False, False, True))
+    assert plain[0]["activations"] > bf16[0]["activations"] > recomputed[0]["activations"]
+    assert plain[1] > bf16[1] > 5 * recomputed[1]
+
+
+def test_frozen_layers_have_no_gradients_and_no_states():
+    setting = Setting("32-true", False, False, False)
+    frozen = Rehearsal(small_module(freeze_embeddings=True, freeze_layers=3), NO_STORE)
+    found, _ = frozen.peak(setting, LENGTHS)
+    trainable = estimating.parameters(frozen.model)["trainable"]
+    assert trainable < estimating.parameters(frozen.model)["head"] + 30_000  # the MLM head's transform
+    assert found["optimizer"] == pytest.approx(8 * trainable, rel=1e-2)
+    assert found["gradients"] <= 4 * trainable
+
+
+def test_starting_values_to_decay_to_are_counted():
+    rehearsal = Rehearsal(small_module(optimizer=Optimization(decay_to_start=True)), NO_STORE)
+    found, _ = rehearsal.peak(Setting("32-true", False, False, False), LENGTHS)
+    sizes = estimating.parameters(rehearsal.model)
+    assert found["optimizer"] == pytest.approx(4 * (2 * sizes["total"] + sizes["backbone"]), rel=1e-2)
+
+
+@pytest.mark.parametrize(("layout", "lengths"), [("padded", np.full(8, 62)), ("packed", np.array([126]))])
+def test_operations_are_those_that_torch_counts(layout, lengths):
+    expected = estimating.flops_per_token(rehearsal_of(pruned=True), lengths)
+    module, batch = with_real_model(small_module()), real_batch(lengths, layout)
+    if layout == "packed":
+        module.model.pack()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        module.step_loss(module.model_output(batch, score=False)).backward()
+    assert expected == pytest.approx(counter.get_total_flops() / batch["n_tokens"], rel=0.02)
+
+
+def estimated(capsys, tmp_path, *args):
+    assert main(["estimate", *map(str, args), "--json", str(tmp_path / "costs.json")]) == 0
+    return json.loads((tmp_path / "costs.json").read_text()), " ".join(capsys.readouterr().out.split())
+
+
+def test_a_shipped_recipe_over_a_store(store, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(estimating, "FUSED_AVAILABLE", False)
+    options = ["--data.store", store, "--model.gradient_checkpointing", "true", "--mfu", "0.3", "--gpus", "4"]
+    found, shown = estimated(capsys, tmp_path, "--config", CONFIGS / "demo.yaml", *options)
+    n_rows, lengths = found["data"]["rows_per_epoch"], TokenStore(store, "train").lengths
+    tokens = int(lengths.sum(dtype=np.int64)) + 2 * n_rows
+    assert n_rows == len(lengths)
+    assert found["data"]["tokens_per_epoch"] == pytest.approx(tokens)
+    assert found["run"]["steps"] == 1200
+    assert found["run"]["tokens"] == pytest.approx(1200 * 32 * tokens / n_rows, rel=0.05)
+    (configured,) = [row for row in found["memory"] if row["configured"]]
+    assert (configured["precision"], configured["checkpointing"], configured["on_gpu"]) == ("32-true", True, False)
+    for row in found["gpus"]:
+        hours = found["run"]["tokens"] * found["run"]["flops_per_token"] / (0.3 * bf16_peak(row["gpu"])) / 3600
+        assert row["1"]["hours"] == row["4"]["gpu_hours"] == pytest.approx(hours)
+        assert row["4"]["hours"] == pytest.approx(hours / 4)
+        assert row["1"]["micro_batches"] == 1
+        assert row["4"]["micro_batches"] == 4
+    assert "NOT of your data" not in shown
+    assert "32-true is several times slower" in shown
+    assert "repeats the forward pass" in shown
+
+
+def test_a_shipped_recipe_without_a_store_and_an_older_torch(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(estimating, "FUSED_AVAILABLE", False)
+    monkeypatch.setattr(Rehearsal, "peak", lambda self, setting, lengths, *_: (Counter(weights=len(lengths)), 0))
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"data": {"store": str(tmp_path / "none")}, "trainer": {"max_epochs": 2}}))
+    options = ["--trainer.max_steps", "-1", "--model.skip_from", "3", "--tokens", "2e9"]
+    found, shown = estimated(capsys, tmp_path, "--config", CONFIGS / "small.yaml", "-c", overlay, *options)
+    assert "NOT of your data" in shown
+    assert found["run"]["tokens"] == pytest.approx(4e9)
+    assert not any(row["fused"] for row in found["memory"])
+    assert found["parameters"]["total"] > found["parameters"]["backbone"] > found["parameters"]["its embeddings"]
+
+
+def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(estimating, "GPUS", {"L4": 2})
+    two_layers = small_module(backbone_config={**SMALL, "num_hidden_layers": 2}, skip_from=1, n_head_layers=1)
+    rehearsal, setting = Rehearsal(two_layers, NO_STORE), Setting("32-true", False, False, True)
+    rows = estimating.Rows(np.full(100, 126), 100, 12_800, "")
+    options = Namespace(mfu=0.4, gpus=2)
+    ((_, _, alone, two),) = [row.values() for row in estimating.on_gpus(rehearsal, setting, rows, 1 << 20, 1, options)]
+    budget = 0.9 * 2e9 - 1e9
+    assert rehearsal.peak(setting, np.full(alone["sequences"], 126))[0].total() <= budget
+    assert rehearsal.peak(setting, np.full(1 + int(1.1 * alone["sequences"]), 126))[0].total() > budget
+    assert alone["sequences"] > two["sequences"] > 0
+    assert alone["micro_batches"] == -(-(1 << 20) // (alone["sequences"] * 128))
+    assert two["micro_batches"] % 2 == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.skip_form", "3"], "skip_form"),
+        (["--mfu", "40"], "--mfu"),
+        (["--trainer.accumulate_grad_batches", "2"], "data.micro_batches_per_step"),
+        (["--trainer.precision", "16-mixed"], "bf16-mixed"),
+        (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "trainer.max_epochs or trainer.max_steps"),
+        (["--model.skip_from", "9"], "skip_from=9"),
+        (["--model.optimizer.optimizer", "torch.optim.Adafactor"], "Adafactor reads values"),
+        (["--model.backbone", "nobody/nothing"], "model.backbone: no configuration of 'nobody/nothing' is at hand"),
+    ],
+)
+def test_what_fit_refuses_is_refused(recipe, capsys, options, message):
+    assert main(["estimate", "--config", str(recipe), *options]) in (1, 2)
+    assert message in capsys.readouterr().err
+
+
+def test_a_backbone_in_a_folder_is_read_without_its_weights(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "model_type": "roberta"}))
+    settings = {"backbone": str(tmp_path), "backbone_config": {"num_hidden_layers": 2}, "skip_from": 1}
+    rehearsal = Rehearsal(CondenserModule(**settings), NO_STORE)
+    assert rehearsal.model.lm.config.num_hidden_layers == 2
+    head = estimating.parameters(rehearsal.model)["head"]
+    assert head == 2 * (4 * (128 * 128 + 128) + 2 * 128 * 512 + 512 + 128 + 4 * 128)
+    found, _ = rehearsal.peak(Setting("bf16-mixed", False, False, True), LENGTHS)
+    assert found["activations"] > 0
