@@ -9,6 +9,7 @@ is quick.
 """
 
 import argparse
+import contextlib
 import importlib
 import inspect
 import os
@@ -16,6 +17,8 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+
+from condenser import signals
 
 COMMANDS = {  # name: (module:function, one line)
     "prepare": ("condenser.data.prepare:prepare", "text -> token store"),
@@ -37,7 +40,8 @@ OWN_PARSER = {"fit", "validate", "estimate"}  # called with the remaining argume
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run one command. Errors in what the user gave are one line on stderr and exit code 1 (2 for usage)."""
+    """Run one command. Errors in what the user gave are one line on stderr and exit code 1 (2 for usage); training that
+    a signal stopped ends with code 75."""
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
@@ -47,6 +51,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"condenser: no command {name!r}\n\n{overview()}", file=sys.stderr)
         return 2
+    with signals.listening() if name == "fit" else contextlib.nullcontext():
+        return run(name, rest)
+
+
+def run(name: str, rest: Sequence[str]) -> int:
     try:
         function = load(COMMANDS[name][0])
         if name in OWN_PARSER:

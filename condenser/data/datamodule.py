@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from condenser import signals
 from condenser.data.batching import BucketedBatches
 from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Layout, Masking, Vocabulary, make_micro_batch
@@ -207,6 +208,7 @@ class StepLoader(DataLoader):
             sampler=Upcoming(steps.batches.steps_per_epoch),
             collate_fn=as_it_is,
             num_workers=num_workers,
+            worker_init_fn=ends_with_its_parent,
             pin_memory=torch.cuda.is_available(),
         )
         self.training, self.position = training, 0
@@ -224,6 +226,10 @@ class StepLoader(DataLoader):
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.position = state["position"]
+
+
+def ends_with_its_parent(worker: int) -> None:
+    signals.ignore()  # which ask the run to stop: it still needs its loader then
 
 
 def as_it_is(item: Any) -> Any:

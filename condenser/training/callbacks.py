@@ -15,12 +15,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from condenser import signals
 from condenser.models.flops import bf16_peak
 from condenser.runs import METRICS, SUMMARY
 
 
 class LastCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoint, every ``every_n_steps`` optimizer steps and at the end of training."""
+    """Keeps the newest checkpoint, of every ``every_n_steps`` optimizer steps, of the end, and of where a run stops."""
 
     def __init__(self, folder: Path, every_n_steps: int):
         super().__init__(
@@ -32,9 +33,20 @@ class LastCheckpoint(ModelCheckpoint):
             save_on_train_epoch_end=False,
         )
 
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
+        super().on_train_batch_end(trainer, *args, **kwargs)
+        if trainer.should_stop:  # later, Lightning has counted the epoch as complete
+            self.save_now(trainer)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_now(trainer)
+
+    def save_now(self, trainer: L.Trainer) -> None:
         if self._last_global_step_saved != trainer.global_step:
             self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
+        return previous != current  # Lightning would keep the one that the run went on from
 
 
 class BestCheckpoint(ModelCheckpoint):
@@ -159,6 +171,16 @@ def memory_gb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class Listening(Callback):
+    """Notes signals again, once Lightning has put handlers of its own in place (which wait for other ranks)."""
+
+    def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signals.listen()
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        signals.listen()
 
 
 class Trace(Callback):

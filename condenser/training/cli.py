@@ -7,6 +7,7 @@ there; a finished run says so; a changed setting is refused by name (devices may
 import logging
 import os
 import secrets
+import subprocess
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,11 +18,14 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
+from condenser import signals
 from condenser.data.datamodule import CondenserDataModule
 from condenser.runs import CONFIG, SUMMARY, changed_keys, is_whole, newest_valid_checkpoint, step_of
-from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, MetricsCSV, Speed, Summary, Trace
+from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, Listening, MetricsCSV, Speed, Summary, Trace
+from condenser.training.guard import Guard
 from condenser.training.module import CondenserModule
 
 REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
@@ -118,11 +122,13 @@ class RunCLI(LightningCLI):
         loggers: list[Logger] | bool = False
         if self.subcommand == "fit":
             folder = self.run / "checkpoints"
-            callbacks += [Speed(), LastCheckpoint(folder, settings.checkpoint.every_n_steps), Summary(self.run)]
-            callbacks.append(BestCheckpoint(folder))
+            callbacks += [Listening(), Speed(), Summary(self.run)]
+            callbacks += [LastCheckpoint(folder, settings.checkpoint.every_n_steps), BestCheckpoint(folder)]
             if settings.trace_steps:
                 callbacks.append(Trace(self.run, settings.trace_steps))
             loggers = self.loggers(settings)
+        if SLURMEnvironment.detect():  # Lightning's own requeue acts inside a signal handler
+            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
 
     def loggers(self, settings: Any) -> list[Logger]:
@@ -187,7 +193,26 @@ def wandb_id(run: Path) -> str | None:
 
 
 def fit(args: Sequence[str]) -> None:
-    run_cli("fit", args)
+    cli = run_cli("fit", args)
+    guard: Guard = cli.model.guard
+    if guard.stop and not (cli.run / SUMMARY).is_file():
+        if is_first_rank():
+            step = cli.trainer.global_step
+            print(f"{cli.run} was asked to stop, and did after step {step:,}; start it again to go on")
+            if guard.requeue:
+                requeue()
+        raise SystemExit(signals.STOPPED)
+
+
+def requeue() -> None:
+    """Put this SLURM job, which is about to reach its time limit, back into the queue."""
+    job = os.environ.get("SLURM_JOB_ID")
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    if job is None:
+        return
+    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
+    print(f"job {job} is in the queue again" if done.returncode == 0 else f"scontrol requeue {job}: {done.stderr}")
 
 
 def validate(args: Sequence[str]) -> None:

@@ -1,4 +1,5 @@
-"""Stops training at a loss or gradient that is not finite, without making any step wait for the device.
+"""Stops training at a loss or gradient that is not finite, and when a signal asks for it, on all devices after the same
+step, without making any step wait for the device.
 
 A step's flags are copied to the host while the next step is computed, and read at its end. The optimizer skips the bad
 step on the device, so the weights stay as they were before it.
@@ -12,25 +13,30 @@ from torch import Tensor
 
 
 class Watched(NamedTuple):
-    flags: Tensor  # host bools: each micro-batch's loss is finite, and the gradient
+    flags: Tensor  # host bools: each micro-batch's loss is finite, the gradient is; asked to stop, to be started again
     copied: Any  # CUDA event, None where the copy is not asynchronous
     micro_batches: list[dict[str, Any]]
     step: int
 
 
-class FiniteGuard:
+class Guard:
     """Watches one step after the other.
 
     Args:
         folder: where the batch of a bad step is saved.
     """
 
+    stop = requeue = False  # some device was asked to stop, or to be started again; all know after the same step
+
     def __init__(self, folder: Path, rank: int = 0):
         self.folder, self.rank = folder, rank
         self.before: Watched | None = None
 
-    def watch(self, step: int, micro_batches: list[dict[str, Any]], losses: list[Tensor], norm: Tensor) -> Tensor:
-        """Note a step's losses and gradient norm, look at those of the step before.
+    def watch(
+        self, step: int, micro_batches: list[dict[str, Any]], losses: list[Tensor], norm: Tensor, asked: Tensor
+    ) -> Tensor:
+        """Note a step's losses and gradient norm, and how many devices are ``asked`` to stop, to be started again
+        ``[2]``; look at those of the step before.
 
         Returns:
             1.0 where something is not finite, else 0.0, on the device: what optimizers call ``found_inf``.
@@ -39,16 +45,14 @@ class FiniteGuard:
             ValueError: the step before was not finite.
         """
         finite = torch.stack([*losses, norm]).isfinite()
-        event = None
-        if finite.is_cuda:
-            flags = torch.empty(finite.shape, dtype=torch.bool, pin_memory=True)
-            flags.copy_(finite, non_blocking=True)
+        flags = torch.cat([finite, asked > 0])
+        on_host, event = flags, None
+        if flags.is_cuda:
+            on_host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        else:
-            flags = finite
         self.check()
-        self.before = Watched(flags, event, micro_batches, step)
+        self.before = Watched(on_host, event, micro_batches, step)
         return (~finite.all()).float()
 
     def check(self) -> None:
@@ -58,7 +62,8 @@ class FiniteGuard:
         watched, self.before = self.before, None
         if watched.copied is not None:
             watched.copied.synchronize()
-        *losses, gradient = watched.flags.tolist()
+        *losses, gradient, stop, requeue = watched.flags.tolist()
+        self.stop, self.requeue = self.stop or stop or requeue, self.requeue or requeue
         if all(losses) and gradient:
             return
         path = self.folder / f"not-finite-step={watched.step}-rank={self.rank}.pt"

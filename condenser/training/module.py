@@ -12,17 +12,18 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from condenser import hub
+from condenser import hub, signals
 from condenser.data.hashing import hash_ints
 from condenser.models.backbones import prepare_layers
 from condenser.models.condenser import Condenser, CondenserOutput
 from condenser.models.flops import Work, training_flops
-from condenser.training.guard import FiniteGuard
-from condenser.training.optim import Optimization, build_optimizer, build_schedule, skips_on_device
+from condenser.training import sharding
+from condenser.training.guard import Guard
+from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order, skips_on_device
 
 MODEL_INPUTS = set(inspect.signature(Condenser.forward).parameters) - {"self", "score"}
 
@@ -93,6 +94,8 @@ class CondenserModule(L.LightningModule):
         self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, **self.head)
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            sharding.shard(self.model, self.trainer.strategy)
         if self.optimization.decay_to_start:
             backbone = ((name, p) for name, p in self.model.named_parameters() if not name.startswith("c_head."))
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
@@ -128,13 +131,13 @@ class CondenserModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cuda" and self.trainer.precision != "32-true":
             torch.set_float32_matmul_precision("high")
-        self.guard = FiniteGuard(Path(self.trainer.default_root_dir), self.trainer.global_rank)
+        self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank)
 
     def training_step(self, micro_batches: list[dict[str, Any]], batch_idx: int) -> None:
         """One optimizer step. It never waits for a GPU, but for what is logged on logging steps."""
         optimizer: Any = self.optimizers()
         scheduler: Any = self.lr_schedulers()
-        n_masked, n_tokens, area, n_sequences, flops = self.sizes(micro_batches)
+        n_masked, n_tokens, area, n_sequences, flops, *asked = self.sizes(micro_batches)
         weight = self.trainer.world_size / n_masked  # DDP averages gradients over devices
         log = self.is_logging_step(self.global_step + 1)
         losses, sums = [], []
@@ -147,12 +150,13 @@ class CondenserModule(L.LightningModule):
             losses.append(loss.detach())
             sums.append(stream_sums(output) if log else {})
         clip = self.optimization.gradient_clip or float("inf")
-        norm = nn.utils.clip_grad_norm_(self.parameters(), clip, foreach=True)
-        not_finite = self.guard.watch(self.global_step + 1, micro_batches, losses, norm)
+        norm = sharding.whole(nn.utils.clip_grad_norm_(self.parameters(), clip, foreach=True))
+        not_finite = self.guard.watch(self.global_step + 1, micro_batches, losses, norm, torch.stack(asked))
         if skips_on_device(optimizer.optimizer):
             optimizer.optimizer.found_inf = not_finite
         else:
             self.guard.check()
+        self.trainer.should_stop = self.trainer.should_stop or self.guard.stop
         optimizer.step()
         optimizer.zero_grad()
         self.tokens_seen = self.tokens_seen.to(n_tokens.device) + n_tokens.long()
@@ -171,14 +175,17 @@ class CondenserModule(L.LightningModule):
         return self.model(**{name: value for name, value in batch.items() if name in MODEL_INPUTS}, score=score)
 
     def sizes(self, micro_batches: list[dict[str, Any]]) -> Tensor:
-        """Of this step on all devices: masked tokens, tokens, positions computed, sequences, needed operations."""
+        """Of this step on all devices: masked tokens, tokens, positions computed, sequences, needed operations; and how
+        many devices were asked to stop, to be started again."""
         assert self.model is not None
         config, n_head_layers = self.model.lm.config, len(self.model.c_head)
         of_each = [
             (b["n_masked"], b["n_tokens"], b["area"], len(b["sample_ids"]), Work.needed(b)) for b in micro_batches
         ]
         rows = [(*row, training_flops(config, n_head_layers, self.model.late_mlm, work)) for *row, work in of_each]
-        return self.summed(torch.tensor(rows, dtype=torch.float64).sum(0).float())
+        totals = [sum(column) for column in zip(*rows, strict=True)]
+        asked = [number in signals.received for number in (signals.STOP, signals.REQUEUE)]
+        return self.summed(torch.tensor([*totals, *asked], dtype=torch.float32))
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all devices. (Lightning's own reduction has a barrier, which waits.)"""
@@ -193,6 +200,8 @@ class CondenserModule(L.LightningModule):
 
     def unsynchronised(self) -> AbstractContextManager:
         strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            return sharding.unsynchronised(self.model)  # type: ignore[arg-type]
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def log_step(self, sums: list[dict[str, Tensor]], n_masked: Tensor, extra: dict[str, Any], padding: Tensor) -> None:
@@ -230,12 +239,16 @@ class CondenserModule(L.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         checkpoint["tokens_seen"] = int(self.tokens_seen)
+        if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            optimizer: Any = self.trainer.optimizers[0]
+            checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
         folder = next(iter(datamodule.weights)) / "tokenizer"
         run_config = config.read_text() if config.is_file() else ""
         checkpoint["condenser"] = hub.description(self.model, folder, datamodule.about(), run_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.check_fits(checkpoint)
+        if "state_dict" in checkpoint:  # the sharded strategy has loaded it already
+            self.check_fits(checkpoint)
         self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:

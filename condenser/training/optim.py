@@ -116,6 +116,20 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
     return optimizer
 
 
+def in_model_order(state: dict[str, Any], optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
+    """An optimizer's state with the weights numbered as in ``module``, not by groups: as sharded training reads it."""
+    places = {parameter: place for place, parameter in enumerate(module.parameters())}
+    own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    saved = [number for group in state["param_groups"] for number in group["params"]]
+    place_of = {number: places[parameter] for number, parameter in zip(saved, own, strict=True)}
+    return {
+        "state": {place_of[number]: values for number, values in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [place_of[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
 def skips_on_device(optimizer: Optimizer) -> bool:
     """Whether a step is left out where the optimizer's ``found_inf`` is 1.0, without asking the device."""
     return bool(optimizer.defaults.get("fused"))

@@ -1,0 +1,44 @@
+"""Signals that ask a run to end soon: noted at once, acted on at the end of a step.
+
+SLURM sends SIGUSR1 some time before a job's limit, as configs/cluster/slurm.sh asks it to, and SIGTERM when it takes
+the machines away. A handler that saved by itself could find the ranks in a collective operation and deadlock. Handlers
+are set before the slow imports, during which a signal would otherwise end the process.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+STOP, REQUEUE = signal.SIGTERM, signal.SIGUSR1  # save and end; save, end and be started again
+STOPPED = 75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
+
+received: set[int] = set()
+
+
+def listen() -> None:
+    for number in (STOP, REQUEUE):
+        signal.signal(number, note)
+
+
+def note(number: int, frame: Any) -> None:
+    received.add(number)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """Note signals; afterwards they do what they did before."""
+    received.clear()
+    before = {number: signal.getsignal(number) for number in (STOP, REQUEUE)}
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore() -> None:
+    """For processes that end with the one that started them."""
+    for number in (STOP, REQUEUE):
+        signal.signal(number, signal.SIG_IGN)
