@@ -223,7 +223,7 @@ class Summary(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        if trainer.global_step < trainer.estimated_stepping_batches:
+        if trainer.global_step < pl_module.total_steps():
             return  # stopped early, by max_time for one: the run can go on
         facts = {
             "steps": trainer.global_step,

@@ -125,8 +125,19 @@ class CondenserModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, self.optimization, self.start)
-        steps = int(self.trainer.estimated_stepping_batches)
+        steps = self.total_steps()
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, steps)}
+
+    def total_steps(self) -> int:
+        """Of the whole run. (Lightning's own estimate sets up the loader before it is told where a run goes on.)"""
+        trainer: Any = self.trainer
+        n_steps, n_epochs = trainer.max_steps, trainer.max_epochs
+        if n_epochs is None or n_epochs < 0:
+            if n_steps < 0:
+                raise ValueError("the schedule needs to know when the run ends: set trainer.max_epochs or max_steps")
+            return n_steps
+        by_epochs = n_epochs * trainer.datamodule.train_dataloader().dataset.batches.steps_per_epoch
+        return by_epochs if n_steps < 0 else min(n_steps, by_epochs)
 
     def on_fit_start(self) -> None:
         if self.device.type == "cuda" and self.trainer.precision != "32-true":
