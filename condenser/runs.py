@@ -6,10 +6,12 @@
 import csv
 import io
 import json
+import os
 import re
 import zipfile
+import zlib
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 METRICS = "metrics.csv"
 RETRIEVAL = "evaluation/retrieval.json"
+
+SEAL = b"crc32="
+SEAL_LENGTH = len(SEAL) + 8
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> x (steps or tokens), values
 
@@ -65,21 +70,44 @@ def step_of(path: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def newest_valid_checkpoint(run: Path) -> Path | None:
-    """The newest checkpoint whose bytes are whole; damaged ones are reported and passed over."""
+def newest_valid_checkpoint(run: Path, say: Callable[[str], None] = print) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are reported and passed over. Only those that come into
+    question are read, by each device for itself: they have to know before they are connected."""
     for path in checkpoints(run):
         if is_whole(path):
             return path
-        print(f"{path} is damaged and is passed over")
+        say(f"{path} is damaged and is passed over")
     return None
 
 
 def is_whole(path: Path) -> bool:
+    """All bytes are those that were written: their checksum follows them. (The ones in the zip archive that they make
+    up leave out its frame; they are asked where there is no other, as in what older versions wrote.)"""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError):
+        with open(path, "rb") as file:
+            file.seek(-SEAL_LENGTH, os.SEEK_END)
+            end, crc = file.tell(), 0
+            sealed = file.read()
+            file.seek(0)
+            if not sealed.startswith(SEAL):
+                with zipfile.ZipFile(file) as archive:
+                    return archive.testzip() is None
+            while left := end - file.tell():
+                crc = zlib.crc32(file.read(min(left, 1 << 20)), crc)
+            return seal(crc) == sealed
+    except Exception:  # whatever a broken archive leads to
         return False
+
+
+def seal(crc: int) -> bytes:
+    """What follows a checkpoint: programs that read it look for the end of the archive and pass this over."""
+    return SEAL + f"{crc:08x}".encode()
+
+
+def is_finished(run: Path, checkpoint: Path) -> bool:
+    """The run has its summary, and this checkpoint is of its end."""
+    summary = read_mapping(run / SUMMARY)
+    return summary is not None and summary["steps"] == step_of(checkpoint)
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 STOP, REQUEUE = signal.SIGTERM, signal.SIGUSR1  # save and end; save, end and be started again
 STOPPED = 75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
+AGAIN = 76  # the same in a SLURM job that is to be put back into the queue, which configs/cluster/slurm.sh does
 
 received: set[int] = set()
 

@@ -18,7 +18,7 @@ from test_training import assert_same_weights, final_state, metrics_of, tiny_con
 
 from condenser.cli import main
 from condenser.models.backbones import parts
-from condenser.runs import checkpoints
+from condenser.runs import SEAL, SEAL_LENGTH, checkpoints, is_whole
 from condenser.training.sharding import shard, whole
 
 DDP = {"class_path": "lightning.pytorch.strategies.DDPStrategy"}
@@ -295,7 +295,9 @@ def test_sharded_ranks_hold_half_of_the_weights_each(runs):
 
 def test_a_sharded_checkpoint_is_one_file_like_any_other(runs):
     ours, theirs = (final_state(runs / name) for name in ("sharded", "one"))
-    assert all(path.is_file() for path in checkpoints(runs / "sharded"))
+    for path in checkpoints(runs / "sharded"):
+        assert is_whole(path)
+        assert path.read_bytes()[-SEAL_LENGTH:].startswith(SEAL)
     assert ours.keys() == theirs.keys()
     assert not any(isinstance(value, torch.distributed.tensor.DTensor) for value in ours["state_dict"].values())
     ours, theirs = (state["optimizer_states"][0] for state in (ours, theirs))

@@ -310,7 +310,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_stops_training_with_its_sample
     saved = torch.load(tmp_path / "bad" / "not-finite-step=5-rank=0.pt", weights_only=True)
     samples = ", ".join(map(str, saved[2]["sample_ids"].tolist()))
     assert f"not finite at step 5: the loss of micro-batch 2, samples {samples}." in error
-    assert [path.name for path in checkpoints(tmp_path / "bad")] == ["last-step=4.ckpt", "best-step=4.ckpt"]
+    assert [path.name for path in checkpoints(tmp_path / "bad")] == [
+        "last-step=4.ckpt",
+        "best-step=4.ckpt",
+        "last-step=3.ckpt",
+    ]
     assert fit(recipe, tmp_path, "good", "--trainer.max_steps", "8", *optimizer, "--checkpoint.every_n_steps", "1") == 0
     assert all(parameter.isfinite().all() for parameter in final_weights(tmp_path / "bad"))
 

@@ -32,6 +32,7 @@ METRICS = {
     *(f"train/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "head_mlm_accuracy")),
     *("train/grad_norm", "train/lr", "train/tokens_seen", "train/sequences"),
     *("perf/tokens_per_second", "perf/padding_fraction", "perf/data_wait_fraction", "perf/memory_gb"),
+    "perf/checkpoint_seconds",
     *(f"val/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "head_mlm_accuracy")),
     *("val/mlm_loss_at_mask", "val/head_mlm_loss_at_mask", "val/unigram_loss_at_mask"),
 }
@@ -60,7 +61,9 @@ def command(recipe, runs, name, *options):
     ]
 
 
-def metrics_of(run, skip=("perf/tokens_per_second", "perf/data_wait_fraction", "perf/memory_gb")):
+def metrics_of(
+    run, skip=("perf/tokens_per_second", "perf/data_wait_fraction", "perf/memory_gb", "perf/checkpoint_seconds")
+):
     with open(run / "metrics.csv", newline="") as file:
         return [{key: value for key, value in row.items() if key not in skip} for row in csv.DictReader(file)]
 
@@ -78,7 +81,7 @@ def assert_same_weights(a, b, **tolerance):
 
 def test_a_run_leaves_its_configuration_metrics_checkpoints_and_summary(run):
     assert {path.name for path in run.iterdir()} == {"config.yaml", "metrics.csv", "checkpoints", "summary.json"}
-    assert [path.name for path in checkpoints(run)] == ["last-step=8.ckpt", "best-step=8.ckpt"]
+    assert [path.name for path in checkpoints(run)] == ["last-step=8.ckpt", "best-step=8.ckpt", "last-step=6.ckpt"]
     rows = metrics_of(run, skip=())
     assert set(rows[0]) == {"step", "epoch"} | METRICS
     assert [row["step"] for row in rows if row["train/loss"]] == ["1", "3", "5", "7"]

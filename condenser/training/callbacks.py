@@ -1,65 +1,33 @@
-"""What runs beside the training loop: checkpoints, the metrics file, speed, and the summary that ends a run."""
+"""What runs beside the training loop: the metrics file, speed, traces, and the summary that ends a run."""
 
 import csv
-import json
+import errno
+import io
 import os
 import resource
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser import signals
+from condenser.data.store import write_json, written
 from condenser.models.flops import bf16_peak
 from condenser.runs import METRICS, SUMMARY
-
-
-class LastCheckpoint(ModelCheckpoint):
-    """Keeps the newest checkpoint, of every ``every_n_steps`` optimizer steps, of the end, and of where a run stops."""
-
-    def __init__(self, folder: Path, every_n_steps: int):
-        super().__init__(
-            dirpath=folder,
-            filename="last-{step}",
-            every_n_train_steps=every_n_steps,
-            monitor=None,
-            save_top_k=1,
-            save_on_train_epoch_end=False,
-        )
-
-    def on_train_batch_end(self, trainer: L.Trainer, *args: Any, **kwargs: Any) -> None:
-        super().on_train_batch_end(trainer, *args, **kwargs)
-        if trainer.should_stop:  # later, Lightning has counted the epoch as complete
-            self.save_now(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save_now(trainer)
-
-    def save_now(self, trainer: L.Trainer) -> None:
-        if self._last_global_step_saved != trainer.global_step:
-            self._save_none_monitor_checkpoint(trainer, self._monitor_candidates(trainer))
-
-    def _should_remove_checkpoint(self, trainer: L.Trainer, previous: str, current: str) -> bool:
-        return previous != current  # Lightning would keep the one that the run went on from
-
-
-class BestCheckpoint(ModelCheckpoint):
-    """Keeps the checkpoint with the lowest validation loss."""
-
-    def __init__(self, folder: Path):
-        super().__init__(dirpath=folder, filename="best-{step}", monitor="val/loss", mode="min", save_top_k=1)
 
 
 class MetricsCSV(Logger):
     """Appends metrics to one wide CSV file; a resumed run goes on in it, after what its checkpoint had reached.
 
-    Columns are ``step``, ``epoch``, then metrics as they turn up; a new one makes the file be written again.
+    Columns are ``step``, ``epoch``, then metrics as they turn up; a new one makes the file be written again. Rows that
+    a full disk refuses are kept until there is space, and asked for again before a checkpoint is written.
 
     Args:
         folder: the run's.
@@ -70,6 +38,8 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path, self.every_n_steps = folder / METRICS, every_n_steps
         self.columns: list[str] = []
+        self.unwritten: list[dict[str, Any]] = []
+        self.newest: tuple[int, set[str]] = (-1, set())
 
     @property
     def name(self) -> str:
@@ -100,13 +70,14 @@ class MetricsCSV(Logger):
         return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
 
     def write(self, rows: list[dict[str, str]]) -> None:
-        partial = self.path.with_suffix(".partial")
-        with open(partial, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="", lineterminator="\n")
-            if self.columns:
-                writer.writeheader()
-            writer.writerows(rows)
-        partial.replace(self.path)
+        with written(self.path) as partial:
+            header = dict(zip(self.columns, self.columns, strict=True))
+            partial.write_text(self.lines([header, *rows] if header else rows))
+
+    def lines(self, rows: Sequence[Mapping[str, Any]]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(rows)
+        return text.getvalue()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
@@ -115,13 +86,31 @@ class MetricsCSV(Logger):
             return
         row: dict[str, Any] = {"step": step, **{key: float(value) for key, value in metrics.items()}}
         row["epoch"] = int(row.get("epoch", 0))
-        new = [key for key in ("step", "epoch", *row) if key not in self.columns]
+        if (step, set(row)) == self.newest:  # was logged early, for a checkpoint
+            return
+        self.newest = (step, set(row))
+        self.unwritten.append(row)
+        with suppress(OSError):
+            self.flush()
+
+    def flush(self) -> None:
+        new = dict.fromkeys(key for row in self.unwritten for key in ("step", "epoch", *row) if key not in self.columns)
         if new:
             rows = self.read() if self.path.is_file() else []
-            self.columns += dict.fromkeys(new)
-            self.write(rows)
-        with open(self.path, "a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="", lineterminator="\n").writerow(row)
+            self.columns += new
+            try:
+                self.write(rows)
+            except OSError:
+                self.columns = self.columns[: -len(new)]
+                raise
+        if not self.unwritten:
+            return
+        with open(self.path, "ab", buffering=0) as file:
+            lines, end = self.lines(self.unwritten).encode(), file.tell()
+            if file.write(lines) < len(lines):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+        self.unwritten.clear()
 
 
 class Speed(Callback):
@@ -174,13 +163,16 @@ def memory_gb(device: torch.device) -> float:
 
 
 class Listening(Callback):
-    """Notes signals again, once Lightning has put handlers of its own in place (which wait for other ranks)."""
+    """Notes signals again, once Lightning has put handlers of its own in place (which wait for other ranks), and spares
+    its question to all ranks before every step whether one was terminated, for which the host waits: see Guard."""
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signals.listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signals.listen()
+        steps: Any = trainer.fit_loop.epoch_loop
+        steps._broadcast_sigterm_tensor = lambda: None
 
 
 class Trace(Callback):
@@ -222,7 +214,8 @@ class Summary(Callback):
         self.path, self.began = folder / SUMMARY, time.perf_counter()
 
     @rank_zero_only
-    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """When the last checkpoint has been saved."""
         if trainer.global_step < pl_module.total_steps():
             return  # stopped early, by max_time for one: the run can go on
         facts = {
@@ -240,9 +233,7 @@ class Summary(Callback):
                 if name.startswith("val/")
             },
         }
-        partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(facts, indent=1) + "\n")
-        partial.replace(self.path)
+        write_json(self.path, facts)
 
 
 def hardware(trainer: L.Trainer) -> str:

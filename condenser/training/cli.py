@@ -7,10 +7,8 @@ there; a finished run says so; a changed setting is refused by name (devices may
 import logging
 import os
 import secrets
-import subprocess
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +16,16 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser import signals
 from condenser.data.datamodule import CondenserDataModule
-from condenser.runs import CONFIG, SUMMARY, changed_keys, is_whole, newest_valid_checkpoint, step_of
-from condenser.training.callbacks import BestCheckpoint, LastCheckpoint, Listening, MetricsCSV, Speed, Summary, Trace
+from condenser.data.store import written
+from condenser.runs import CONFIG, SUMMARY, changed_keys, is_finished, is_whole, newest_valid_checkpoint, step_of
+from condenser.training.callbacks import Listening, MetricsCSV, Speed, Summary, Trace
+from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
+from condenser.training.failures import explained
 from condenser.training.guard import Guard
 from condenser.training.module import CondenserModule
 
@@ -34,17 +35,6 @@ REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral val
     "gradient_clip_algorithm": (None, "gradients are clipped by norm, see model.optimizer.gradient_clip"),
     "use_distributed_sampler": (False, "the batches are shared out over the devices already"),
 }
-
-
-@dataclass
-class Checkpointing:
-    """When checkpoints are saved.
-
-    Args:
-        every_n_steps: optimizer steps between checkpoints; the newest is kept, and the best by validation loss.
-    """
-
-    every_n_steps: int = 1000
 
 
 class RunCLI(LightningCLI):
@@ -91,7 +81,7 @@ class RunCLI(LightningCLI):
         """The checkpoint to validate, or to go on from: a run that has its own goes on from that."""
         if given is not None and not is_whole(Path(given)):
             raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint")
-        newest = newest_valid_checkpoint(self.run)
+        newest = newest_valid_checkpoint(self.run, say=print if is_first_rank() else lambda message: None)
         if given is None or (newest is not None and self.subcommand == "fit"):
             return newest
         return Path(given)
@@ -107,28 +97,35 @@ class RunCLI(LightningCLI):
                     f"{self.run} was started with another {', '.join(changed)}; give the run another --name, "
                     "or go on with the settings it has"
                 )
-            if (self.run / SUMMARY).is_file():
+            if is_finished(self.run, self.checkpoint):
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
         if is_first_rank():
             if self.checkpoint is not None:
                 print(f"{self.run} goes on from {self.checkpoint}")
             self.run.mkdir(parents=True, exist_ok=True)
-            config.write_text(text)
+            remove_leftovers(self.run)
+            (self.run / SUMMARY).unlink(missing_ok=True)  # of an end whose checkpoints are damaged
+            with written(config) as partial:  # other processes may read it now
+                partial.write_text(text)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         settings = self.config[self.subcommand]
         callbacks = list(self._get(self.config_init, "trainer.callbacks") or [])
         loggers: list[Logger] | bool = False
+        plugins = self._get(self.config_init, "trainer.plugins") or []
+        kwargs["plugins"] = [*plugins] if isinstance(plugins, list) else [plugins]
         if self.subcommand == "fit":
-            folder = self.run / "checkpoints"
-            callbacks += [Listening(), Speed(), Summary(self.run)]
-            callbacks += [LastCheckpoint(folder, settings.checkpoint.every_n_steps), BestCheckpoint(folder)]
+            saving: Checkpointing = self._get(self.config_init, "checkpoint")
+            callbacks += [Listening(), Speed(), Summary(self.run), Checkpoints(self.run / "checkpoints", saving)]
             if settings.trace_steps:
                 callbacks.append(Trace(self.run, settings.trace_steps))
             loggers = self.loggers(settings)
-        if SLURMEnvironment.detect():  # Lightning's own requeue acts inside a signal handler
-            kwargs["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+            metrics: Any = loggers[0]
+            kwargs["plugins"].append(WholeFiles(before=metrics.flush))
+        if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
+            # Lightning's own requeue acts inside a signal handler
+            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
         return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
 
     def loggers(self, settings: Any) -> list[Logger]:
@@ -193,26 +190,15 @@ def wandb_id(run: Path) -> str | None:
 
 
 def fit(args: Sequence[str]) -> None:
-    cli = run_cli("fit", args)
+    with explained():
+        cli = run_cli("fit", args)
     guard: Guard = cli.model.guard
     if guard.stop and not (cli.run / SUMMARY).is_file():
         if is_first_rank():
             step = cli.trainer.global_step
             print(f"{cli.run} was asked to stop, and did after step {step:,}; start it again to go on")
-            if guard.requeue:
-                requeue()
-        raise SystemExit(signals.STOPPED)
-
-
-def requeue() -> None:
-    """Put this SLURM job, which is about to reach its time limit, back into the queue."""
-    job = os.environ.get("SLURM_JOB_ID")
-    if "SLURM_ARRAY_JOB_ID" in os.environ:
-        job = f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
-    if job is None:
-        return
-    done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
-    print(f"job {job} is in the queue again" if done.returncode == 0 else f"scontrol requeue {job}: {done.stderr}")
+        again = guard.requeue and "SLURM_JOB_ID" in os.environ
+        raise SystemExit(signals.AGAIN if again else signals.STOPPED)
 
 
 def validate(args: Sequence[str]) -> None:

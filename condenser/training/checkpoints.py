@@ -1,0 +1,239 @@
+"""Checkpoints that a run can be trusted to go on from, whatever ended it and whenever.
+
+A checkpoint is whole once it has its name, and is removed only when later ones are. It is taken when the step's metrics
+are written and its validation is done, so that a run that goes on has left out neither. A disk that is full ends
+training on all devices, and one line says so. What is damaged later is found by `condenser.runs.is_whole`.
+"""
+
+import errno
+import os
+import shutil
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+
+from condenser.data.store import written
+from condenser.runs import seal, step_of
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@dataclass
+class Checkpointing:
+    """When checkpoints are saved, and which are kept; the best by validation loss is kept too.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep_last: how many of the newest are kept: if one is damaged, the run goes on from the one before.
+        keep_every_n_steps: keep those of every so many steps for good; 0 keeps none.
+        on_full_disk: stop training, or continue without saving until there is space again.
+    """
+
+    every_n_steps: int = 1000
+    keep_last: int = 2
+    keep_every_n_steps: int = 0
+    on_full_disk: Literal["stop", "continue"] = "stop"
+
+    def __post_init__(self) -> None:
+        for name, least in (("every_n_steps", 1), ("keep_last", 1), ("keep_every_n_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"checkpoint.{name}={getattr(self, name)} must be at least {least}")
+
+    def due(self, step: int) -> bool:
+        return step % self.every_n_steps == 0 or self.kept(step)
+
+    def kept(self, step: int) -> bool:
+        return bool(self.keep_every_n_steps) and step % self.keep_every_n_steps == 0
+
+
+class FullDiskError(OSError):
+    """There is no space for a file."""
+
+
+class Sealed:
+    """Passes on what is written to a file, if there is one, and knows its size and checksum."""
+
+    def __init__(self, file: Any = None):
+        self.file, self.size, self.crc = file, 0, 0
+
+    def write(self, data: Any) -> int:
+        if self.file is not None:
+            self.file.write(data)
+        self.size += len(data)
+        self.crc = zlib.crc32(data, self.crc)
+        return len(data)
+
+    def flush(self) -> None:
+        if self.file is not None:
+            self.file.flush()
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Writes a checkpoint under another name, renames it when it is on disk, and says why if it cannot.
+
+    Args:
+        before: puts on disk what has to be there before the checkpoint is.
+    """
+
+    def __init__(self, before: Callable[[], None]):
+        self.before = before
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        path = Path(path)
+        try:
+            self.before()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with written(path) as partial, open(partial, "wb") as file:
+                save(checkpoint, file)
+            sync_folder(path.parent)
+        except OSError as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+            if cause.errno not in FULL:
+                raise
+            needed: Any = Sealed()
+            torch.save(checkpoint, needed)
+            free = shutil.disk_usage(path.parent).free if path.parent.is_dir() else 0
+            raise FullDiskError(
+                f"{path} cannot be written: {os.strerror(cause.errno)}; it needs {needed.size / 1e6:,.1f} MB, and "
+                f"{free / 1e6:,.1f} MB are free. Earlier checkpoints are kept; make space and start the run again"
+            ) from error
+
+
+def save(checkpoint: dict[str, Any], file: Any) -> None:
+    sealed: Any = Sealed(file)
+    try:
+        torch.save(checkpoint, sealed)
+    except RuntimeError as error:  # of torch's writer, which does not say why
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+    file.write(seal(sealed.crc))
+
+
+def sync_folder(folder: Path) -> None:
+    """Renamed files have their names on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def remove_leftovers(run: Path) -> None:
+    """What a process was writing when it was killed."""
+    for leftover in (*run.glob("*.partial"), *(run / "checkpoints").glob("*.partial")):
+        leftover.unlink(missing_ok=True)
+
+
+class Checkpoints(Checkpoint):
+    """Saves ``last-step=N.ckpt`` at the steps that are due, at the end and where a run is stopped, and
+    ``best-step=N.ckpt`` at the lowest validation loss; logs the seconds that this took since the last logging step."""
+
+    def __init__(self, folder: Path, settings: Checkpointing):
+        self.folder, self.settings = folder, settings
+        self.best, self.best_step = float("inf"), -1
+        self.last_step = self.first_step = -1
+        self.saved: set[int] = set()
+        self.seconds = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "best_step": self.best_step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.best_step = state_dict["best"], state_dict["best_step"]
+
+    def path(self, kind: str, step: int) -> Path:
+        return self.folder / f"{kind}-step={step}.ckpt"
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.first_step = trainer.global_step
+        if not trainer.strategy.broadcast(self.path("best", self.best_step).is_file()):
+            self.best, self.best_step = float("inf"), -1  # the run began with another's checkpoint
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        step = trainer.global_step
+        if self.seconds and pl_module.is_logging_step(step):
+            pl_module.log("perf/checkpoint_seconds", self.seconds)
+            self.seconds = 0.0
+        if pl_module.guard.stop and not validation_is_due(trainer):
+            trainer.limit_val_batches = 0  # Lightning would validate before it stops; there may be no time for it
+        if trainer.should_stop or (self.settings.due(step) and not validation_is_due(trainer)):
+            connector: Any = trainer._logger_connector
+            connector.update_train_step_metrics()  # Lightning logs them later; a run that goes on would lack them
+            self.save_last(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking or not validation_is_due(trainer):  # but only because training is to stop
+            return
+        loss, step = float(trainer.callback_metrics.get("val/loss", torch.nan)), trainer.global_step
+        if trainer.strategy.reduce_boolean_decision(loss < self.best):
+            before = self.best, self.best_step
+            self.best, self.best_step = loss, step
+            if not self.save(trainer, self.path("best", step)):
+                self.best, self.best_step = before
+        if trainer.should_stop or self.settings.due(step):
+            self.save_last(trainer)  # where training is to stop, for the second time: it knows the best now
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.last_step != trainer.global_step:
+            self.save_last(trainer, ends=True)
+
+    def save_last(self, trainer: L.Trainer, ends: bool = False) -> None:
+        if self.save(trainer, self.path("last", trainer.global_step), ends):
+            self.last_step = trainer.global_step
+            self.saved.add(self.last_step)
+            if trainer.is_global_zero:
+                self.remove_old()
+
+    def save(self, trainer: L.Trainer, path: Path, ends: bool = False) -> bool:
+        """Whether there is a checkpoint now; on all devices the same.
+
+        Raises:
+            OSError: there is none and training cannot go on, on the first device; the others end without a word.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return False
+        began, failure = time.perf_counter(), None
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except OSError as error:  # on the first device, which writes; the others wait at this barrier
+            failure = error
+            trainer.strategy.barrier("Trainer.save_checkpoint")
+        self.seconds += time.perf_counter() - began
+        goes_on = isinstance(failure, FullDiskError) and self.settings.on_full_disk == "continue" and not ends
+        failed, goes_on = trainer.strategy.broadcast((failure is not None, goes_on))
+        if failed and not goes_on:
+            raise failure if failure is not None and trainer.is_global_zero else SystemExit(1)
+        if failed and trainer.is_global_zero:
+            print(f"{failure}. Training goes on without it", file=sys.stderr)
+        return not failed
+
+    def remove_old(self) -> None:
+        """All but the newest that are whole: later than where the run began, only those that it saved are."""
+        found = sorted(self.folder.glob("last-step=*.ckpt"), key=step_of)
+        whole = [path for path in found if step_of(path) <= self.first_step or step_of(path) in self.saved]
+        keep = {*whole[-self.settings.keep_last :], *(path for path in whole if self.settings.kept(step_of(path)))}
+        for path in set(found) - keep:
+            path.unlink()
+        if self.path("best", self.best_step).is_file():
+            for path in self.folder.glob("best-step=*.ckpt"):
+                if step_of(path) != self.best_step:
+                    path.unlink()
+
+
+def validation_is_due(trainer: L.Trainer) -> bool:
+    """After the step that has just been taken, and not only because training is to stop."""
+    loop: Any = trainer.fit_loop
+    stop, trainer.should_stop = trainer.should_stop, False
+    due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+    trainer.should_stop = stop
+    return due

@@ -1,0 +1,45 @@
+"""What the user sees when another process, or a loader worker, fails: one line, and an end that waits for nobody."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import active_children
+
+AGAIN = "Look at what it said last; the same command goes on from the newest checkpoint"
+LOST = ("Connection closed", "Connection reset", "connection reset", "timed out", "Timed out", "Broken pipe")
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Raises errors of communication as OSError; after any error no loader worker is left.
+
+    A worker passes SIGTERM over, as it ends with the process that started it; one that was not told to end, because the
+    error came in between, would be waited for without end when this process exits.
+    """
+    others = set(active_children())
+    try:
+        yield
+    except BaseException as error:
+        end(set(active_children()) - others)
+        message = explanation(error) if isinstance(error, RuntimeError) else None
+        if message is None:
+            raise
+        raise OSError(message) from error
+
+
+def end(workers: set) -> None:
+    handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would raise an error for each
+    for worker in workers:
+        worker.kill()
+        worker.join()
+    signal.signal(signal.SIGCHLD, handler)
+
+
+def explanation(error: RuntimeError) -> str | None:
+    text = " ".join(str(error).split())
+    if "DataLoader worker" in text:
+        return f"a process that loads data has ended ({text.removesuffix('.')}). {AGAIN}"
+    if any(word in text for word in LOST):
+        text = text.split("] ", 1)[-1].split(". This is")[0]
+        return f"another process of this run has ended, or does not answer ({text}). {AGAIN}"
+    return None

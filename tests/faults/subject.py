@@ -1,0 +1,184 @@
+"""A short run on two processes, which can be started, watched, waited for and started again."""
+
+import contextlib
+import faulthandler
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import psutil
+import torch
+import yaml
+from conftest import TINY_MODEL
+from lightning.pytorch.utilities import rank_zero_only
+
+from condenser import signals
+from condenser.cli import main
+
+N_STEPS, EVERY = 40, 4  # a checkpoint is saved every so many
+TIMEOUT = 15  # seconds after which processes give each other up
+LIMIT = 120  # seconds in which all has to have ended
+WHERE = signal.SIGUSR2  # a process that hangs writes down where
+
+
+def be_a_rank(rank, world_size, port, log, arguments):
+    """One process of a run, as a launcher would start it, in a session by which what it leaves behind is found."""
+    os.setsid()
+    with open(f"{log}-{rank}", "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    faulthandler.register(WHERE)
+    torch.set_num_threads(1)
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that was not forked
+    rank_zero_only.rank = rank  # Lightning reads it when it is imported, which was before
+    sys.exit(main(["fit", *arguments]))
+
+
+@dataclass
+class Attempt:
+    """One start of a run."""
+
+    ranks: list
+    log: Path
+    began: float = field(default_factory=time.monotonic)
+
+    def running(self):
+        return [process for process in self.ranks if process.exitcode is None]
+
+    def workers(self):
+        found = []
+        for process in self.running():
+            with contextlib.suppress(psutil.Error):
+                found += psutil.Process(process.pid).children()
+        return found
+
+    def left(self):
+        """Processes of its sessions, ended ones that nobody has asked about aside."""
+        sessions, found = {process.pid for process in self.ranks}, []
+        for process in psutil.process_iter():
+            with contextlib.suppress(OSError, psutil.Error):
+                if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+        return found
+
+    def wait(self, seconds=LIMIT):
+        """Whether all ended by themselves, loader workers included."""
+        deadline = time.monotonic() + seconds
+        while self.running() or self.left():
+            if time.monotonic() > deadline:
+                for process in self.running():
+                    os.kill(process.pid, WHERE)
+                time.sleep(1)
+                for pid in self.left():
+                    os.kill(pid, signal.SIGKILL)
+                return False
+            time.sleep(0.05)
+        return True
+
+    def codes(self):
+        return [process.exitcode for process in self.ranks]
+
+    def said(self):
+        """What a user would look at: the error in a line, else the last line of a process that was not killed."""
+        logs = [Path(f"{self.log}-{rank}").read_text(errors="replace") for rank in range(len(self.ranks))]
+        errors = [line for log in logs for line in log.splitlines() if line.startswith("condenser fit: error: ")]
+        if errors:
+            return errors[0]
+        if any(code == signals.STOPPED for code in self.codes()):
+            return next((line for log in logs for line in log.splitlines() if "was asked to stop" in line), "")
+        alive = [log.strip().splitlines() for log, code in zip(logs, self.codes(), strict=True) if code and code > 0]
+        return next((lines[-1] for lines in alive if lines), "")
+
+    def in_one_line(self):
+        return self.said().startswith("condenser fit: error: ")
+
+
+class Subject:
+    """A run on a small disk of its own, and a store of its own."""
+
+    def __init__(self, folder, store, name):
+        self.folder, self.name = folder / name, name
+        self.disk, self.store = self.folder / "disk", self.folder / "store"
+        self.disk.mkdir(parents=True)
+        shutil.copytree(store, self.store)
+        mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(self.disk)]
+        self.mounted = subprocess.run(mount, capture_output=True).returncode == 0
+        self.run, self.attempts = self.disk / name, []
+        self.recipe = self.folder / "recipe.yaml"
+        self.recipe.write_text(yaml.safe_dump(self.settings()))
+
+    def settings(self):
+        diary = {"class_path": "test_resume.Diary", "init_args": {"file": str(self.folder / "read")}}
+        ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": f"0:00:{TIMEOUT}"}}
+        return {
+            "seed_everything": 1,
+            "data": {"store": str(self.store), "batch_size": 64, "micro_batches_per_step": 4, "num_workers": 2},
+            "model": {"backbone_config": TINY_MODEL, "skip_from": 1, "optimizer": {"learning_rate": 1e-3}},
+            "checkpoint": {"every_n_steps": EVERY},
+            "trainer": {
+                "accelerator": "cpu",
+                "devices": 2,
+                "strategy": ddp,
+                "callbacks": [diary],
+                "max_steps": N_STEPS,
+                "log_every_n_steps": 2,
+                "val_check_interval": 6,
+                "check_val_every_n_epoch": None,
+                "enable_progress_bar": False,
+                "enable_model_summary": False,
+            },
+        }
+
+    def start(self):
+        """Two processes, forked from one that has imported everything."""
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["subject", "condenser.training.cli", "transformers.models.bert.modeling_bert"])
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = self.folder / f"log-{len(self.attempts)}"
+        arguments = ["--config", str(self.recipe), "--runs_dir", str(self.disk), "--name", self.name]
+        ranks = [context.Process(target=be_a_rank, args=(rank, 2, port, str(log), arguments)) for rank in range(2)]
+        for process in ranks:
+            process.start()
+        self.attempts.append(Attempt(ranks, log))
+        return self.attempts[-1]
+
+    def finished(self):
+        return (self.run / "summary.json").is_file()
+
+    def begun(self):
+        """The steps that each attempt has begun."""
+        path, found = self.folder / "read-0", defaultdict(list)
+        for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
+            if line.endswith("\n"):
+                entry = json.loads(line)
+                found[entry["attempt"]].append(entry["step"])
+        return list(found.values())
+
+    def newest_step(self):
+        return max((step for attempt in self.begun() for step in attempt), default=-1)
+
+    def lost(self):
+        """How many steps were done again."""
+        begun = self.begun()
+        return sum(max(0, before[-1] + 1 - after[0]) for before, after in pairwise(begun))
+
+    def close(self, keep):
+        if keep:
+            shutil.copytree(self.run, self.folder / "run", dirs_exist_ok=True)
+        if self.mounted:
+            subprocess.run(["umount", "-l", str(self.disk)], check=False, capture_output=True)
+        if not keep:
+            shutil.rmtree(self.folder, ignore_errors=True)

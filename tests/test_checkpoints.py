@@ -1,0 +1,185 @@
+"""Checkpoints: whole or not there, kept until later ones are, and a full disk that is told in a line."""
+
+import io
+import os
+import random
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from test_devices import DDP, start_ranks, write_recipe
+from test_training import StopAfter, assert_same_weights, fit, metrics_of
+
+from condenser.runs import checkpoints, is_whole, newest_valid_checkpoint
+from condenser.training.checkpoints import Checkpointing, WholeFiles
+
+__all__ = ["StopAfter"]
+NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@contextmanager
+def small_disk(folder, size):
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(disk, but):
+    """Leave so many bytes free."""
+    stat = os.statvfs(disk)
+    with open(disk / "filler", "wb") as file:
+        file.write(bytes(stat.f_bavail * stat.f_frsize - but))
+
+
+@pytest.fixture(scope="module")
+def small_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("small") / "last-step=1.ckpt"
+    content = {"state_dict": {"a": torch.arange(40.0), "b": torch.ones(3, 5)}, "global_step": 1, "text": "x" * 50}
+    WholeFiles(before=lambda: None).save_checkpoint(content, path)
+    return path, content
+
+
+def test_a_changed_byte_anywhere_in_a_file_is_found_or_changes_nothing(small_file, tmp_path):
+    path, content = small_file
+    original, found = path.read_bytes(), 0
+    changed, rng = tmp_path / "changed.ckpt", random.Random(0)
+    for position in range(len(original)):
+        data = bytearray(original)
+        data[position] ^= rng.choice([255, 1 << rng.randrange(8)])
+        changed.write_bytes(data)
+        if is_whole(changed):
+            loaded = torch.load(changed, weights_only=True)
+            assert all(torch.equal(loaded["state_dict"][key], value) for key, value in content["state_dict"].items())
+            assert {**loaded, "state_dict": None} == {**content, "state_dict": None}, position
+        else:
+            found += 1
+    assert found > 0.95 * len(original)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.9, 0.99])
+def test_a_file_that_was_cut_is_found(share, small_file, tmp_path):
+    path, _ = small_file
+    content = path.read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
+    assert not is_whole(tmp_path / "cut.ckpt")
+
+
+def test_a_file_without_the_checksum_is_looked_at_as_an_archive(small_file, tmp_path):
+    _, content = small_file
+    torch.save(content, tmp_path / "old.ckpt")
+    assert is_whole(tmp_path / "old.ckpt")
+    data = bytearray((tmp_path / "old.ckpt").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "old.ckpt").write_bytes(data)
+    assert not is_whole(tmp_path / "old.ckpt")
+
+
+def test_the_newest_two_and_every_so_manieth_are_kept(recipe, tmp_path):
+    options = ["--checkpoint.every_n_steps", "1", "--checkpoint.keep_every_n_steps", "3"]
+    assert fit(recipe, tmp_path, "kept", *options) == 0
+    assert names(tmp_path / "kept") == ["best-step=8.ckpt", *(f"last-step={step}.ckpt" for step in (3, 6, 7, 8))]
+    assert fit(recipe, tmp_path, "one", "--checkpoint.every_n_steps", "1", "--checkpoint.keep_last", "1") == 0
+    assert names(tmp_path / "one") == ["best-step=8.ckpt", "last-step=8.ckpt"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("every_n_steps", 0), ("keep_last", 0), ("keep_every_n_steps", -1)])
+def test_impossible_settings_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"checkpoint.{name}={value} must be at least"):
+        Checkpointing(**{name: value})
+
+
+STOP = ["--trainer.callbacks", f"{__name__}.StopAfter", "--trainer.callbacks.n_steps"]
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(run, recipe, tmp_path, capsys):
+    """And what a killed process was writing, and the damaged file, are gone in the end."""
+    folder = tmp_path / "hurt" / "checkpoints"
+    assert fit(recipe, tmp_path, "hurt", *STOP, "7") == 0
+    assert names(tmp_path / "hurt") == ["best-step=4.ckpt", "last-step=6.ckpt", "last-step=7.ckpt"]
+    newest = folder / "last-step=7.ckpt"
+    content = bytearray(newest.read_bytes())
+    content[len(content) // 3] ^= 1
+    newest.write_bytes(content)
+    (folder / "last-step=9.ckpt.1234.partial").write_bytes(b"half")
+    capsys.readouterr()
+    assert fit(recipe, tmp_path, "hurt") == 0
+    printed = capsys.readouterr().out
+    assert printed.count("last-step=7.ckpt is damaged and is passed over") == 1
+    assert "goes on from " + str(folder / "last-step=6.ckpt") in printed
+    assert names(tmp_path / "hurt") == names(run)
+    assert_same_weights(tmp_path / "hurt", run)
+    steps = [row["step"] for row in metrics_of(tmp_path / "hurt") if row["train/loss"]]
+    assert steps == [row["step"] for row in metrics_of(run) if row["train/loss"]]
+
+
+def test_a_finished_run_whose_end_is_damaged_is_finished_again(run, recipe, tmp_path):
+    assert fit(recipe, tmp_path, "again") == 0
+    for path in (tmp_path / "again" / "checkpoints").glob("*step=8.ckpt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert fit(recipe, tmp_path, "again") == 0
+    assert names(tmp_path / "again") == names(run)
+    assert_same_weights(tmp_path / "again", run)
+
+
+def test_the_time_that_saving_takes_is_logged(run):
+    rows = {row["step"]: row["perf/checkpoint_seconds"] for row in metrics_of(run, skip=()) if row["train/loss"]}
+    assert {step for step, seconds in rows.items() if seconds} == {"3", "5", "7"}
+    assert all(0 < float(seconds) < 5 for seconds in rows.values() if seconds)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("then", ["stop", "continue"])
+def test_a_disk_that_fills_up_keeps_what_is_there(then, run, recipe, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "10m") as disk:
+        assert fit(recipe, disk, "full", *STOP, "3") == 0
+        fill(disk, but=30_000)
+        before = names(disk / "full")
+        assert fit(recipe, disk, "full", "--checkpoint.on_full_disk", then) == 1  # the end has to be saved
+        errors = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+        first = errors[0].removeprefix("condenser fit: error: ")
+        assert first.startswith(str(disk / "full/checkpoints/best-step=4.ckpt"))
+        assert "No space left on device; it needs 0." in first
+        assert len(errors) == (1 if then == "stop" else 4)
+        assert names(disk / "full") == before
+        assert is_whole(newest_valid_checkpoint(disk / "full"))
+        (disk / "filler").unlink()
+        assert fit(recipe, disk, "full") == 0
+        assert_same_weights(disk / "full", run)
+        rows = [[row for row in metrics_of(each) if row["train/loss"]] for each in (disk / "full", run)]
+        assert rows[0] == rows[1]
+
+
+@NEEDS_ROOT
+def test_a_full_disk_ends_all_processes_and_one_of_them_says_so(recipe, tmp_path):
+    with small_disk(tmp_path / "disk", "10m") as disk:
+        path = write_recipe(recipe, tmp_path / "two.yaml", trainer__devices=2, trainer__strategy=DDP)
+        fill(disk, but=60_000)
+        log = tmp_path / "log"
+        ranks = start_ranks(2, [["--config", str(path), "--runs_dir", str(disk), "--name", "two"]], log)
+        for process in ranks:
+            process.join(60)
+        assert [process.exitcode for process in ranks] == [1, 1]
+        said = [Path(f"{log}-{rank}").read_text() for rank in range(2)]
+        assert "last-step=3.ckpt cannot be written: No space left on device" in said[0]
+        assert "cannot be written" not in said[1]
+        assert "Connection closed" not in said[1]
+        assert checkpoints(disk / "two") == []
+
+
+def test_saving_again_and_again_leaves_one_file(tmp_path):
+    files = WholeFiles(before=lambda: None)
+    for step in range(3):
+        files.save_checkpoint({"step": step}, tmp_path / "a.ckpt")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
+    assert torch.load(io.BytesIO((tmp_path / "a.ckpt").read_bytes()))["step"] == 2
