@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/condenser
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu test-all lint types format clean
+.PHONY: help install demo test test-gpu test-slurm test-faults test-all lint types format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -28,16 +28,26 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 	@echo "open runs/demo/report.html"
 
 test: install  ## the tests, in under 5 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 test-gpu: install  ## on a machine with a GPU: its tests, and the benchmark of the paper's size at length 128 and 512
 	$(BIN)/python -m pytest -m gpu
 	$(RUN) bench --json runs/bench-128.json
 	$(RUN) bench --max-length 512 --sequences 256 --json runs/bench-512.json
 
+test-slurm: install  ## as root, on Debian or Ubuntu: jobs in a SLURM of this machine, installed and started for it
+	tests/slurm/install.sh runs/slurm
+	SLURM_CONF=$(CURDIR)/runs/slurm/slurm.conf $(BIN)/python -m pytest -m slurm; \
+	  status=$$?; tests/slurm/install.sh runs/slurm stop; exit $$status
+
+N ?= 20
+SEED ?= 0
+test-faults: install  ## as root: N runs killed, stopped, out of disk at random moments end as undisturbed ones (10 minutes)
+	PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --n $(N) --seed $(SEED)
+
 test-all: install  ## the tests and the slow ones (with Ray, 250 MB)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	$(BIN)/python -m pytest -m 'not slurm'
 
 lint: install  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ COMMANDS = {  # name: (module:function, one line)
     "prepare": ("condenser.data.prepare:prepare", "text -> token store"),
     "prepare merge": ("condenser.data.merge:merge", "put the shares of several machines together"),
     "fit": ("condenser.training.cli:fit", "pre-train from a YAML recipe; resumes a run of the same name"),
+    "launch": ("condenser.launch:launch", "pre-train as a SLURM job that goes on where it was stopped"),
     "validate": ("condenser.training.cli:validate", "validation losses and accuracies of a checkpoint"),
     "estimate": ("condenser.estimate:estimate", "parameters, memory and hours of a run, before it is started"),
     "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
@@ -36,7 +37,7 @@ COMMANDS = {  # name: (module:function, one line)
     "bench data": ("condenser.benchmarks.data:bench_data", "speed of preparing, masking and batching, beside others"),
     "report": ("condenser.report:report", "curves and tables of one or several runs in one HTML file"),
 }
-OWN_PARSER = {"fit", "validate", "estimate"}  # called with the remaining arguments as they are
+OWN_PARSER = {"fit", "validate", "estimate", "launch"}  # called with the remaining arguments as they are
 
 
 def main(args: Sequence[str] | None = None) -> int:

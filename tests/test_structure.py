@@ -17,6 +17,7 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
     "export": {"models", "hub", "runs"},
     "training": {"models", "data", "hub", "runs", "signals"},
     "signals": set(),
+    "launch": {"data", "runs", "training"},
     "evaluation": {"models", "data", "hub"},
     "estimate": {"models", "data", "training", "rehearsal"},
     "rehearsal": {"models", "data", "training"},

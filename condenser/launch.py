@@ -1,0 +1,216 @@
+"""`condenser launch`: a training run as a SLURM job that survives time limits, preemption and lost nodes.
+
+    condenser launch --config configs/condenser.yaml --name N --nodes 2 --gpus 8 --time 24:00:00 [--dry-run]
+
+The settings of `condenser fit` come beside its own. Everything the job needs is written to the run's folder first, so
+that what is edited later does not reach a job that waits in the queue:
+
+    runs/N/launch/{code/, settings.yaml, job.sh, slurm-JOB.out}
+
+Several seeds or overlays are one job array: a run folder for each, and runs/N/launch/ for all of them.
+"""
+
+import argparse
+import itertools
+import os
+import re
+import shlex
+import shutil
+import string
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import condenser
+from condenser.data.datamodule import store_folder
+from condenser.data.store import read_manifest
+from condenser.runs import CONFIG, SUMMARY, changed_keys
+from condenser.training.cli import DryCLI, run_cli
+
+TEMPLATE = Path(__file__).parents[1] / "configs" / "cluster" / "slurm.sh"
+LARGEST_FILE = 5_000_000  # bytes; larger ones beside the code are not taken along
+
+Settings = dict[str, Any]
+
+
+class Script(string.Template):
+    """A job script with ``@{name}`` for what is filled in, so that the shell's own ``$name`` stay."""
+
+    delimiter = "@"
+
+
+def launch(args: Sequence[str]) -> None:
+    options, of_fit = own_parser().parse_known_args(args)
+    name, runs = settings_of_runs(options, of_fit)
+    for settings in runs:
+        check(settings, options)
+    runs_dir = Path(runs[0]["runs_dir"]).absolute()
+    folder = runs_dir / name / "launch"
+    script = folder / "job.sh"
+    if job := job_in_queue(script):
+        raise ValueError(f"{name} is in the queue already, as job {job}: scancel it first, or give another --name")
+    write(folder, name, runs, options)
+    print(f"{len(runs)} run(s) of {options.nodes} x {options.gpus or options.tasks} processes: {script}")
+    if options.dry_run:
+        print(f"\n{script.read_text()}\nnot submitted; that does: sbatch {shlex.quote(str(script))}")
+        return
+    job = submit(script)
+    folders = [shlex.quote(str(runs_dir / settings["name"])) for settings in runs]
+    print(
+        f"job {job}. Follow it:          tail -F {shlex.quote(str(folder))}/slurm-{job}*.out\n"
+        f"its curves:                 condenser report {' '.join(folders)} --output report.html\n"
+        f"save and put it back:       scancel --signal=USR1 {job}\n"
+        f"save and end it:            scancel --signal=TERM {job}"
+    )
+
+
+def own_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="condenser launch",
+        description="A training run as a SLURM job: saved and put back into the queue before its time is up.",
+        epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, ...): see "
+        "`condenser fit --help`. Unknown ones are refused.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--name", help="name of the run, or of the job array (default: the configuration's)")
+    add("--nodes", type=int, default=1, help="machines (default: 1)")
+    add("--gpus", type=int, default=8, help="GPUs of each, with a process for each; 0 for a run on CPUs (default: 8)")
+    add("--tasks", type=int, default=1, help="processes on each machine where --gpus is 0 (default: 1)")
+    add("--cpus", type=int, default=8, help="cores of each process (default: 8)")
+    add("--time", default="24:00:00", help="time limit, as for sbatch; the run goes on in the next (default: 24:00:00)")
+    add("--notice", type=int, default=180, help="seconds before the limit at which the run is to save (default: 180)")
+    add("--retries", type=int, default=20, help="a killed job is not put back if it was so many times (default: 20)")
+    add("--partition", help="SLURM's partition")
+    add("--account", help="SLURM's account")
+    add("--sbatch", default="", help="further #SBATCH options, as on a command line: --sbatch='--mem=64G --exclusive'")
+    add("--srun", default="", help="further options of srun: --srun='--container-image=...'")
+    add("--setup", default="", help="shell lines before the run, such as 'module load cuda'")
+    add("--python", default=sys.executable, help="the interpreter on the machines (default: this one)")
+    add("--template", type=Path, default=TEMPLATE, help="job script with @{...} (default: configs/cluster/slurm.sh)")
+    add("--seeds", type=int, nargs="+", default=[], help="a run for each of these: --seed_everything")
+    add("--overlays", nargs="+", default=[], help="a run with each of these YAML files laid over the configuration")
+    add("--dry-run", action="store_true", help="write everything, show the job script, submit nothing")
+    return parser
+
+
+def settings_of_runs(options: Any, of_fit: list[str]) -> tuple[str, list[Settings]]:
+    """The name of all and the complete settings of each run. Raises ValueError as `fit` does."""
+    of_fit = [*of_fit, *(["--name", options.name] if options.name else [])]
+    plain = complete(of_fit, options)
+    name, runs = plain["name"], {}
+    if not name:
+        raise ValueError("the run needs a name: --name NAME, or name: in the configuration")
+    for overlay, seed in itertools.product(options.overlays or [None], options.seeds or [None]):
+        parts, more = [name], []
+        if overlay is not None:
+            parts, more = [*parts, Path(overlay).stem], ["-c", overlay]
+        if seed is not None:
+            parts, more = [*parts, f"seed={seed}"], [*more, "--seed_everything", str(seed)]
+        settings = {**complete([*of_fit, *more], options), "name": "-".join(parts)} if more else plain
+        if settings["name"] in runs:
+            raise ValueError(f"two runs would be called {settings['name']}: give each seed and overlay once")
+        runs[settings["name"]] = settings
+    return name, list(runs.values())
+
+
+def complete(of_fit: list[str], options: Any) -> Settings:
+    """The settings that `fit` makes of these arguments, on the devices that the job will have."""
+    run = run_cli("fit", of_fit, DryCLI)
+    settings = yaml.safe_load(run._parser("fit").dump(run.config["fit"], skip_none=False))
+    settings["trainer"] |= {"devices": options.gpus or options.tasks, "num_nodes": options.nodes}
+    return {**settings, "runs_dir": str(Path(settings["runs_dir"]).absolute()), "config": None}
+
+
+def check(settings: Settings, options: Any) -> None:
+    """Raises ValueError for what would fail on the cluster only, after a wait."""
+    name, data, accelerator = settings["name"], settings["data"], settings["trainer"]["accelerator"]
+    if not re.fullmatch(r"\w[\w.=+-]*", name):
+        raise ValueError(f"--name {name}: use letters, digits and . _ = + - only")
+    for store in [data["store"]] if data["store"] else data["stores"]:
+        read_manifest(store_folder(store))
+    processes = options.nodes * (options.gpus or options.tasks)
+    if data["micro_batches_per_step"] % processes:
+        raise ValueError(
+            f"data.micro_batches_per_step={data['micro_batches_per_step']} cannot be shared out evenly over "
+            f"{processes} processes; make it a multiple of {processes}"
+        )
+    if accelerator in (("cpu",) if options.gpus else ("gpu", "cuda")):
+        raise ValueError(f"trainer.accelerator={accelerator} does not go with --gpus {options.gpus}: change one")
+    run = Path(settings["runs_dir"]) / name
+    config = run / CONFIG
+    if config.is_file() and (changed := changed_keys(yaml.safe_load(config.read_text()), settings)):
+        raise ValueError(f"{run} was started with another {', '.join(changed)}; give the run another --name")
+    if (run / SUMMARY).is_file():
+        raise ValueError(f"{run} is finished: there is nothing to do; give the run another --name")
+
+
+def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
+    """The code, the settings of each run and the job script."""
+    array = len(runs) > 1
+    directives = [f"--gpus-per-node={options.gpus}"] if options.gpus else []
+    directives += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(options, key))]
+    directives += [f"--array=0-{len(runs) - 1}"] if array else []
+    directives += shlex.split(options.sbatch)
+    values = {key: getattr(options, key) for key in ("nodes", "cpus", "time", "notice", "retries", "srun", "setup")}
+    values |= {"name": name, "tasks": options.gpus or options.tasks, "python": shlex.quote(options.python)}
+    values |= {"folder": shlex.quote(str(folder)), "workdir": shlex.quote(os.getcwd())}
+    values |= {"suffix": "-$SLURM_ARRAY_TASK_ID" if array else "", "log": "%A_%a" if array else "%j"}
+    values |= {"directives": "\n".join(f"#SBATCH {shlex.quote(directive)}" for directive in directives)}
+    try:
+        script = Script(options.template.read_text()).substitute(values)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{options.template}: {error} cannot be filled in; write @@ for a plain @") from None
+    folder.mkdir(parents=True, exist_ok=True)
+    snapshot(folder / "code")
+    for number, settings in enumerate(runs):
+        path = folder / (f"settings-{number}.yaml" if array else "settings.yaml")
+        path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    (folder / "job.sh").write_text(script)
+
+
+def snapshot(folder: Path) -> None:
+    """The package, and beside it what git knows in the working folder, with the commit that it stands on."""
+    fresh = folder.with_suffix(".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(condenser.__path__[0], fresh / "condenser", ignore=shutil.ignore_patterns("__pycache__"))
+    known = output("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
+    for name in (known or "").split("\0"):
+        source, target = Path(name), fresh / name
+        if name and source.is_file() and not target.exists() and source.stat().st_size <= LARGEST_FILE:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target)
+    if known:
+        commit = output("git", "rev-parse", "HEAD") or "no commit"
+        (fresh / "COMMIT").write_text(f"{commit}\n{output('git', 'status', '--short')}\n")
+    shutil.rmtree(folder, ignore_errors=True)
+    fresh.rename(folder)
+
+
+def submit(script: Path) -> str:
+    """The number of the job."""
+    if shutil.which("sbatch") is None:
+        raise ValueError(f"there is no sbatch here; run it where there is one: sbatch {shlex.quote(str(script))}")
+    done = subprocess.run(["sbatch", "--parsable", str(script)], capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"sbatch refused {script}: {done.stderr.strip()}")
+    return done.stdout.strip().split(";")[0]
+
+
+def job_in_queue(script: Path) -> str | None:
+    """The number of the job with this script that waits or runs, however it was submitted."""
+    jobs = (output("squeue", "--me", "--noheader", "--format=%A %o") or "").splitlines()
+    return next((job.split()[0] for job in jobs if job.endswith(f" {script}")), None)
+
+
+def output(*command: str) -> str | None:
+    """What a command says, None where it fails or there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    except FileNotFoundError:
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

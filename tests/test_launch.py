@@ -1,0 +1,277 @@
+"""`condenser launch`, without a SLURM: what is written, what the job does, what is refused. See test_slurm.py too."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from test_devices import write_recipe
+
+import condenser
+from condenser.cli import main
+
+ON_CPUS = ["--gpus", "0", "--tasks", "2", "--cpus", "1"]
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A working folder with a space in its name."""
+    folder = tmp_path / "my project"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def commands(tmp_path, monkeypatch):
+    """Stand-ins for commands, found before any other; each notes its arguments in FOLDER/NAME.called."""
+    folder = tmp_path / "commands"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def command(name, *lines):
+        path = folder / name
+        path.write_text("\n".join(["#!/bin/bash", f'echo "$*" >> "{path}.called"', *lines]) + "\n")
+        path.chmod(0o755)
+        return path
+
+    return command
+
+
+def launch(recipe, *options, devices=ON_CPUS, dry=True):
+    return main(["launch", "--config", str(recipe), *devices, *options, *(["--dry-run"] if dry else [])])
+
+
+def directives(folder):
+    lines = (folder / "job.sh").read_text().splitlines()
+    return [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
+
+
+def test_a_dry_run_writes_a_job_of_one_process_per_device_and_submits_nothing(recipe, project, commands, capsys):
+    sbatch = commands("sbatch")
+    more = ["--partition", "short", "--sbatch", "--mem=8G --comment='a b'", "--notice", "90", "--time", "1:00:00"]
+    assert launch(recipe, "--name", "N", "--nodes", "2", *more) == 0
+    folder = project / "runs" / "N" / "launch"
+    assert directives(folder) == [
+        "--job-name=N",
+        "--nodes=2",
+        "--ntasks-per-node=2",
+        "--cpus-per-task=1",
+        "--time=1:00:00",
+        f"--chdir='{project}'",
+        f"--output='{folder}'/slurm-%j.out",
+        "--open-mode=append",
+        "--requeue",
+        "--signal=USR1@90",
+        "--partition=short",
+        "--mem=8G",
+        "'--comment=a b'",
+    ]
+    assert subprocess.run(["bash", "-n", folder / "job.sh"]).returncode == 0
+    assert (folder / "job.sh").read_text() in capsys.readouterr().out
+    assert not sbatch.with_suffix(".called").exists()
+
+
+def test_gpus_are_asked_for_with_a_process_for_each(recipe, project):
+    settings = write_recipe(recipe, project / "gpu.yaml", trainer__accelerator="gpu", data__micro_batches_per_step=8)
+    assert launch(settings, "--name", "N", "--gpus", "4", "--nodes", "2", devices=[]) == 0
+    found = directives(project / "runs" / "N" / "launch")
+    assert {"--gpus-per-node=4", "--ntasks-per-node=4", "--cpus-per-task=8"} < set(found)
+    trainer = yaml.safe_load((project / "runs/N/launch/settings.yaml").read_text())["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (4, 2)
+
+
+def test_the_settings_are_complete_and_find_the_run_folder_from_anywhere(recipe, project):
+    assert launch(recipe, "--name", "N", "--data.window", "4", "--runs_dir", "here") == 0
+    settings = yaml.safe_load((project / "here/N/launch/settings.yaml").read_text())
+    assert settings["runs_dir"] == str(project / "here")
+    assert settings["data"]["window"] == 4
+    assert settings["model"]["init_args"]["late_mlm"] is True
+    assert (settings["name"], settings["seed_everything"]) == ("N", 1)
+
+
+def test_a_job_is_submitted_and_how_to_follow_and_stop_it_is_said(recipe, project, commands, capsys):
+    sbatch = commands("sbatch", "echo '17;cluster'")
+    commands("squeue", "echo '17 /another/job.sh'")
+    assert launch(recipe, "--name", "N", dry=False) == 0
+    script = project / "runs/N/launch/job.sh"
+    assert sbatch.with_suffix(".called").read_text() == f"--parsable {script}\n"
+    said = capsys.readouterr().out
+    assert "job 17." in said
+    assert "scancel --signal=USR1 17" in said
+
+
+def test_a_job_that_is_still_in_the_queue_keeps_its_code_and_settings(recipe, project, commands, capsys):
+    folder = project / "runs/N/launch"
+    commands("squeue", "exit 1")  # as where SLURM does not answer
+    assert launch(recipe, "--name", "N") == 0
+    commands("squeue", "echo '16 '", "echo '16 /another/job.sh'", f"echo '17 {folder}/job.sh'")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for dry in (False, True):
+        assert launch(recipe, "--name", "N", "--data.window", "4", dry=dry) == 1
+        assert "N is in the queue already, as job 17: scancel it first" in capsys.readouterr().err
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    commands("squeue")
+    assert launch(recipe, "--name", "N", "--data.window", "4") == 0
+    assert before != {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_seeds_and_overlays_are_one_array_with_a_run_for_each(recipe, project):
+    (project / "plain.yaml").write_text("name: other\nmodel: {n_head_layers: 0}\n")
+    (project / "span.yaml").write_text("data: {mask_unit: span}\n")
+    assert launch(recipe, "--name=N", "--overlays", "plain.yaml", "span.yaml", "--seeds", "0", "7") == 0
+    folder = project / "runs/N/launch"
+    settings = [yaml.safe_load((folder / f"settings-{number}.yaml").read_text()) for number in range(4)]
+    assert [each["name"] for each in settings] == [
+        "N-plain-seed=0",
+        "N-plain-seed=7",
+        "N-span-seed=0",
+        "N-span-seed=7",
+    ]
+    assert [each["seed_everything"] for each in settings] == [0, 7, 0, 7]
+    assert [each["model"]["init_args"]["n_head_layers"] for each in settings] == [0, 0, 2, 2]
+    assert [each["data"]["mask_unit"] for each in settings] == ["word", "word", "span", "span"]
+    assert {"--array=0-3", f"--output='{folder}'/slurm-%A_%a.out"} < set(directives(folder))
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_the_snapshot_holds_the_package_and_what_git_knows_here(recipe, project):
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    (project / ".gitignore").write_text("/runs/\n/secret.txt\n")
+    for name, size in {"my_objective.py": 10, "secret.txt": 10, "large.bin": 5_000_001, "sub/in it.py": 10}.items():
+        path = project / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("#" * size)
+    assert launch(recipe, "--name", "N") == 0
+    code = project / "runs/N/launch/code"
+    package = Path(condenser.__file__).parent
+    ours = {path.relative_to(package.parent): path.read_bytes() for path in package.rglob("*.py")}
+    assert ours == {path.relative_to(code): path.read_bytes() for path in (code / "condenser").rglob("*.py")}
+    beside = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
+    assert {name for name in beside if not name.startswith("condenser/")} == {
+        ".gitignore",
+        "COMMIT",
+        "my_objective.py",
+        "sub/in it.py",
+    }
+
+
+def run_job(folder, commands, python_lines, **environment):
+    """The job script, with an srun that starts one process and an interpreter of these lines; what it put back."""
+    python = commands("fake-python", *python_lines)
+    commands("srun", f'while [ "$1" != "{python}" ]; do shift; done', '"$@"')
+    scontrol = commands("scontrol").with_suffix(".called")
+    scontrol.unlink(missing_ok=True)
+    done = subprocess.run(
+        ["bash", folder / "job.sh"], env={**os.environ, **environment}, capture_output=True, text=True
+    )
+    return done, scontrol.read_text() if scontrol.exists() else ""
+
+
+def test_a_job_runs_the_code_as_it_was_when_launched(recipe, project, commands, tmp_path):
+    shutil.copytree(Path(condenser.__file__).parent, project / "condenser")
+    assert launch(recipe, "--name", "N", "--python", str(tmp_path / "commands/fake-python")) == 0
+    (project / "condenser/__main__.py").write_text("print('edited')\n")
+    (project / "condenser/cli.py").write_text("raise SystemExit('edited')\n")
+    python = [f'exec {sys.executable} -c "import condenser.cli as cli; print(cli.__file__)"']
+    done, _ = run_job(project / "runs/N/launch", commands, python, PYTHONPATH=str(project))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(project / "runs/N/launch/code/condenser/cli.py")
+    done, _ = run_job(project / "runs/N/launch", commands, [f'exec {sys.executable} -m condenser "--help"'])
+    assert "usage: condenser <command>" in done.stdout, done.stderr
+
+
+JOB = {"SLURM_JOB_ID": "17"}
+TASK = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID": "1"}
+
+
+@pytest.mark.parametrize(
+    ("code", "environment", "put_back"),
+    [
+        (0, JOB, ""),
+        (1, JOB, ""),
+        (75, JOB, ""),
+        (76, JOB, "requeue 17\n"),
+        (76, TASK, "requeue 17_1\n"),
+        (76, JOB | {"SLURM_RESTART_COUNT": "50"}, "requeue 17\n"),
+        (137, JOB | {"SLURM_RESTART_COUNT": "2"}, "requeue 17\n"),
+        (137, JOB | {"SLURM_RESTART_COUNT": "3"}, ""),
+        (143, JOB, ""),
+    ],
+)
+def test_a_job_is_put_back_if_its_time_was_up_or_it_was_killed_and_not_if_it_failed(
+    code, environment, put_back, recipe, project, commands, tmp_path
+):
+    assert launch(recipe, "--name", "N", "--retries", "3", "--python", str(tmp_path / "commands/fake-python")) == 0
+    done, requeued = run_job(project / "runs/N/launch", commands, [f"exit {code}"], **environment)
+    assert (done.returncode, requeued) == (code, put_back)
+
+
+def test_each_task_of_an_array_reads_its_own_settings(recipe, project, commands, tmp_path):
+    python = str(tmp_path / "commands/fake-python")
+    assert launch(recipe, "--name", "N", "--seeds", "1", "2", "--python", python) == 0
+    folder = project / "runs/N/launch"
+    done, _ = run_job(folder, commands, ['echo "$5"'], **TASK)
+    assert done.stdout == f"{folder}/settings-1.yaml\n"
+
+
+REFUSED = {
+    "unknown key": (["--model.skip_form", "2"], 2, "skip_form"),
+    "no store": (["--data.store", "nowhere"], 1, "no token store at nowhere"),
+    "shares": (["--tasks", "3"], 1, "cannot be shared out evenly over 3 processes; make it a multiple of 3"),
+    "name": (["--name", "a/b"], 1, "--name a/b: use letters, digits"),
+    "space in name": (["--name", "a b"], 1, "--name a b: use letters, digits"),
+    "same name": (["--seeds", "1", "1"], 1, "two runs would be called N-seed=1"),
+    "no template": (["--template", "nowhere.sh"], 1, "nowhere.sh"),
+    "no overlay": (["--overlays", "nowhere.yaml"], 2, "nowhere.yaml"),
+    "device": (["--trainer.accelerator", "gpu"], 1, "trainer.accelerator=gpu does not go with --gpus 0"),
+    "trainer": (["--trainer.gradient_clip_val", "1"], 1, "by model.optimizer.gradient_clip"),
+    "type": (["--nodes", "two"], 2, "--nodes"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_work_is_refused_before_anything_is_written(case, recipe, project, capsys):
+    options, code, message = REFUSED[case]
+    assert launch(recipe, "--name", "N", *options) == code
+    assert message in capsys.readouterr().err
+    assert not list(project.iterdir())
+
+
+def test_a_template_with_an_unknown_place_is_refused(recipe, project, capsys):
+    Path("mine.sh").write_text("srun --qos=@{quality}\n")
+    assert launch(recipe, "--name", "N", "--template", "mine.sh") == 1
+    assert "mine.sh: 'quality' cannot be filled in; write @@ for a plain @" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
+def test_a_run_without_a_name_is_refused(recipe, project, capsys):
+    assert launch(recipe) == 1
+    assert "the run needs a name" in capsys.readouterr().err
+
+
+def test_a_run_that_is_finished_or_was_started_otherwise_is_refused(run, recipe, capsys):
+    there = ["--runs_dir", str(run.parent), "--name", run.name]
+    assert launch(recipe, *there) == 1
+    assert "is finished: there is nothing to do" in capsys.readouterr().err
+    assert launch(recipe, *there, "--data.window", "4") == 1
+    assert "was started with another data.window" in capsys.readouterr().err
+    assert not (run / "launch").exists()
+
+
+def test_where_there_is_no_sbatch_it_says_what_to_run_where_there_is(recipe, project, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(project))
+    assert launch(recipe, "--name", "N", dry=False) == 1
+    script = project / "runs/N/launch/job.sh"
+    assert f"there is no sbatch here; run it where there is one: sbatch '{script}'" in capsys.readouterr().err
+    assert script.is_file()
+
+
+def test_what_sbatch_objects_to_is_said(recipe, project, commands, capsys):
+    commands("sbatch", "echo 'invalid partition specified: x' >&2", "exit 1")
+    assert launch(recipe, "--name", "N", "--partition", "x", dry=False) == 1
+    assert "sbatch refused" in (error := capsys.readouterr().err)
+    assert "invalid partition specified: x" in error
