@@ -42,7 +42,7 @@ OWN_PARSER = {"fit", "validate", "estimate", "launch"}  # called with the remain
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command. Errors in what the user gave are one line on stderr and exit code 1 (2 for usage); training that
-    a signal stopped ends with code 75."""
+    a signal stopped ends with code 75, in a SLURM job that is to be put back into the queue with 76."""
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())

@@ -228,6 +228,7 @@ def quiet() -> None:
         "Using ModelCheckpoint with manual optimization",
         ".*does not have many workers",
         ".*is not supported by the model summary",
+        "The `srun` command is available on your system but is not used",
         ".*callbacks used to create the checkpoint need to be provided",
         ".*Checkpoint directory .* exists and is not empty",
         ".*isinstance\\(treespec, LeafSpec\\)",
