@@ -21,10 +21,10 @@ from condenser.data.collate import Masking, Vocabulary, make_micro_batch
 from condenser.data.synthetic import SyntheticStore
 from condenser.models import losses
 from condenser.models.attention import attend_packed
-from condenser.models.condenser import Condenser
+from condenser.models.condenser import MODEL_INPUTS, Condenser
 from condenser.models.flops import Work, bf16_peak, training_flops
 from condenser.models.losses import predicted_right, token_losses
-from condenser.training.module import MODEL_INPUTS, CondenserModule
+from condenser.training.module import CondenserModule
 
 VOCABULARY = Vocabulary(cls_id=2, sep_id=3, pad_id=1, mask_id=4, random_ids=np.arange(5, 90))
 
@@ -127,6 +127,16 @@ def test_the_fused_cross_entropy_gives_the_losses_and_gradients_of_plain_logits(
     torch.testing.assert_close(results[0], results[1], **tolerance)
     right = predicted_right(hidden, decoder, targets, chunk=7)
     assert torch.equal(right, decoder(hidden).argmax(-1) == targets)
+
+
+@pytest.mark.skipif(not losses.FUSED_AVAILABLE, reason="torch before 2.13 has no linear_cross_entropy")
+def test_a_step_that_is_scored_keeps_no_more_logits_than_others(monkeypatch):
+    """Else a run that fits would run out of memory where it logs first."""
+    model, inputs = tiny_model(), micro_batch("padded")[1]
+    model.fused_loss = True
+    monkeypatch.setattr(model.lm.cls.predictions.decoder, "forward", lambda hidden: pytest.fail("all logits"))
+    monkeypatch.setattr("condenser.models.condenser.predicted_right", lambda hidden, decoder, targets: targets > 0)
+    assert model(**inputs, score=True).loss.requires_grad
 
 
 def test_an_older_torch_trains_with_plain_logits_and_refuses_what_it_cannot(recipe, tmp_path, capsys, monkeypatch):

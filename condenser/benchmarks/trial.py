@@ -1,7 +1,6 @@
 """One model trained in several ways, step by step: the authors' recipe, ours, and what lies between."""
 
 import contextlib
-import inspect
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -19,11 +18,10 @@ from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Masking, Vocabulary, make_micro_batch
 from condenser.models.attention import padding_mask, run_layer
 from condenser.models.backbones import parts
-from condenser.models.condenser import Condenser
+from condenser.models.condenser import MODEL_INPUTS, Condenser
 from condenser.models.flops import Work, training_flops
 
 Precision = Literal["32-true", "bf16-mixed"]
-MODEL_INPUTS = set(inspect.signature(Condenser.forward).parameters) - {"self", "score"}
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ Legend: B sequences, L padded length, T packed tokens, M masked tokens, Q query 
 [B, L, H] or [1, T, H]; flattened, positions are counted over all sequences.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -150,7 +151,8 @@ class Condenser(nn.Module):
         hidden = transform(torch.cat(read))  # [2M, H]
         targets = labels.flatten().index_select(0, masked_index).repeat(len(streams))
         fused = FUSED_AVAILABLE and hidden.is_cuda if self.fused_loss is None else self.fused_loss
-        output = CondenserOutput(*self.by_stream(token_losses(hidden, decoder, targets, fused and not score)))
+        fused = fused and torch.is_grad_enabled()  # validation wants its losses in fp32
+        output = CondenserOutput(*self.by_stream(token_losses(hidden, decoder, targets, fused)))
         if score:
             output.mlm_correct, output.head_mlm_correct = self.by_stream(predicted_right(hidden, decoder, targets))
         if not self.pruned:
@@ -183,3 +185,6 @@ class Condenser(nn.Module):
     def compile(self) -> None:
         """Compile the layers; all of them share few compiled functions, for any shape of a micro-batch."""
         self.run_layer = torch.compile(run_layer, dynamic=True)
+
+
+MODEL_INPUTS = set(inspect.signature(Condenser.forward).parameters) - {"self", "score"}  # fields of a micro-batch

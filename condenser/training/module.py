@@ -5,7 +5,6 @@ but the last micro-batch stay on the device, then clip, step, schedule. Each los
 by the step's masked tokens on *all* devices, so how many devices share a step does not change it.
 """
 
-import inspect
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from torchmetrics import MeanMetric
 from condenser import hub, signals
 from condenser.data.hashing import hash_ints
 from condenser.models.backbones import prepare_layers
-from condenser.models.condenser import Condenser, CondenserOutput
+from condenser.models.condenser import MODEL_INPUTS, Condenser, CondenserOutput
 from condenser.models.flops import Work, training_flops
 from condenser.training import sharding
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order, skips_on_device
-
-MODEL_INPUTS = set(inspect.signature(Condenser.forward).parameters) - {"self", "score"}
 
 
 class CondenserModule(L.LightningModule):
