@@ -17,13 +17,13 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForMaskedLM, PreTrainedModel
 
 from condenser.data.collate import Layout, make_micro_batch
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.attention import run_layer
-from condenser.models.backbones import build_masked_lm, check_settings, prepare_layers
+from condenser.models.backbones import build_masked_lm, changed_config, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.training.module import CondenserModule
 from condenser.training.optim import build_optimizer
@@ -136,15 +136,12 @@ def skeleton(backbone: str | None, settings: dict[str, Any], **defaults: Any) ->
     if backbone is None:
         return build_masked_lm(None, settings, **defaults)
     try:
-        config = AutoConfig.from_pretrained(backbone)
-    except (OSError, ValueError) as error:
+        config = changed_config(backbone, settings)
+    except OSError as error:
         raise ValueError(
             f"model.backbone: no configuration of {backbone!r} is at hand ({str(error).splitlines()[0]}); "
             "give a folder, or --model.backbone null for a BERT of base size that model.backbone_config changes"
         ) from None
-    check_settings(settings, config)
-    for key, value in settings.items():
-        setattr(config, key, value)
     return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
 
 

@@ -19,7 +19,7 @@ from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Vocabulary
 from condenser.data.store import TokenStore, read_manifest, write_json
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
-from condenser.models.backbones import build_masked_lm, check_settings
+from condenser.models.backbones import build_masked_lm, changed_config
 from condenser.models.condenser import Condenser
 from condenser.models.flops import bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
@@ -129,7 +129,7 @@ def build_model(config: str | None, n_tokens: int, longest: int) -> Condenser:
     Raises:
         ValueError: no such recipe, or a model for fewer tokens or positions than the rows have.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM
+    from transformers import AutoModelForMaskedLM
 
     if config is not None and not Path(config).is_file():
         raise ValueError(f"--config: no such file: {config}")
@@ -137,10 +137,7 @@ def build_model(config: str | None, n_tokens: int, longest: int) -> Condenser:
     settings = {"attention_probs_dropout_prob": 0.0, **(recipe.get("backbone_config") or {})}
     head = {key: recipe[key] for key in ("skip_from", "n_head_layers", "late_mlm") if key in recipe}
     if Path(recipe.get("backbone") or "").joinpath("config.json").is_file():
-        backbone = AutoConfig.from_pretrained(recipe["backbone"])
-        check_settings(settings, backbone)
-        backbone.update(settings)
-        lm = AutoModelForMaskedLM.from_config(backbone)
+        lm = AutoModelForMaskedLM.from_config(changed_config(recipe["backbone"], settings))
     else:
         lm = build_masked_lm(None, settings, vocab_size=n_tokens)
     for name, needed in (("vocab_size", n_tokens), ("max_position_embeddings", longest)):

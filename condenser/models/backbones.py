@@ -104,10 +104,7 @@ def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: 
     if backbone is None:
         check_settings(settings, BertConfig())
         return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
-    config = AutoConfig.from_pretrained(backbone)
-    check_settings(settings, config)
-    for key, value in settings.items():
-        setattr(config, key, value)
+    config = changed_config(backbone, settings)
     lm, report = AutoModelForMaskedLM.from_pretrained(
         backbone, config=config, dtype="float32", output_loading_info=True
     )
@@ -117,6 +114,15 @@ def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: 
             f"{len(report['missing_keys'])} are missing, {sorted(report['missing_keys'])[0]} for one"
         )
     return lm
+
+
+def changed_config(backbone: str, settings: dict[str, Any]) -> PretrainedConfig:
+    """The configuration of ``backbone`` with ``settings`` in it. Raises ValueError for one that it does not know."""
+    config = AutoConfig.from_pretrained(backbone)
+    check_settings(settings, config)
+    for key, value in settings.items():
+        setattr(config, key, value)
+    return config
 
 
 def check_settings(settings: dict[str, Any], config: PretrainedConfig) -> None:
