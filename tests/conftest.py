@@ -5,6 +5,7 @@ import os
 import random
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
+os.environ["OMP_NUM_THREADS"] = "1"  # tiny models need no more, and sums depend on it; Lightning sets it else
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import yaml
 
 from condenser.cli import main
 
-torch.set_num_threads(1)  # tiny models: more threads only wait for each other
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items):

@@ -38,7 +38,6 @@ METRICS = {
 }
 
 
-ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: sums depend on the number of threads
 
 
 def fit(recipe, runs, name, *options):
