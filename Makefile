@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/condenser
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu test-slurm test-faults test-all lint types format clean
+.PHONY: help install demo test test-gpu test-slurm test-faults test-all lint types audit format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -55,6 +55,10 @@ lint: install  ## ruff: rules and formatting
 
 types: install  ## mypy
 	$(BIN)/mypy
+
+audit: install  ## known vulnerabilities of the versions in constraints.txt, which it asks pypi.org about
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

@@ -88,7 +88,7 @@ def check_finite(model: Condenser, path: Path) -> None:
 def write_export(folder: Path, model: Condenser, about: dict[str, Any], source: dict[str, Any]) -> None:
     model.lm.save_pretrained(folder)
     for name, text in about["tokenizer"].items():
-        (folder / Path(name).name).write_text(text)
+        (folder / name).write_text(text)
     head = {f"c_head.{key}": value.contiguous() for key, value in model.c_head.state_dict().items()}
     save_file(head, folder / HEAD_FILE, metadata={"format": "pt", "head": json.dumps(about["head"])})
     manifest = json.loads(about["manifest"])
@@ -164,9 +164,9 @@ def compare_with_live(folder: Path, model: Condenser) -> None:
         expected, found = model(**batch, labels=labels), again(**batch, labels=labels)
         pairs = {"load_export": (torch.stack(expected.streams()), torch.stack(found.streams()))}
         encoder = getattr(model.lm, model.lm.base_model_prefix)
-        states = AutoModel.from_pretrained(folder)(**batch).last_hidden_state
+        states = AutoModel.from_pretrained(folder, trust_remote_code=False)(**batch).last_hidden_state
         pairs["AutoModel"] = encoder(**batch).last_hidden_state, states
-        logits = AutoModelForMaskedLM.from_pretrained(folder)(**batch).logits
+        logits = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=False)(**batch).logits
         pairs["AutoModelForMaskedLM"] = parts(model.lm).mlm_head(encoder(**batch).last_hidden_state), logits
     for loader, (live, loaded) in pairs.items():
         if not torch.allclose(live, loaded, rtol=1e-4, atol=1e-5):

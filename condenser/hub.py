@@ -1,20 +1,21 @@
 """Where models come from: Hugging Face folders and hub names, exports, the authors' checkpoints, training checkpoints.
 
 Foreign formats come in here and go out in export.py; the rest of the project knows `Condenser` only. Nothing is
-unpickled but through torch's restricted unpickler.
+unpickled but through torch's restricted unpickler, and code that a model folder brings along is not run.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from condenser.data.corpus import is_path
+from condenser.data.store import check_file_name, tokenizer_hash
 from condenser.models.backbones import build_masked_lm
 from condenser.models.condenser import Condenser
+from condenser.models.files import load_file
 
 HEAD_FILE = "condenser_head.safetensors"
 AUTHORS_FILE = "model.pt"
@@ -47,7 +48,6 @@ def warm_start(backbone: str | None, settings: dict[str, Any], tokenizer: Any, *
 
 
 def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
-    from condenser.data.store import tokenizer_hash
     from condenser.data.tokenizers import load_tokenizer
 
     if Path(backbone).is_dir() and not list(Path(backbone).glob("*token*")) + list(Path(backbone).glob("vocab*")):
@@ -60,12 +60,19 @@ def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
 
 
 def saved_head(folder: Path) -> dict[str, Tensor] | None:
-    """The head's weights (keys ``c_head.*``) in an export or in a checkpoint of the authors' code, if there is one."""
+    """The head's weights (keys ``c_head.*``) in an export or in a checkpoint of the authors' code, if there is one.
+
+    Raises:
+        ValueError: a damaged file, one that would run code, or one without a head.
+    """
     if (folder / HEAD_FILE).is_file():
         return read_safetensors(folder / HEAD_FILE)[0]
     if (folder / AUTHORS_FILE).is_file():
-        state = torch.load(folder / AUTHORS_FILE, map_location="cpu", weights_only=True)
-        return {key: value for key, value in state.items() if key.startswith("c_head.")}
+        state = load_file(folder / AUTHORS_FILE)
+        head = {key: state[key] for key in state if key.startswith("c_head.")} if isinstance(state, dict) else {}
+        if not head:
+            raise ValueError(f"{folder / AUTHORS_FILE} holds no head (keys c_head.*): remove it to start without one")
+        return head
     return None
 
 
@@ -99,7 +106,7 @@ def load_authors_checkpoint(directory: str | Path, skip_from: int, late_mlm: boo
     """
     head = saved_head(Path(directory))
     if not head:
-        raise ValueError(f"{directory} has no {AUTHORS_FILE} with a head (keys c_head.*)")
+        raise ValueError(f"{directory} has no {AUTHORS_FILE}, which holds the head")
     lm = build_masked_lm(str(directory), {})
     model = Condenser.from_masked_lm(lm, skip_from=skip_from, n_head_layers=n_layers(head), late_mlm=late_mlm)
     load_head(model, head, str(directory))
@@ -144,17 +151,20 @@ def load_checkpoint(path: str | Path) -> tuple[Condenser, dict[str, Any]]:
     """A training checkpoint -> its model, and the checkpoint without weights.
 
     Raises:
-        ValueError: not a readable checkpoint of this project's.
+        ValueError: not a readable checkpoint of this project's, or one with files that leave the folder of an export.
     """
     from transformers import AutoConfig, AutoModelForMaskedLM
 
+    checkpoint = load_file(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         about, state = checkpoint["condenser"], checkpoint.pop("state_dict")
-    except Exception as error:  # zip, pickle and key errors: all say that this is no checkpoint
-        raise ValueError(f"{path} is not a checkpoint of a Condenser run, or a damaged one ({error})") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{path} is not a checkpoint of a Condenser run") from None
+    for name in about["tokenizer"]:
+        check_file_name(name, path)
     values = json.loads(about["config"])
-    lm = AutoModelForMaskedLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    lm = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
     model = Condenser.from_masked_lm(lm, **about["head"])
     try:
         model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})

@@ -142,7 +142,7 @@ def skeleton(backbone: str | None, settings: dict[str, Any], **defaults: Any) ->
             f"model.backbone: no configuration of {backbone!r} is at hand ({str(error).splitlines()[0]}); "
             "give a folder, or --model.backbone null for a BERT of base size that model.backbone_config changes"
         ) from None
-    return AutoModelForMaskedLM.from_config(config, dtype=torch.float32)
+    return AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def micro_batch(lengths: np.ndarray, datamodule: CondenserDataModule, layout: Layout = "padded") -> dict[str, Any]:

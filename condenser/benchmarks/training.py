@@ -11,7 +11,6 @@ from statistics import median
 from typing import Any
 
 import torch
-import yaml
 
 from condenser.benchmarks.trial import Precision, Recipe, Trial, matmul_rate
 from condenser.data.batching import BucketedBatches
@@ -23,6 +22,7 @@ from condenser.models.backbones import build_masked_lm, changed_config
 from condenser.models.condenser import Condenser
 from condenser.models.flops import bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
+from condenser.runs import read_mapping
 
 
 def recipes(on_gpu: bool, precision: Precision) -> list[Recipe]:
@@ -133,11 +133,12 @@ def build_model(config: str | None, n_tokens: int, longest: int) -> Condenser:
 
     if config is not None and not Path(config).is_file():
         raise ValueError(f"--config: no such file: {config}")
-    recipe = (yaml.safe_load(Path(config).read_text()) if config else {}).get("model", {})
+    recipe = (read_mapping(Path(config)) if config else {}).get("model", {})
     settings = {"attention_probs_dropout_prob": 0.0, **(recipe.get("backbone_config") or {})}
     head = {key: recipe[key] for key in ("skip_from", "n_head_layers", "late_mlm") if key in recipe}
     if Path(recipe.get("backbone") or "").joinpath("config.json").is_file():
-        lm = AutoModelForMaskedLM.from_config(changed_config(recipe["backbone"], settings))
+        changed = changed_config(recipe["backbone"], settings)
+        lm = AutoModelForMaskedLM.from_config(changed, trust_remote_code=False)
     else:
         lm = build_masked_lm(None, settings, vocab_size=n_tokens)
     for name, needed in (("vocab_size", n_tokens), ("max_position_embeddings", longest)):

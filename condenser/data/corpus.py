@@ -8,6 +8,7 @@ import glob
 import gzip
 import hashlib
 import io
+import json
 import lzma
 import os
 import zlib
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import pyarrow as pa
+
+from condenser.data.store import check_file_name
 
 COMPRESSED = (".gz", ".xz", ".zst")
 READERS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet"}
@@ -189,6 +192,7 @@ def table_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any
     import datasets
 
     if source.kind == "folder":
+        check_dataset(Path(source.name))
         dataset: Any = datasets.load_from_disk(source.name)
         dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
     else:
@@ -200,6 +204,14 @@ def table_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any
     needed = needed_columns(columns, list(dataset.features or next(iter(dataset))), source.name)
     for row in dataset.select_columns(needed):
         yield row, 0
+
+
+def check_dataset(folder: Path) -> None:
+    """Raises ValueError where a saved dataset has files outside of its folder."""
+    for path in (*folder.glob("dataset_dict.json"), *folder.glob("**/state.json")):
+        about = json.loads(path.read_text(encoding="utf-8"))
+        for name in (*about.get("splits", ()), *(file["filename"] for file in about.get("_data_files", ()))):
+            check_file_name(name, path)
 
 
 def parquet_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], int]]:

@@ -21,7 +21,7 @@ from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Layout, Masking, Vocabulary, make_micro_batch
 from condenser.data.masking import Unit
 from condenser.data.mixing import Mixture
-from condenser.data.store import SPLITS, TokenStore, read_manifest, tokenizer_hash
+from condenser.data.store import SPLITS, TokenStore, load_array, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
 
@@ -86,7 +86,8 @@ class CondenserDataModule(L.LightningDataModule):
     @cached_property
     def unigram_nats(self) -> torch.Tensor:
         """``-log p`` of each token id under its (add-one smoothed) frequency in the training split, ``[V]``."""
-        counts = 1.0 + sum(weight * np.load(folder / "token_counts.npy") for folder, weight in self.weights.items())
+        weighted = [weight * load_array(folder / "token_counts.npy") for folder, weight in self.weights.items()]
+        counts = 1.0 + np.sum(weighted, axis=0)
         return torch.from_numpy(np.log(counts.sum()) - np.log(counts)).float()
 
     def about(self) -> dict[str, Any]:

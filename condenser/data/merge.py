@@ -10,7 +10,9 @@ from condenser.data.store import (
     MANIFEST,
     SPLITS,
     Shard,
+    check_file_name,
     dataset_files,
+    load_array,
     read_json,
     read_manifest,
     save_array,
@@ -82,14 +84,17 @@ def source_of(unit: str) -> int:
 
 
 def shared_units(folder: Path) -> list[str]:
-    """The units of all shares. Raises ValueError if any is missing."""
+    """The units of all shares. Raises ValueError if any is missing, or is outside of the folder."""
     shares: dict[int, dict[int, list[str]]] = {}
     for path in folder.glob("units/share-*-of-*.json"):
         _, index, _, count = path.stem.split("-")
         shares.setdefault(int(count), {})[int(index)] = read_json(path)
     for n, done in shares.items():
         if len(done) == n:
-            return [name for names in done.values() for name in names]
+            names = [name for names in done.values() for name in names]
+            for name in names:
+                check_file_name(name, folder / "units")
+            return names
     missing = ", ".join(f"{index}/{n}" for n, done in shares.items() for index in range(n) if index not in done)
     raise ValueError(f"{folder} is unfinished: first run `condenser prepare` with --shard {missing or 'I/N'}")
 
@@ -116,7 +121,7 @@ def repeated(files: list[Path]) -> int:
     parts = 1 + sum(path.stat().st_size for path in files) // 2**28
     n_repeated = 0
     for part in range(parts):
-        hashes = np.concatenate([keys[keys % np.uint64(parts) == part] for keys in map(np.load, files)])
+        hashes = np.concatenate([keys[keys % np.uint64(parts) == part] for keys in map(load_array, files)])
         n_repeated += len(hashes) - len(np.unique(hashes))
     return n_repeated
 

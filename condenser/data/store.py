@@ -174,13 +174,34 @@ def save_array(path: Path, array: np.ndarray) -> None:
         partial.write_bytes(content.getbuffer())
 
 
+def load_array(path: Path) -> np.ndarray:
+    """Raises ValueError, naming the file, if it is damaged, or holds objects, which loading would run."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged ({error}); prepare the store anew") from None
+
+
 def checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
+def check_file_name(name: str, where: str | Path) -> None:
+    """Raises ValueError if ``name``, given in the file or folder ``where``, is of a file in another folder."""
+    if Path(name).name != name or name in ("", ".."):
+        raise ValueError(f"{where} names a file {name!r} outside of its folder; do not trust its origin")
+
+
 def shard_files(folder: Path, splits: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """The shards' paths, and what is known of each."""
+    """The shards' paths, and what is known of each.
+
+    Raises:
+        ValueError: a shard outside of the folder.
+    """
+    for about in splits.values():
+        for shard in about["shards"]:
+            check_file_name(shard["file"], folder)
     return [(folder / split / shard["file"], shard) for split, about in splits.items() for shard in about["shards"]]
 
 
@@ -244,6 +265,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         [splits[split][what] for split in SPLITS for what in ("rows", "tokens", "documents", "shards")]
         [shard[what] for _, shard in shard_files(path, splits) for what in ("bytes", "blake2b", "rows")]
         counts["tokens_kept"], manifest["tokenizer"]["hash"]
+        for unit in manifest["units"]:
+            check_file_name(unit, path)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} lacks {error}: damaged, or of an older version; prepare the store anew") from None
     return manifest

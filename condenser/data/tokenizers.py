@@ -30,7 +30,7 @@ def load_tokenizer(name: str | Path) -> Any:
     if not Path(name).is_dir() and (is_path(str(name)) or Path(name).exists()):
         raise ValueError(f"no tokenizer folder at {name}: give the folder that holds tokenizer.json, or a hub name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # missing folder, no network, broken files: the library raises many kinds
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from condenser.data.corpus import is_path
 from condenser.data.store import tokenizer_hash
+from condenser.models.files import reading
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -31,11 +32,13 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
         raise ValueError(f"no model folder at {name}: give a Hugging Face folder or what `condenser export` wrote")
     logging.set_verbosity_error()  # the MLM head, unused here, would be reported at length
     torch.manual_seed(0)  # a pooler that the file lacks is drawn at random: unused, but part of the weights' hash
-    if is_sentence_transformer_model(name):
-        encoder = SentenceTransformer(name)
-    else:
-        transformer = Transformer(name)
-        encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
+    with reading(name):
+        if is_sentence_transformer_model(name):
+            encoder = SentenceTransformer(name, trust_remote_code=False)
+        else:
+            parts = ("config_kwargs", "model_kwargs", "processor_kwargs")
+            transformer = Transformer(name, **{part: {"trust_remote_code": False} for part in parts})
+            encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
     positions = getattr(backbone(encoder).config, "max_position_embeddings", None)
     if max_length and positions and max_length > positions:
         raise ValueError(f"--max-length {max_length}: {name} takes at most {positions} tokens")

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
+from condenser.models.files import reading
+
 
 class Parts(NamedTuple):
     """The pieces of a masked LM that a Condenser runs one by one."""
@@ -99,15 +101,17 @@ def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: 
         defaults: settings for a model from scratch that ``settings`` leaves open (vocabulary size, padding id).
 
     Raises:
-        ValueError: a setting that the configuration class does not know, or another architecture than the weights.
+        ValueError: a setting that the configuration class does not know, another architecture than the weights, or
+            weights that are damaged or would run code.
     """
     if backbone is None:
         check_settings(settings, BertConfig())
         return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
     config = changed_config(backbone, settings)
-    lm, report = AutoModelForMaskedLM.from_pretrained(
-        backbone, config=config, dtype="float32", output_loading_info=True
-    )
+    with reading(backbone):
+        lm, report = AutoModelForMaskedLM.from_pretrained(
+            backbone, config=config, dtype="float32", output_loading_info=True, trust_remote_code=False
+        )
     if report["missing_keys"]:
         raise ValueError(
             f"the weights in {backbone!r} do not make a masked LM of this configuration: "
@@ -117,8 +121,16 @@ def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: 
 
 
 def changed_config(backbone: str, settings: dict[str, Any]) -> PretrainedConfig:
-    """The configuration of ``backbone`` with ``settings`` in it. Raises ValueError for one that it does not know."""
-    config = AutoConfig.from_pretrained(backbone)
+    """The configuration of ``backbone`` with ``settings`` in it.
+
+    Raises:
+        ValueError: a setting that it does not know, or a configuration that needs code of its own.
+    """
+    try:
+        config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
+    except ValueError as error:
+        line = str(error).splitlines()[0]
+        raise ValueError(f"no configuration could be loaded from {backbone!r}: {line}") from None
     check_settings(settings, config)
     for key, value in settings.items():
         setattr(config, key, value)

@@ -8,11 +8,9 @@ number of devices goes on from, sharded or not. To use it: `-c configs/hardware/
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -21,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from condenser.models.attention import layer_at
 from condenser.models.backbones import parts
 from condenser.models.condenser import Condenser
+from condenser.models.files import load_file
 
 
 class FullySharded(ModelParallelStrategy):
@@ -35,8 +34,8 @@ class FullySharded(ModelParallelStrategy):
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         module: Any = self.lightning_module
-        module.check_fits(torch.load(Path(checkpoint_path), mmap=True, map_location="cpu", weights_only=True))
-        return super().load_checkpoint(checkpoint_path, weights_only)
+        module.check_fits(load_file(checkpoint_path, mmap=True))
+        return super().load_checkpoint(checkpoint_path, weights_only=True)
 
 
 def shard(model: Condenser, strategy: ModelParallelStrategy) -> None:

@@ -1,0 +1,455 @@
+"""What came from elsewhere is read, never run: pickles, YAML, code in model folders, names that leave their folder.
+
+Each malicious file would make a folder if it were trusted; the first test shows that they would.
+"""
+
+import ast
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_documents, write_jsonl
+from datasets import Dataset, DatasetDict
+from safetensors.torch import load_file, save_file
+
+import condenser
+from condenser.cli import main
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.store import TokenStore
+from condenser.hub import load_authors_checkpoint
+from condenser.runs import checkpoints
+
+REFERENCE = Path(__file__).parent / "golden" / "reference-checkpoint"
+SOURCES = sorted(Path(condenser.__path__[0]).rglob("*.py"))
+
+
+class Payload:
+    """Makes a folder where it is unpickled."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+@pytest.fixture
+def trace(tmp_path):
+    """The folder that the payload would make."""
+    path = tmp_path / "payload-was-run"
+    yield path
+    assert not path.exists()
+
+
+def yaml_payload(trace):
+    return f"!!python/object/apply:os.mkdir [{trace}]"
+
+
+def script(trace):
+    return f"import os\nos.mkdir({str(trace)!r})\n"
+
+
+def one_line(capsys, *expected):
+    """The only line on stderr, which holds all that is expected."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    for text in expected:
+        assert str(text) in lines[0]
+    return lines[0]
+
+
+def fit(recipe, folder, *options):
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(folder), "--name", "victim", *map(str, options)])
+
+
+def test_the_payloads_would_run_where_they_are_trusted(tmp_path):
+    torch.save({"c_head.0.weight": Payload(tmp_path / "a")}, tmp_path / "model.pt")
+    torch.load(tmp_path / "model.pt", weights_only=False)
+    np.save(tmp_path / "array.npy", np.array([Payload(tmp_path / "b")]), allow_pickle=True)
+    np.load(tmp_path / "array.npy", allow_pickle=True)
+    yaml.unsafe_load(yaml_payload(tmp_path / "c"))
+    exec(script(tmp_path / "d"))
+    assert all((tmp_path / name).is_dir() for name in "abcd")
+
+
+# --- pickles
+
+
+def zipped(content, path):
+    torch.save(content, path)
+
+
+def legacy(content, path):
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def bare(content, path):
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def cut(content, path):
+    torch.save({"c_head.0.weight": torch.zeros(1000)}, path)
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+def text(content, path):
+    path.write_text("<html>404</html>")
+
+
+FILES = [(zipped, "posix.mkdir"), (legacy, "posix.mkdir"), (bare, "cannot be read"), (cut, "cannot be read")]
+FILES += [(text, "is damaged, or was not written by torch")]
+
+
+@pytest.fixture
+def backbone(tiny_export, tmp_path):
+    """A folder as the authors' code leaves it, for the tokenizer of the store."""
+    folder = tmp_path / "backbone"
+    shutil.copytree(tiny_export, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save(load_file(tiny_export / "model.safetensors"), folder / "pytorch_model.bin")
+    torch.save(load_file(tiny_export / "condenser_head.safetensors"), folder / "model.pt")
+    return folder
+
+
+def of_backbone(folder):
+    return "--model.backbone", folder, "--model.backbone_config", "{}"
+
+
+def test_the_folder_without_a_payload_is_trained(backbone, recipe, tmp_path):
+    assert fit(recipe, tmp_path, *of_backbone(backbone), "--trainer.max_steps", 1) == 0
+
+
+@pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
+@pytest.mark.parametrize(("write", "why"), FILES)
+def test_weights_that_would_run_code_or_are_damaged_are_named(
+    write, why, name, backbone, recipe, trace, tmp_path, capsys
+):
+    write({"c_head.0.weight": Payload(trace)}, backbone / name)
+    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
+    one_line(capsys, backbone / name, why)
+    with pytest.raises(ValueError, match=name):
+        load_authors_checkpoint(backbone, skip_from=1)
+
+
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, [torch.zeros(2)]])
+def test_an_authors_file_without_a_head_is_named(content, backbone, recipe, tmp_path, capsys):
+    torch.save(content, backbone / "model.pt")
+    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
+    one_line(capsys, backbone / "model.pt", "holds no head (keys c_head.*)")
+
+
+@pytest.fixture
+def evaluated(tmp_path):
+    """Runs `condenser evaluate` on a collection of three passages."""
+    pytest.importorskip("sentence_transformers")
+    folder = tmp_path / "collection"
+    (folder / "qrels").mkdir(parents=True)
+    passages = [{"_id": str(number), "title": "", "text": body} for number, body in enumerate(make_documents(3))]
+    for name, rows in (("corpus", passages), ("queries", passages[:1])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t0\t1\n")
+
+    def evaluate(model):
+        options = ["--retrieval", str(folder), "--output", str(tmp_path / "evaluation")]
+        return main(["evaluate", str(model), *options])
+
+    return evaluate
+
+
+@pytest.mark.parametrize("pooling", [True, False], ids=["sentence-transformers", "plain"])
+@pytest.mark.parametrize(("write", "why"), [FILES[0], FILES[3]])
+def test_evaluating_weights_that_would_run_code_or_are_damaged(write, why, pooling, backbone, evaluated, trace, capsys):
+    if not pooling:
+        (backbone / "modules.json").unlink()
+    write({"bert.embeddings.word_embeddings.weight": Payload(trace)}, backbone / "pytorch_model.bin")
+    assert evaluated(backbone) == 1
+    one_line(capsys, backbone / "pytorch_model.bin", why)
+
+
+def malicious(checkpoint, path, trace):
+    """The checkpoint, with a payload beside the optimizer's states."""
+    content = torch.load(checkpoint, weights_only=True)
+    content["optimizer_states"][0]["payload"] = Payload(trace)
+    torch.save(content, path)
+    return path
+
+
+def test_a_checkpoint_that_would_run_code_is_not_gone_on_from(run, recipe, trace, tmp_path, capsys):
+    path = malicious(checkpoints(run)[0], tmp_path / "step=1.ckpt", trace)
+    for options in ((), ("--weights_only", "false")):
+        assert fit(recipe, tmp_path, "--ckpt_path", path, *options) == 1
+        assert f"{path} cannot be read: it would run code (posix.mkdir)" in capsys.readouterr().err
+
+
+def test_a_run_folder_with_a_checkpoint_that_would_run_code(run, recipe, trace, tmp_path, capsys):
+    (tmp_path / "victim" / "checkpoints").mkdir(parents=True)
+    path = malicious(checkpoints(run)[0], tmp_path / "victim" / "checkpoints" / "last-step=4.ckpt", trace)
+    assert fit(recipe, tmp_path) == 1
+    assert f"{path} cannot be read: it would run code (posix.mkdir)" in capsys.readouterr().err
+
+
+def test_a_checkpoint_that_would_run_code_is_not_exported(run, trace, tmp_path, capsys):
+    path = malicious(checkpoints(run)[0], tmp_path / "a.ckpt", trace)
+    assert main(["export", str(path), "--output", str(tmp_path / "out")]) == 1
+    one_line(capsys, path, "it would run code (posix.mkdir)")
+    assert not (tmp_path / "out").exists()
+
+
+def test_arrays_of_a_store_are_not_unpickled(store, corpus, trace, tmp_path, capsys):
+    folder = tmp_path / "store"
+    shutil.copytree(store, folder)
+    payload = np.array([Payload(trace)])
+    np.save(folder / "token_counts.npy", payload, allow_pickle=True)
+    with pytest.raises(ValueError, match=str(folder / "token_counts.npy")):
+        _ = CondenserDataModule(str(folder)).unigram_nats
+    unit = sorted((folder / "units").glob("*.npy"))[0]
+    np.save(unit, payload, allow_pickle=True)
+    names = sorted(path.stem for path in (folder / "units").glob("*.json"))
+    (folder / "units" / "share-0-of-1.json").write_text(json.dumps(names))
+    in_the_making(folder)
+    assert main(["prepare", "merge", str(folder)]) == 1
+    one_line(capsys, unit)
+
+
+# --- YAML
+
+
+@pytest.mark.parametrize("command", [["fit"], ["validate"], ["estimate"], ["bench"], ["launch", "--name", "x"]])
+def test_a_recipe_that_would_run_code_is_refused(command, recipe, trace, tmp_path, capsys):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.read_text() + f"name: {yaml_payload(trace)}\n")
+    assert main([*command, "--config", str(path)]) in (1, 2)
+    assert "os.mkdir" in capsys.readouterr().err
+
+
+def test_a_run_whose_settings_would_run_code_is_not_reported(run, trace, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.ckpt"))
+    (tmp_path / "run" / "config.yaml").write_text(f"name: {yaml_payload(trace)}\n")
+    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 1
+    one_line(capsys, tmp_path / "run" / "config.yaml", "os.mkdir")
+
+
+# --- names that leave their folder
+
+
+def in_the_making(folder):
+    """As a store is before its shares are merged."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    (folder / "unfinished.json").write_text(json.dumps({"first_source": 0, "settings": manifest["settings"]}))
+
+
+@pytest.fixture
+def outside(store, tmp_path):
+    """A copy of the store, and a file beside it that has what a shard has."""
+    folder = tmp_path / "store"
+    shutil.copytree(store, folder)
+    shutil.copy(next((folder / "train").glob("*.arrow")), tmp_path / "outside.arrow")
+    return folder, tmp_path / "outside.arrow"
+
+
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_manifest_whose_shards_lie_elsewhere_is_refused(relative, outside, recipe, tmp_path, capsys):
+    folder, path = outside
+    manifest = json.loads((folder / "manifest.json").read_text())
+    name = "../../outside.arrow" if relative else str(path)
+    manifest["splits"]["train"]["shards"][0]["file"] = name
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="outside of its folder"):
+        TokenStore(folder, "train")
+    for command in (["fit", "--config", str(recipe), "--name", "victim", "--data.store"], ["inspect"]):
+        assert main([*command, str(folder)]) == 1
+        one_line(capsys, folder, repr(name), "outside of its folder")
+
+
+def test_units_and_records_of_a_store_in_the_making_stay_in_it(outside, tmp_path, capsys):
+    folder, _ = outside
+    in_the_making(folder)
+    unit = sorted((folder / "units").glob("*.json"))[0]
+    share = folder / "units" / "share-0-of-1.json"
+    shutil.copy(unit, tmp_path / "00000-00000.json")
+    share.write_text(json.dumps(["../../00000-00000"]))
+    assert main(["prepare", "merge", str(folder)]) == 1
+    one_line(capsys, folder / "units", "'../../00000-00000'", "outside of its folder")
+    record = json.loads(unit.read_text())
+    record["train"]["shards"][0]["file"] = "../../outside.arrow"
+    unit.write_text(json.dumps(record))
+    share.write_text(json.dumps([unit.stem]))
+    assert main(["prepare", "merge", str(folder)]) == 1
+    one_line(capsys, folder, "'../../outside.arrow'", "outside of its folder")
+    assert not (folder / "manifest.json").exists()
+
+
+def test_units_in_a_manifest_stay_in_the_store(outside, capsys):
+    folder, _ = outside
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"units": ["../../x"]}))
+    assert main(["inspect", str(folder)]) == 1
+    one_line(capsys, folder / "manifest.json", "'../../x'")
+
+
+@pytest.mark.parametrize("name", ["../../evil", "/absolute/evil", ".."])
+def test_a_checkpoint_whose_files_leave_the_export_is_refused(name, run, tmp_path, capsys):
+    content = torch.load(checkpoints(run)[0], weights_only=True)
+    content["condenser"]["tokenizer"][name] = "evil"
+    torch.save(content, tmp_path / "a.ckpt")
+    assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "deep" / "out")]) == 1
+    one_line(capsys, tmp_path / "a.ckpt", repr(name), "outside of its folder")
+    assert {path.name for path in tmp_path.rglob("*")} <= {"a.ckpt", "deep"}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors.index.json", "pytorch_model.bin.index.json"])
+def test_weights_in_several_files_are_those_of_the_folder(name, backbone, recipe, evaluated, tmp_path, capsys):
+    weights = load_file(REFERENCE / "batch.safetensors")
+    (backbone / "pytorch_model.bin").rename(tmp_path / "outside.bin")
+    save_file(weights, tmp_path / "outside.safetensors")
+    suffix = "safetensors" if "safetensors" in name else "bin"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights, f"../outside.{suffix}")}
+    (backbone / name).write_text(json.dumps(index))
+    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
+    one_line(capsys, backbone, name, f"'../outside.{suffix}'")
+    assert evaluated(backbone) == 1
+    one_line(capsys, backbone, name)
+
+
+@pytest.mark.parametrize("many", [True, False], ids=["splits", "one"])
+def test_a_saved_dataset_is_read_from_its_folder(many, store, tmp_path, capsys):
+    saved = Dataset.from_dict({"text": make_documents(3)})
+    saved.save_to_disk(tmp_path / "outside")
+    data = tmp_path / "data"
+    (DatasetDict({"train": saved}) if many else saved).save_to_disk(data)
+    path = data / ("dataset_dict.json" if many else "state.json")
+    other = {"splits": ["train", "../outside"]} if many else {"_data_files": [{"filename": "../outside/x.arrow"}]}
+    options = ["--tokenizer", str(store / "tokenizer"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main(["prepare", "--input", str(data), *options]) == 0
+    shutil.rmtree(tmp_path / "out")
+    capsys.readouterr()
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    assert main(["prepare", "--input", str(data), *options]) == 1
+    one_line(capsys, path, "outside of its folder")
+
+
+# --- code in model folders
+
+
+def with_code(folder, trace, **config):
+    """Let a folder's configuration ask for code of its own, which lies beside it."""
+    (folder / "custom.py").write_text(script(trace))
+    own = {name: f"custom.{name}" for name in ("AutoConfig", "AutoModel", "AutoModelForMaskedLM")}
+    for name, more in (("config.json", {"auto_map": own}), ("tokenizer_config.json", {"auto_map": TOKENIZER})):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | more | (config if name == "config.json" else {})))
+
+
+TOKENIZER = {"AutoTokenizer": ["custom.Tokenizer", "custom.Tokenizer"]}
+
+
+def test_code_in_a_backbone_of_a_known_type_is_passed_over(backbone, recipe, evaluated, trace, tmp_path):
+    with_code(backbone, trace)
+    assert fit(recipe, tmp_path, *of_backbone(backbone), "--trainer.max_steps", 1) == 0
+    assert evaluated(backbone) == 0
+
+
+def test_a_backbone_that_needs_its_own_code_is_refused_unasked(
+    backbone, recipe, evaluated, trace, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda prompt: "y")  # transformers would ask
+    with_code(backbone, trace, model_type="custom")
+    (backbone / "modules.json").unlink()
+    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
+    one_line(capsys, backbone, "custom code")
+    assert evaluated(backbone) == 1
+    one_line(capsys, backbone, "custom code")
+
+
+def test_modules_of_sentence_transformers_are_not_taken_from_the_folder(backbone, evaluated, trace, capsys):
+    (backbone / "custom.py").write_text(script(trace))
+    modules = json.loads((backbone / "modules.json").read_text())
+    modules[1]["type"] = "custom.Pooling"
+    (backbone / "modules.json").write_text(json.dumps(modules))
+    assert evaluated(backbone) == 1
+    one_line(capsys, backbone, "custom.Pooling")
+
+
+def test_a_folder_of_data_with_a_loading_script_is_read_without_it(store, trace, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "data.py").write_text(script(trace))
+    write_jsonl(data / "documents.jsonl", make_documents(3))
+    options = ["--tokenizer", str(store / "tokenizer"), "--output", str(tmp_path / "out"), "--workers", "1"]
+    assert main(["prepare", "--input", str(data), *options]) == 0
+
+
+# --- the code itself
+
+
+def calls(path):
+    """Every call in a file: its name as written, and its keywords."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), {each.arg: ast.unparse(each.value) for each in node.keywords}
+
+
+def unsafe(name, keywords):
+    last = name.split(".")[-1]
+    return (
+        keywords.get("shell", "False") != "False"
+        or keywords.get("allow_pickle", "False") != "False"
+        or keywords.get("trust_remote_code", "False") != "False"
+        or name in ("os.system", "os.popen", "eval", "exec", "subprocess.getoutput")
+        or last in ("unsafe_load", "full_load", "Unpickler", "load_from_checkpoint")
+        or name in ("yaml.load", "pickle.load", "pickle.loads", "joblib.load", "dill.load")
+        or (name == "torch.load" and keywords.get("weights_only") != "True")
+        or (name.startswith("Auto") and last == "from_pretrained" and "trust_remote_code" not in keywords)
+    )
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(SOURCES[0].parent)))
+def test_nothing_is_unpickled_or_given_to_a_shell(path):
+    assert [(name, keywords) for name, keywords in calls(path) if unsafe(name, keywords)] == []
+
+
+def test_torch_load_is_called_in_one_place():
+    assert [path.name for path in SOURCES if any(name == "torch.load" for name, _ in calls(path))] == ["files.py"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "subprocess.run('ls', shell=True)",
+        "os.system('ls')",
+        "pickle.load(file)",
+        "yaml.load(text, yaml.Loader)",
+        "yaml.unsafe_load(text)",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "AutoModel.from_pretrained(path)",
+        "AutoModel.from_pretrained(path, trust_remote_code=True)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_what_is_unsafe_is_found(line, tmp_path):
+    (tmp_path / "a.py").write_text(line)
+    assert [unsafe(*call) for call in calls(tmp_path / "a.py")] == [True]
+
+
+def test_a_checkpoint_that_would_run_code_is_not_validated(run, recipe, trace, tmp_path, capsys):
+    path = malicious(checkpoints(run)[0], tmp_path / "step=1.ckpt", trace)
+    options = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path), "--ckpt_path", str(path)]
+    assert main(["validate", *options]) == 1
+    assert f"{path} cannot be read: it would run code (posix.mkdir)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["fit", "launch"])
+def test_a_run_whose_settings_would_run_code_is_not_gone_on_with(command, run, recipe, trace, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "victim")
+    path = tmp_path / "victim" / "config.yaml"
+    path.write_text(f"name: {yaml_payload(trace)}\n")
+    options = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
+    assert main([command, *options, *(["--gpus", "0", "--dry-run"] if command == "launch" else [])]) == 1
+    one_line(capsys, path, "os.mkdir")
