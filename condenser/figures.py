@@ -107,10 +107,22 @@ def plot(axes: Axes, metric: str, x: np.ndarray, values: np.ndarray, colour: str
         return
     width = int(len(x) * smooth / 100)
     if metric != "train/lr" and width > 1:
-        axes.plot(x, values, color=colour, lw=0.7, alpha=0.3, rasterized=len(x) > 2000)  # a picture is smaller then
+        axes.plot(*thinned(x, values), color=colour, lw=0.7, alpha=0.3)
         log = axes.get_yscale() == "log"
         values = np.exp(moving_mean(np.log(values), width)) if log else moving_mean(values, width)
-    axes.plot(x, values, color=colour, lw=1.5)
+    axes.plot(*thinned(x, values), color=colour, lw=1.5)
+
+
+def thinned(x: np.ndarray, values: np.ndarray, n: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    """The lowest and the highest of every so many points: ``n`` such pairs, which a panel's width can show, look like
+    the curve that has more."""
+    each = -(-len(x) // n)
+    if each <= 2:
+        return x, values
+    bounds = range(0, len(x), each)
+    extremes = {i + int(pick(values[i : i + each])) for i in bounds for pick in (np.argmin, np.argmax)}
+    kept = sorted({0, *extremes, len(x) - 1})
+    return x[kept], values[kept]
 
 
 def leave_out_start(axes: Axes) -> None:

@@ -4,12 +4,13 @@
 """
 
 import csv
-import io
 import json
 import os
 import re
+import subprocess
 import zipfile
 import zlib
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 METRICS = "metrics.csv"
 RETRIEVAL = "evaluation/retrieval.json"
+COMMIT = "COMMIT"  # beside the code that `condenser launch` copied
 
 SEAL = b"crc32="
 SEAL_LENGTH = len(SEAL) + 8
@@ -32,6 +34,7 @@ FREE = {  # settings that do not change what is computed, or only where
     "name",
     "runs_dir",
     "wandb",
+    "wandb_artifacts",
     "trace_steps",
     "config",
     "ckpt_path",
@@ -135,30 +138,38 @@ def read_mapping(path: Path) -> Any:
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        return yaml.safe_load(text) if path.suffix == ".yaml" else json.loads(text)
+        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def read_metrics(path: Path) -> Curves:
     """Curves by metric. Of a step that a resumed run logged again, the later row counts; a cut last line does not."""
-    text = path.read_text(encoding="utf-8")
-    reader = csv.reader(io.StringIO(text[: text.rfind("\n") + 1]))
-    header = next(reader, ["step"])
-    if "step" not in header:
-        raise ValueError(f"{path} has no 'step' column but {', '.join(header)}: is it the metrics of a run?")
-    points: defaultdict[str, dict[int, float]] = defaultdict(dict)
-    for cells in filter(None, reader):
-        try:
-            step, row = parse_row(header, cells)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {reader.line_num}: broken row ({error}): mend or remove it") from error
-        for name, value in row.items():
-            points[name][step] = value
+    points: defaultdict[str, tuple[array, array]] = defaultdict(lambda: (array("q"), array("d")))
+    with open(path, encoding="utf-8", newline="") as file:
+        reader = csv.reader(line for line in file if line.endswith("\n"))
+        header = next(reader, ["step"])
+        if "step" not in header:
+            raise ValueError(f"{path} has no 'step' column but {', '.join(header)}: is it the metrics of a run?")
+        for cells in filter(None, reader):
+            try:
+                step, row = parse_row(header, cells)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num}: broken row ({error}): mend or remove it") from error
+            for name, value in row.items():
+                steps, values = points[name]
+                steps.append(step)
+                values.append(value)
     points.pop("epoch", None)
     if not points:
         raise ValueError(f"{path} holds no values yet: wait until the run has logged its first step")
-    return {name: (np.array(sorted(p)), np.array([p[step] for step in sorted(p)])) for name, p in points.items()}
+    return {name: in_order(np.array(steps), np.array(values)) for name, (steps, values) in points.items()}
+
+
+def in_order(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By step, of each the last value."""
+    unique, from_end = np.unique(steps[::-1], return_index=True)
+    return unique, values[::-1][from_end]
 
 
 def parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[int, dict[str, float]]:
@@ -166,3 +177,12 @@ def parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[int, dict[st
         raise ValueError(f"{len(cells)} cells under {len(header)} columns")
     row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell or name == "step"}
     return int(row.pop("step")), row
+
+
+def output(*command: str) -> str | None:
+    """What a command says, None where it fails or there is none."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
+    except FileNotFoundError:
+        return None
+    return done.stdout.rstrip("\n") if done.returncode == 0 else None

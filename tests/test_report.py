@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from condenser.cli import main
-from condenser.figures import moving_mean, short
+from condenser.figures import moving_mean, short, thinned
 from condenser.report import report
 
 TRAIN = ["train/mlm_loss", "train/lr", "train/tokens_seen", "perf/tokens_per_second"]
@@ -52,6 +52,18 @@ def test_page_asks_nothing_of_the_network(tmp_path):
     assert all(reference.startswith(("#", "data:image/png;base64,")) for reference in references)
     ids = re.findall(r' id="([^"]*)"', html)
     assert len(ids) == len(set(ids))
+
+
+def test_a_page_of_many_rows_is_hardly_larger_and_shows_every_peak(tmp_path):
+    few, many = (len(page(make_run(tmp_path / str(rows), TRAIN, rows=rows))) for rows in (1000, 20_000))
+    assert many < 1.5 * few
+    values = np.random.default_rng(0).random(20_003)
+    values[12_345], values[54] = 9.0, -9.0
+    x, drawn = thinned(np.arange(len(values)), values)
+    assert {0, 54, 12_345, 20_002} <= set(x)
+    assert (np.diff(x) > 0).all()
+    assert (values[x] == drawn).all()
+    assert len(x) <= 1002
 
 
 def test_runs_are_drawn_over_each_other_and_named_everywhere(tmp_path):

@@ -3,10 +3,12 @@
 import csv
 import errno
 import io
+import itertools
 import os
 import resource
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,26 +22,41 @@ from lightning.pytorch.utilities import rank_zero_only
 from condenser import signals
 from condenser.data.store import write_json, written
 from condenser.models.flops import bf16_peak
-from condenser.runs import METRICS, SUMMARY
+from condenser.runs import COMMIT, METRICS, SUMMARY, output
+
+
+class LoggedOnce:
+    """Which of the rows that Lightning logs are new: one is logged early for a checkpoint, and a run that is stopped
+    between logging steps repeats the last."""
+
+    def __init__(self, every_n_steps: int):
+        self.every_n_steps, self.newest = every_n_steps, (-1, frozenset[str]())
+
+    def is_new(self, metrics: Mapping[str, float], step: int) -> bool:
+        row = step, frozenset(metrics)
+        if row == self.newest or ("train/loss" in metrics and (step + 1) % self.every_n_steps):
+            return False
+        self.newest = row
+        return True
 
 
 class MetricsCSV(Logger):
     """Appends metrics to one wide CSV file; a resumed run goes on in it, after what its checkpoint had reached.
 
     Columns are ``step``, ``epoch``, then metrics as they turn up; a new one makes the file be written again. Rows that
-    a full disk refuses are kept until there is space, and asked for again before a checkpoint is written.
+    a full disk refuses are kept (about 2 kB each) until there is space, and asked for again before a checkpoint is
+    written. The file is never held in memory as a whole: it may have a row a step.
 
     Args:
         folder: the run's.
-        every_n_steps: how often training logs; when it is stopped between, Lightning repeats what it logged last.
+        every_n_steps: how often training logs.
     """
 
     def __init__(self, folder: Path, every_n_steps: int = 1):
         super().__init__()
-        self.path, self.every_n_steps = folder / METRICS, every_n_steps
+        self.path, self.logged = folder / METRICS, LoggedOnce(every_n_steps)
         self.columns: list[str] = []
-        self.unwritten: list[dict[str, Any]] = []
-        self.newest: tuple[int, set[str]] = (-1, set())
+        self.unwritten: deque[dict[str, Any]] = deque()
 
     @property
     def name(self) -> str:
@@ -60,57 +77,60 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def begin_at(self, step: int) -> None:
         """Drop what was logged at or after ``step`` (steps done again after a crash), and a line cut short."""
-        rows = self.read() if self.path.is_file() else []
-        self.columns = list(rows[0]) if rows else []
-        self.write([row for row in rows if int(row["step"]) < step])
+        self.path.touch()
+        lines = self.lines()
+        header = next(lines, "")
+        self.columns = next(csv.reader([header]), [])
+        self.write(header, (line for line in lines if int(line.split(",", 1)[0]) < step))
 
-    def read(self) -> list[dict[str, str]]:
+    def lines(self) -> Iterator[str]:
         with open(self.path, newline="") as file:
-            text = file.read()
-        return list(csv.DictReader(text[: text.rfind("\n") + 1].splitlines()))
+            yield from (line for line in file if line.endswith("\n"))
 
-    def write(self, rows: list[dict[str, str]]) -> None:
-        with written(self.path) as partial:
-            header = dict(zip(self.columns, self.columns, strict=True))
-            partial.write_text(self.lines([header, *rows] if header else rows))
+    def write(self, header: str, rows: Iterable[str]) -> None:
+        with written(self.path) as partial, open(partial, "w", newline="") as file:
+            file.write(header)
+            file.writelines(rows)
 
-    def lines(self, rows: Sequence[Mapping[str, Any]]) -> str:
+    def line(self, row: Mapping[str, Any]) -> str:
         text = io.StringIO()
-        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerows(rows)
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
         return text.getvalue()
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         assert step is not None
-        if "train/loss" in metrics and (step + 1) % self.every_n_steps:
+        if not self.logged.is_new(metrics, step):
             return
         row: dict[str, Any] = {"step": step, **{key: float(value) for key, value in metrics.items()}}
         row["epoch"] = int(row.get("epoch", 0))
-        if (step, set(row)) == self.newest:  # was logged early, for a checkpoint
-            return
-        self.newest = (step, set(row))
         self.unwritten.append(row)
         with suppress(OSError):
             self.flush()
 
     def flush(self) -> None:
-        new = dict.fromkeys(key for row in self.unwritten for key in ("step", "epoch", *row) if key not in self.columns)
-        if new:
-            rows = self.read() if self.path.is_file() else []
-            self.columns += new
-            try:
-                self.write(rows)
-            except OSError:
-                self.columns = self.columns[: -len(new)]
-                raise
-        if not self.unwritten:
-            return
+        while self.unwritten:
+            self.append(self.unwritten[0])
+            self.unwritten.popleft()
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        if new := [key for key in dict.fromkeys(("step", "epoch", *row)) if key not in self.columns]:
+            self.add(new)
         with open(self.path, "ab", buffering=0) as file:
-            lines, end = self.lines(self.unwritten).encode(), file.tell()
-            if file.write(lines) < len(lines):
+            line, end = self.line(row).encode(), file.tell()
+            if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        self.unwritten.clear()
+
+    def add(self, columns: Sequence[str]) -> None:
+        before, self.columns = self.columns, [*self.columns, *columns]
+        header = self.line(dict(zip(self.columns, self.columns, strict=True)))
+        rows, empty = itertools.islice(self.lines(), 1, None), "," * len(columns)
+        try:
+            self.write(header, (f"{row[:-1]}{empty}\n" for row in rows))
+        except OSError:
+            self.columns = before
+            raise
 
 
 class Speed(Callback):
@@ -245,4 +265,13 @@ def hardware(trainer: L.Trainer) -> str:
 def versions() -> dict[str, str]:
     from importlib.metadata import version
 
-    return {name: version(name) for name in ("condenser", "torch", "lightning", "transformers")}
+    packages = {name: version(name) for name in ("condenser", "torch", "lightning", "transformers")}
+    return {**packages, "commit": commit()}
+
+
+def commit() -> str:
+    """What git calls the code that runs, or called it where `condenser launch` copied it from."""
+    folder = Path(__file__).parents[2]
+    if (folder / COMMIT).is_file():
+        return (folder / COMMIT).read_text().splitlines()[0]
+    return output("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40") or "unknown"

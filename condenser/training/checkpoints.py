@@ -1,7 +1,7 @@
 """Checkpoints that a run can be trusted to go on from, whatever ended it and whenever.
 
 A checkpoint is whole once it has its name, and is removed only when later ones are. It is taken when the step's metrics
-are written and its validation is done, so that a run that goes on has left out neither. A disk that is full ends
+are written and its validation is done, or is left to the run that goes on, which has left out neither. A disk that is full ends
 training on all devices, and one line says so. What is damaged later is found by `condenser.runs.is_whole`.
 """
 
@@ -11,7 +11,8 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from condenser.data.store import written
+from condenser.models.files import load_file
 from condenser.runs import seal, step_of
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -107,6 +109,9 @@ class WholeFiles(TorchCheckpointIO):
                 f"{free / 1e6:,.1f} MB are free. Earlier checkpoints are kept; make space and start the run again"
             ) from error
 
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return load_file(path)
+
 
 def save(checkpoint: dict[str, Any], file: Any) -> None:
     sealed: Any = Sealed(file)
@@ -142,7 +147,9 @@ class Checkpoints(Checkpoint):
         self.folder, self.settings = folder, settings
         self.best, self.best_step = float("inf"), -1
         self.last_step = self.first_step = -1
-        self.saved: set[int] = set()
+        self.lasts: list[int] = []  # steps of the newest that are whole, oldest first; those kept for good drop out
+        self.bests: list[int] = []
+        self.damaged: set[int] = set()
         self.seconds = 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,8 +161,13 @@ class Checkpoints(Checkpoint):
     def path(self, kind: str, step: int) -> Path:
         return self.folder / f"{kind}-step={step}.ckpt"
 
+    def steps(self, kind: str) -> list[int]:
+        return sorted(step_of(path) for path in self.folder.glob(f"{kind}-step=*.ckpt"))
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.first_step = trainer.global_step
+        self.first_step = first = trainer.global_step
+        found, self.bests = (self.steps(kind) for kind in ("last", "best"))
+        self.lasts, self.damaged = [step for step in found if step <= first], {step for step in found if step > first}
         if not trainer.strategy.broadcast(self.path("best", self.best_step).is_file()):
             self.best, self.best_step = float("inf"), -1  # the run began with another's checkpoint
 
@@ -164,12 +176,19 @@ class Checkpoints(Checkpoint):
         if self.seconds and pl_module.is_logging_step(step):
             pl_module.log("perf/checkpoint_seconds", self.seconds)
             self.seconds = 0.0
-        if pl_module.guard.stop and not validation_is_due(trainer):
+        due, asked = validation_is_due(trainer), pl_module.guard.stop
+        owed = due and asked and step < pl_module.total_steps()  # the run that goes on begins with it
+        if asked and (owed or not due):
             trainer.limit_val_batches = 0  # Lightning would validate before it stops; there may be no time for it
-        if trainer.should_stop or (self.settings.due(step) and not validation_is_due(trainer)):
+        if trainer.should_stop or (self.settings.due(step) and not due):
             connector: Any = trainer._logger_connector
             connector.update_train_step_metrics()  # Lightning logs them later; a run that goes on would lack them
-            self.save_last(trainer)
+            with validation_begun(trainer) if owed else nullcontext():
+                self.save_last(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        total = validation_progress(trainer).total
+        total.ready = total.started = total.completed  # also where it had begun when the run was stopped
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.sanity_checking or not validation_is_due(trainer):  # but only because training is to stop
@@ -178,10 +197,12 @@ class Checkpoints(Checkpoint):
         if trainer.strategy.reduce_boolean_decision(loss < self.best):
             before = self.best, self.best_step
             self.best, self.best_step = loss, step
-            if not self.save(trainer, self.path("best", step)):
+            if self.save(trainer, self.path("best", step)):
+                self.bests.append(step)
+            else:
                 self.best, self.best_step = before
-        if trainer.should_stop or self.settings.due(step):
-            self.save_last(trainer)  # where training is to stop, for the second time: it knows the best now
+        if trainer.should_stop or self.settings.due(step) or step == self.first_step:
+            self.save_last(trainer)  # where training stops or goes on, for the second time: it knows the best now
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.last_step != trainer.global_step:
@@ -190,7 +211,6 @@ class Checkpoints(Checkpoint):
     def save_last(self, trainer: L.Trainer, ends: bool = False) -> None:
         if self.save(trainer, self.path("last", trainer.global_step), ends):
             self.last_step = trainer.global_step
-            self.saved.add(self.last_step)
             if trainer.is_global_zero:
                 self.remove_old()
 
@@ -218,16 +238,18 @@ class Checkpoints(Checkpoint):
         return not failed
 
     def remove_old(self) -> None:
-        """All but the newest that are whole: later than where the run began, only those that it saved are."""
-        found = sorted(self.folder.glob("last-step=*.ckpt"), key=step_of)
-        whole = [path for path in found if step_of(path) <= self.first_step or step_of(path) in self.saved]
-        keep = {*whole[-self.settings.keep_last :], *(path for path in whole if self.settings.kept(step_of(path)))}
-        for path in set(found) - keep:
-            path.unlink()
+        """All but the newest that are whole, without reading the folder, which grows with what is kept for good."""
+        if self.last_step not in self.lasts:
+            self.lasts.append(self.last_step)
+        n = self.settings.keep_last
+        old = [step for step in self.lasts[:-n] if not self.settings.kept(step)]
+        for step in (*old, *self.damaged.difference(self.lasts)):
+            self.path("last", step).unlink(missing_ok=True)
+        self.lasts, self.damaged = self.lasts[-n:], set()
         if self.path("best", self.best_step).is_file():
-            for path in self.folder.glob("best-step=*.ckpt"):
-                if step_of(path) != self.best_step:
-                    path.unlink()
+            for step in {*self.bests} - {self.best_step}:
+                self.path("best", step).unlink(missing_ok=True)
+            self.bests = [self.best_step]
 
 
 def validation_is_due(trainer: L.Trainer) -> bool:
@@ -237,3 +259,20 @@ def validation_is_due(trainer: L.Trainer) -> bool:
     due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
     trainer.should_stop = stop
     return due
+
+
+def validation_progress(trainer: L.Trainer) -> Any:
+    loop: Any = trainer.fit_loop.epoch_loop
+    return loop.val_loop.batch_progress
+
+
+@contextmanager
+def validation_begun(trainer: L.Trainer) -> Iterator[None]:
+    """Lightning's counters as they are in a validation's first batch: what is saved with them goes on by validating."""
+    train, validation = trainer.fit_loop.epoch_loop.batch_progress, validation_progress(trainer)
+    before = [progress.state_dict() for progress in (train, validation)]
+    train.increment_completed()
+    validation.total.ready = validation.total.started = validation.total.completed + 1
+    yield
+    for progress, state in zip((train, validation), before, strict=True):
+        progress.load_state_dict(state)
