@@ -38,8 +38,6 @@ METRICS = {
 }
 
 
-
-
 def fit(recipe, runs, name, *options):
     return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", name, *options])
 

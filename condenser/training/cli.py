@@ -6,7 +6,6 @@ there; a finished run says so; a changed setting is refused by name (devices may
 
 import logging
 import os
-import secrets
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,18 +14,27 @@ from typing import Any, Literal
 import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser import signals
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.store import written
-from condenser.runs import CONFIG, SUMMARY, changed_keys, is_finished, is_whole, newest_valid_checkpoint, step_of
-from condenser.training.callbacks import Listening, MetricsCSV, Speed, Summary, Trace
+from condenser.runs import (
+    CONFIG,
+    SUMMARY,
+    changed_keys,
+    is_finished,
+    is_whole,
+    newest_valid_checkpoint,
+    read_mapping,
+    step_of,
+)
+from condenser.training import tracking
+from condenser.training.callbacks import Listening, MetricsCSV, Speed, Summary, Trace, versions
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
 from condenser.training.failures import explained
-from condenser.training.guard import Guard
 from condenser.training.module import CondenserModule
 
 REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
@@ -49,6 +57,12 @@ class RunCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
             "--wandb", type=Literal["online", "offline", "off"], default="off", help="Weights & Biases beside the CSV"
+        )
+        parser.add_argument(
+            "--wandb_artifacts",
+            type=bool,
+            default=False,
+            help="keep settings, versions and manifests at W&B, and the finished run's export (RUNS_DIR/NAME/export)",
         )
         parser.add_argument(
             "--trace_steps",
@@ -91,7 +105,7 @@ class RunCLI(LightningCLI):
         text = self._parser(self.subcommand).dump(settings, skip_none=False)
         config = self.run / CONFIG
         if self.checkpoint is not None and config.is_file():
-            changed = changed_keys(yaml.safe_load(config.read_text()), yaml.safe_load(text))
+            changed = changed_keys(read_mapping(config), yaml.safe_load(text))
             if changed:
                 raise ValueError(
                     f"{self.run} was started with another {', '.join(changed)}; give the run another --name, "
@@ -113,6 +127,7 @@ class RunCLI(LightningCLI):
         settings = self.config[self.subcommand]
         callbacks = list(self._get(self.config_init, "trainer.callbacks") or [])
         loggers: list[Logger] | bool = False
+        flush: Any = lambda: None  # noqa: E731
         plugins = self._get(self.config_init, "trainer.plugins") or []
         kwargs["plugins"] = [*plugins] if isinstance(plugins, list) else [plugins]
         if self.subcommand == "fit":
@@ -121,8 +136,8 @@ class RunCLI(LightningCLI):
             if settings.trace_steps:
                 callbacks.append(Trace(self.run, settings.trace_steps))
             loggers = self.loggers(settings)
-            metrics: Any = loggers[0]
-            kwargs["plugins"].append(WholeFiles(before=metrics.flush))
+            flush = loggers[0].flush  # type: ignore[attr-defined]
+        kwargs["plugins"].append(WholeFiles(before=flush))
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             # Lightning's own requeue acts inside a signal handler
             kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
@@ -130,22 +145,14 @@ class RunCLI(LightningCLI):
 
     def loggers(self, settings: Any) -> list[Logger]:
         """CSV always, W&B beside it; both go on where the checkpoint had reached."""
-        metrics = MetricsCSV(self.run, settings.trainer.log_every_n_steps or 50)  # 50 is Lightning's default
+        every_n_steps = settings.trainer.log_every_n_steps or 50  # Lightning's default
+        metrics = MetricsCSV(self.run, every_n_steps)
         metrics.begin_at(step_of(self.checkpoint) if self.checkpoint else 0)
         if settings.wandb == "off":
             return [metrics]
-        offline = settings.wandb == "offline"
-        if not offline and is_first_rank():
-            check_wandb_login()
-        beside = WandbLogger(
-            name=settings.name,
-            project=os.environ.get("WANDB_PROJECT", "condenser"),
-            save_dir=self.run,
-            id=wandb_id(self.run),
-            resume=None if offline else "allow",
-            offline=offline,
-        )
-        return [metrics, beside]
+        tracker = tracking.tracker(self.run, settings.wandb, every_n_steps)
+        tracking.describe(tracker, self.run, self.datamodule.weights, versions(), keep=settings.wandb_artifacts)
+        return [metrics, tracker]
 
 
 class DryCLI(RunCLI):
@@ -172,33 +179,23 @@ def is_first_rank() -> bool:
     return known.rank == 0
 
 
-def check_wandb_login() -> None:
-    import wandb
-
-    if not wandb.login(prompt=False):
-        raise ValueError(
-            "--wandb online needs a key: run `wandb login`, or take offline and `wandb sync` the run later"
-        )
-
-
-def wandb_id(run: Path) -> str | None:
-    """The W&B id that a run keeps however often it is started; only the first rank logs."""
-    path = run / "wandb_id"
-    if is_first_rank() and not path.is_file():
-        path.write_text(secrets.token_hex(4))
-    return path.read_text() if path.is_file() else None
-
-
 def fit(args: Sequence[str]) -> None:
-    with explained():
-        cli = run_cli("fit", args)
-    guard: Guard = cli.model.guard
-    if guard.stop and not (cli.run / SUMMARY).is_file():
-        if is_first_rank():
-            step = cli.trainer.global_step
-            print(f"{cli.run} was asked to stop, and did after step {step:,}; start it again to go on")
-        again = guard.requeue and "SLURM_JOB_ID" in os.environ
-        raise SystemExit(signals.AGAIN if again else signals.STOPPED)
+    with tracking.finished():
+        with explained():
+            cli = run_cli("fit", args)
+        settings, logger = cli.config["fit"], cli.trainer.loggers[-1]
+        if (cli.run / SUMMARY).is_file():
+            if settings.wandb_artifacts and isinstance(logger, tracking.Tracker):
+                tracking.keep_export(logger, cli.run)
+        elif cli.model.guard.stop:
+            stopped(cli)
+
+
+def stopped(cli: RunCLI) -> None:
+    if is_first_rank():
+        print(f"{cli.run} was asked to stop, and did after step {cli.trainer.global_step:,}; start it again to go on")
+    again = cli.model.guard.requeue and "SLURM_JOB_ID" in os.environ
+    raise SystemExit(signals.AGAIN if again else signals.STOPPED)
 
 
 def validate(args: Sequence[str]) -> None:

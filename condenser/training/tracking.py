@@ -1,0 +1,185 @@
+"""Weights & Biases beside the CSV: one W&B run for a run folder, however often it is started, by the first rank alone.
+
+Training does not depend on it: a server that does not answer costs half a minute at the start and at the end. What has
+not reached it is in the run folder, where `wandb sync` finds it.
+"""
+
+import os
+import secrets
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from condenser import signals
+from condenser.data.store import MANIFEST
+from condenser.export import export, sha256
+from condenser.runs import CONFIG
+from condenser.training.callbacks import LoggedOnce
+
+PATIENCE = {"init_timeout": 30.0, "finish_timeout": 30.0}  # seconds; WANDB_INIT_TIMEOUT sets the first
+
+
+class Tracker(WandbLogger):
+    """Lightning's W&B logger; W&B's failures do not reach training."""
+
+    lost = False
+
+    def __init__(self, every_n_steps: int, **options: Any):
+        super().__init__(**options)
+        self.logged = LoggedOnce(every_n_steps)
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        assert step is not None
+        if self.lost or not self.logged.is_new(metrics, step):
+            return
+        try:
+            super().log_metrics(metrics, step)
+        except Exception as error:  # the process that sends is gone, for one
+            self.lost = True
+            warn(f"no longer takes metrics ({one_line(error)}); training goes on, and metrics.csv has them all")
+
+
+def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -> Tracker:
+    """The logger of this run folder's W&B run; one that W&B cannot take now is written offline.
+
+    Raises:
+        ValueError: there is no key, or what is given cannot be one.
+    """
+    first: Any = rank_zero_only
+    if first.rank:
+        return logger_of(run, mode, every_n_steps)
+    import wandb
+
+    if mode == "online":
+        check_key()
+    logger = logger_of(run, mode, every_n_steps)
+    try:
+        _ = logger.experiment
+    except wandb.errors.Error as error:
+        warn(f"cannot be reached ({one_line(error)}); later: wandb sync {run}/wandb/offline-run-*")
+        forget(wandb)  # which else takes the run's id to be in use
+        logger = logger_of(run, "offline", every_n_steps)
+        _ = logger.experiment
+    return logger
+
+
+def check_key() -> None:
+    import wandb
+
+    try:
+        found = wandb.login(prompt=False, verify=False)
+    except wandb.errors.AuthenticationError as error:
+        raise ValueError(f"--wandb online: {one_line(error)}; run `wandb login`") from None
+    if not found:
+        raise ValueError(
+            "--wandb online needs a key: run `wandb login`, or take offline and `wandb sync` the run later"
+        )
+
+
+def logger_of(run: Path, mode: str, every_n_steps: int) -> Tracker:
+    from wandb import Settings
+
+    patience: Any = {name: seconds for name, seconds in PATIENCE.items() if f"WANDB_{name.upper()}" not in os.environ}
+    return Tracker(
+        every_n_steps,
+        name=run.name,
+        project=os.environ.get("WANDB_PROJECT", "condenser"),
+        save_dir=run,
+        id=run_id(run),
+        resume="allow",  # offline too: then what is synced later is appended
+        mode=mode,
+        settings=Settings(disable_git=True, save_code=False, **patience),  # a remote's address can hold a password
+    )
+
+
+def run_id(run: Path) -> str | None:
+    """The W&B id that a run keeps however often it is started; only the first rank logs."""
+    path, first = run / "wandb_id", rank_zero_only
+    if not first.rank and not path.is_file():  # type: ignore[attr-defined]
+        path.write_text(secrets.token_hex(4))
+    return path.read_text() if path.is_file() else None
+
+
+@rank_zero_only
+def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions: dict[str, str], keep: bool) -> None:
+    """Show the settings, the versions and the stores' checksums with the run, and ``keep`` them as an artifact."""
+    about = {
+        "settings": yaml.safe_load((run / CONFIG).read_text()),
+        "versions": versions,
+        "stores": {
+            folder.name: {"weight": weight, "manifest_sha256": sha256(folder / MANIFEST)}
+            for folder, weight in weights.items()
+        },
+    }
+    logger.experiment.config.update(about, allow_val_change=True)
+    if keep:
+        files = {CONFIG: run / CONFIG, **{f"{folder.name}/{MANIFEST}": folder / MANIFEST for folder in weights}}
+        keep_files(logger, "settings", files, {key: about[key] for key in ("versions", "stores")})
+
+
+@rank_zero_only
+def keep_export(logger: Tracker, run: Path) -> None:
+    """Export a finished run's best checkpoint to ``RUN/export`` and keep it as an artifact."""
+    try:
+        export(str(run), output=str(run / "export"))
+    except (ValueError, OSError) as error:
+        warn(f"gets no export: {error}")
+        return
+    files = [path for path in (run / "export").rglob("*") if path.is_file()]
+    keep_files(logger, "model", {str(path.relative_to(run / "export")): path for path in files}, {})
+
+
+def keep_files(logger: Tracker, kind: str, files: Mapping[str, Path], about: dict[str, Any]) -> None:
+    import wandb
+
+    run = logger.experiment
+    artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=about)
+    for name, path in files.items():
+        artifact.add_file(str(path), name=name)
+    try:
+        run.log_artifact(artifact)
+    except Exception as error:  # it asks the server first
+        warn(f"does not take the artifact {artifact.name} ({one_line(error)})")
+
+
+@contextmanager
+def finished() -> Iterator[None]:
+    """Ends the W&B run that began within, with the exit code; what it still has to send is given half a minute."""
+    code: Any = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+        raise
+    finally:
+        wandb = sys.modules.get("wandb")
+        if wandb is not None and wandb.run is not None:
+            try:
+                if code in (signals.STOPPED, signals.AGAIN):
+                    wandb.run.mark_preempting()
+                wandb.finish(exit_code=code)
+            except Exception as error:
+                warn(f"has not taken everything ({one_line(error)})")
+                forget(wandb)
+
+
+def forget(wandb: Any) -> None:
+    """End the process that sends for us, with what it may still hold."""
+    with suppress(Exception):
+        wandb.teardown(exit_code=1)
+
+
+def warn(message: str) -> None:
+    print(f"W&B {message}", file=sys.stderr)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,266 @@
+"""Weights & Biases: one run however often it is started, by one rank; and training goes on whatever becomes of it."""
+
+import gzip
+import hashlib
+import os
+import socket
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+from lightning.pytorch import Callback
+from test_devices import DDP, start_ranks, wait_for, write_recipe
+from test_training import StopAfter, assert_same_weights, fit, metrics_of
+from wandb_server import wandb_server
+
+from condenser.cli import main
+from condenser.hub import load_export
+from condenser.training.tracking import PATIENCE, forget
+
+__all__ = ["Outage", "StopAfter", "kill_the_sender", "main"]
+KEY = "5ec4e7" * 7
+STOP = ["--trainer.callbacks", f"{__name__}.StopAfter", "--trainer.callbacks.n_steps"]
+SYNC = Path(sys.executable).with_name("wandb")
+
+
+@pytest.fixture
+def to_server(monkeypatch):
+    """W&B's client talks to this address, with this key."""
+    import wandb
+
+    def use(url, key=KEY):
+        wandb.teardown()
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        monkeypatch.setenv("WANDB_INIT_TIMEOUT", "4")
+
+    yield use
+    forget(wandb)
+
+
+def tracked_as(run):
+    return (run / "wandb_id").read_text()
+
+
+def steps_of(server, run):
+    return [int(row["trainer/global_step"]) for row in server.history(tracked_as(run))]
+
+
+def expected_steps(run):
+    return [int(row["step"]) for row in metrics_of(run)]
+
+
+def test_a_run_that_was_stopped_goes_on_in_its_wandb_run(run, recipe, tmp_path, to_server):
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        assert fit(recipe, tmp_path, "a", "--wandb", "online", *STOP, "4") == 0
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
+    assert list(server.runs) == [tracked_as(tmp_path / "a")]
+    assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a") == expected_steps(run)
+    assert_same_weights(tmp_path / "a", run)
+
+
+def test_offline_parts_that_are_synced_later_are_one_run(recipe, tmp_path, to_server):
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        assert fit(recipe, tmp_path, "a", "--wandb", "offline", *STOP, "5") == 0
+        assert fit(recipe, tmp_path, "a", "--wandb", "offline") == 0
+        assert not server.asked
+        sync(tmp_path / "a", n_parts=2)
+    assert len(server.runs) == 1
+    assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a")
+
+
+def sync(run, n_parts):
+    parts = sorted((run / "wandb").glob("offline-run-*"))
+    assert len(parts) == n_parts
+    subprocess.run([SYNC, "sync", "--yes", *parts], check=True, capture_output=True, cwd=run)
+
+
+def test_settings_versions_checksums_and_export_are_kept(recipe, store, tmp_path, to_server):
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        assert fit(recipe, tmp_path, "a", "--wandb", "online", "--wandb_artifacts", "true") == 0
+    (config,) = server.configs.values()
+    sha256 = hashlib.sha256((store / "manifest.json").read_bytes()).hexdigest()
+    assert config["settings"]["value"]["model"]["init_args"]["skip_from"] == 1
+    assert config["stores"]["value"] == {store.name: {"weight": 1.0, "manifest_sha256": sha256}}
+    assert {"condenser", "commit", "torch"} <= set(config["versions"]["value"])
+    settings, model = (server.artifacts[f"{kind}-{tracked_as(tmp_path / 'a')}"] for kind in ("settings", "model"))
+    assert settings["metadata"] == {key: config[key]["value"] for key in ("versions", "stores")}
+    assert settings["files"] == ["config.yaml", f"{store.name}/manifest.json"]
+    assert {"model.safetensors", "condenser_head.safetensors", "1_Pooling/config.json"} <= set(model["files"])
+    assert load_export(tmp_path / "a" / "export").skip_from == 1
+
+
+def test_a_run_is_shown_without_artifacts_by_default(recipe, tmp_path, to_server):
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
+    assert server.configs
+    assert not server.artifacts
+    assert not (tmp_path / "a" / "export").exists()
+
+
+def test_only_the_first_rank_talks(recipe, tmp_path, to_server):
+    path = write_recipe(recipe, tmp_path / "two.yaml", trainer__devices=2, trainer__strategy=DDP, wandb="online")
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        wait_for(
+            start_ranks(2, [["--config", path, "--runs_dir", tmp_path, "--name", "a"]], tmp_path / "log"),
+            tmp_path / "log",
+        )
+    assert server.asked.count("RunResumeStatus") == len(list((tmp_path / "a" / "wandb").glob("run-*"))) == 1
+    assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a")
+    assert "wandb" not in (tmp_path / "log-1").read_text()
+
+
+@contextmanager
+def silence():
+    """An address where connections are accepted and nobody answers."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(100)
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+
+@contextmanager
+def refusal():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{unused.getsockname()[1]}"
+
+
+@pytest.mark.parametrize("host", [silence, refusal])
+def test_a_run_whose_host_cannot_be_reached_is_written_offline(host, run, recipe, tmp_path, to_server, capfd):
+    with host() as url:
+        to_server(url)
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
+    assert "W&B cannot be reached (" in capfd.readouterr().err
+    assert_same_weights(tmp_path / "a", run)
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        sync(tmp_path / "a", n_parts=1)
+    assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a")
+
+
+class Outage(Callback):
+    """The first time that training is at this step, W&B's server (or the process that sends to it) is gone."""
+
+    happens = staticmethod(lambda: None)
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            Outage.happens()
+
+
+OUTAGE = ["--trainer.callbacks", f"{__name__}.Outage", "--trainer.callbacks.step", "3"]
+
+
+def test_training_goes_on_when_the_server_goes_away(run, recipe, tmp_path, to_server, monkeypatch):
+    """And what did not reach it is uploaded later."""
+    monkeypatch.setitem(PATIENCE, "finish_timeout", 3.0)
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        monkeypatch.setattr(Outage, "happens", server.hang)
+        assert fit(recipe, tmp_path, "a", "--wandb", "online", "--wandb_artifacts", "true", *OUTAGE) == 0
+    assert_same_weights(tmp_path / "a", run)
+    assert steps_of(server, tmp_path / "a") != expected_steps(run)
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        subprocess.run(
+            [SYNC, "sync", "--yes", "--include-online", *(tmp_path / "a" / "wandb").glob("run-*")],
+            check=True,
+            capture_output=True,
+            cwd=tmp_path,
+        )
+    assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a") == expected_steps(run)
+
+
+def kill_the_sender():
+    for child in psutil.Process().children(recursive=True):
+        if "wandb-core" in child.name():
+            child.kill()
+            child.wait()
+
+
+def test_training_goes_on_when_the_process_that_sends_is_killed(run, recipe, tmp_path, to_server):
+    code = "import sys; from test_wandb import *; Outage.happens = kill_the_sender; sys.exit(main(sys.argv[1:]))"
+    options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a", "--wandb", "online", *OUTAGE]
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
+        command = [sys.executable, "-c", code, "fit", *options]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("W&B no longer takes metrics") == 1
+    assert_same_weights(tmp_path / "a", run)
+
+
+def test_a_missing_key_is_refused(recipe, tmp_path, to_server, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        monkeypatch.delenv("WANDB_API_KEY")
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 1
+        assert "run `wandb login`, or take offline" in capsys.readouterr().err
+        to_server(server.url, "short")
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 1
+        assert "--wandb online: WANDB_API_KEY invalid: API key must have 40+ characters" in capsys.readouterr().err
+    assert not server.runs
+
+
+def test_a_key_that_is_no_longer_valid_does_not_stop_a_run(recipe, tmp_path, to_server, capfd):
+    with wandb_server(KEY) as server:
+        to_server(server.url, "0" * 40)
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
+        assert "user is not logged in" in capfd.readouterr().err
+        assert list((tmp_path / "a" / "wandb").glob("offline-run-*"))
+
+
+def test_no_secret_is_found_in_the_run_folder(recipe, tmp_path, to_server, monkeypatch):
+    """Of the environment, of the remote repository's address, of a netrc."""
+    secrets = {"HF_TOKEN": "hf_1111planted", "AWS_SECRET_ACCESS_KEY": "2222planted", "GITHUB_TOKEN": "ghp_3333planted"}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / ".netrc").write_text("machine example.org login me password 4444planted\n")
+    (tmp_path / "repository").mkdir()
+    for arguments in (["init", "-q"], ["remote", "add", "origin", "https://me:5555planted@example.org/a.git"]):
+        subprocess.run(["git", *arguments], check=True, cwd=tmp_path / "repository")
+    monkeypatch.chdir(tmp_path / "repository")
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        options = ["--wandb_artifacts", "true", "--trace_steps", "2"]
+        assert fit(recipe, tmp_path, "a", "--wandb", "online", *options) == 0
+        assert fit(recipe, tmp_path, "b", "--wandb", "offline") == 0
+        assert (
+            main(
+                [
+                    "launch",
+                    "--config",
+                    str(recipe),
+                    "--runs_dir",
+                    str(tmp_path),
+                    "--name",
+                    "c",
+                    "--gpus",
+                    "0",
+                    "--dry-run",
+                ]
+            )
+            == 0
+        )
+    files = [path for name in "abc" for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert len(files) > 30
+    for path in files:
+        content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        found = [secret for secret in (KEY, "planted") if secret.encode() in content]
+        assert not found, path
