@@ -42,7 +42,8 @@ OWN_PARSER = {"fit", "validate", "estimate", "launch"}  # called with the remain
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command. Errors in what the user gave are one line on stderr and exit code 1 (2 for usage); training that
-    a signal stopped ends with code 75, in a SLURM job that is to be put back into the queue with 76."""
+    a signal stopped ends with code 75, in a SLURM job that is to be put back into the queue with 76; one that lost a
+    process with 74."""
     argv = list(sys.argv[1:] if args is None else args)
     if not argv or argv[0] in ("-h", "--help"):
         print(overview())
@@ -73,7 +74,7 @@ def run(name: str, rest: Sequence[str]) -> int:
         if os.environ.get("CONDENSER_TRACEBACK"):
             raise
         print(f"condenser {name}: error: {error}", file=sys.stderr)
-        return 1
+        return signals.LOST if isinstance(error, ConnectionError) else 1
 
 
 def overview() -> str:

@@ -12,6 +12,7 @@ Several seeds or overlays are one job array: a run folder for each, and runs/N/l
 
 import argparse
 import itertools
+import math
 import os
 import re
 import shlex
@@ -28,10 +29,11 @@ import yaml
 import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.store import read_manifest
-from condenser.runs import CONFIG, SUMMARY, changed_keys
+from condenser.runs import COMMIT, CONFIG, changed_keys, is_finished, newest_valid_checkpoint, output, read_mapping
 from condenser.training.cli import DryCLI, run_cli
 
 TEMPLATE = Path(__file__).parents[1] / "configs" / "cluster" / "slurm.sh"
+UNLIMITED = ("0", "infinite", "unlimited")  # as sbatch's --time
 LARGEST_FILE = 5_000_000  # bytes; larger ones beside the code are not taken along
 
 Settings = dict[str, Any]
@@ -45,6 +47,11 @@ class Script(string.Template):
 
 def launch(args: Sequence[str]) -> None:
     options, of_fit = own_parser().parse_known_args(args)
+    if options.notice >= (limit := seconds_of(options.time)):
+        raise ValueError(
+            f"--notice {options.notice} must be shorter than --time {options.time}, which is {limit} seconds: the run "
+            "would be told to save as soon as it begins"
+        )
     name, runs = settings_of_runs(options, of_fit)
     for settings in runs:
         check(settings, options)
@@ -84,7 +91,7 @@ def own_parser() -> argparse.ArgumentParser:
     add("--cpus", type=int, default=8, help="cores of each process (default: 8)")
     add("--time", default="24:00:00", help="time limit, as for sbatch; the run goes on in the next (default: 24:00:00)")
     add("--notice", type=int, default=180, help="seconds before the limit at which the run is to save (default: 180)")
-    add("--retries", type=int, default=20, help="a killed job is not put back if it was so many times (default: 20)")
+    add("--retries", type=int, default=3, help="a killed job is not put back after so many starts in vain (default: 3)")
     add("--partition", help="SLURM's partition")
     add("--account", help="SLURM's account")
     add("--sbatch", default="", help="further #SBATCH options, as on a command line: --sbatch='--mem=64G --exclusive'")
@@ -96,6 +103,19 @@ def own_parser() -> argparse.ArgumentParser:
     add("--overlays", nargs="+", default=[], help="a run with each of these YAML files laid over the configuration")
     add("--dry-run", action="store_true", help="write everything, show the job script, submit nothing")
     return parser
+
+
+def seconds_of(time: str) -> float:
+    """Of a time limit as sbatch reads it."""
+    if time.lower() in UNLIMITED:
+        return math.inf
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if match is None:
+        raise ValueError(f"--time {time}: give it as minutes, H:M:S, D-H or D-H:M:S")
+    days, *parts = match.groups()
+    given = [int(part) for part in parts if part]
+    units = (3600, 60, 1) if days or len(given) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(number * unit for number, unit in zip(given, units, strict=False))
 
 
 def settings_of_runs(options: Any, of_fit: list[str]) -> tuple[str, list[Settings]]:
@@ -142,10 +162,12 @@ def check(settings: Settings, options: Any) -> None:
     if accelerator in (("cpu",) if options.gpus else ("gpu", "cuda")):
         raise ValueError(f"trainer.accelerator={accelerator} does not go with --gpus {options.gpus}: change one")
     run = Path(settings["runs_dir"]) / name
-    config = run / CONFIG
-    if config.is_file() and (changed := changed_keys(yaml.safe_load(config.read_text()), settings)):
+    config, newest = run / CONFIG, newest_valid_checkpoint(run, say=lambda message: None)
+    if newest is None:
+        return
+    if config.is_file() and (changed := changed_keys(read_mapping(config), settings)):
         raise ValueError(f"{run} was started with another {', '.join(changed)}; give the run another --name")
-    if (run / SUMMARY).is_file():
+    if is_finished(run, newest):
         raise ValueError(f"{run} is finished: there is nothing to do; give the run another --name")
 
 
@@ -160,6 +182,7 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
     values |= {"name": name, "tasks": options.gpus or options.tasks, "python": shlex.quote(options.python)}
     values |= {"folder": shlex.quote(str(folder)), "workdir": shlex.quote(os.getcwd())}
     values |= {"suffix": "-$SLURM_ARRAY_TASK_ID" if array else "", "log": "%A_%a" if array else "%j"}
+    values |= {"runs": shlex.join(str(Path(settings["runs_dir"]) / settings["name"]) for settings in runs)}
     values |= {"directives": "\n".join(f"#SBATCH {shlex.quote(directive)}" for directive in directives)}
     try:
         script = Script(options.template.read_text()).substitute(values)
@@ -186,7 +209,7 @@ def snapshot(folder: Path) -> None:
             shutil.copy2(source, target)
     if known:
         commit = output("git", "rev-parse", "HEAD") or "no commit"
-        (fresh / "COMMIT").write_text(f"{commit}\n{output('git', 'status', '--short')}\n")
+        (fresh / COMMIT).write_text(f"{commit}\n{output('git', 'status', '--short')}\n")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 
@@ -205,12 +228,3 @@ def job_in_queue(script: Path) -> str | None:
     """The number of the job with this script that waits or runs, however it was submitted."""
     jobs = (output("squeue", "--me", "--noheader", "--format=%A %o") or "").splitlines()
     return next((job.split()[0] for job in jobs if job.endswith(f" {script}")), None)
-
-
-def output(*command: str) -> str | None:
-    """What a command says, None where it fails or there is none."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "GIT_OPTIONAL_LOCKS": "0"})
-    except FileNotFoundError:
-        return None
-    return done.stdout.rstrip("\n") if done.returncode == 0 else None

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 STOP, REQUEUE = signal.SIGTERM, signal.SIGUSR1  # save and end; save, end and be started again
+LOST = 74  # exit code of a process that lost another one, or a loader worker (EX_IOERR of sysexits.h)
 STOPPED = 75  # exit code of a run that was asked to stop and can go on (EX_TEMPFAIL of sysexits.h)
 AGAIN = 76  # the same in a SLURM job that is to be put back into the queue, which configs/cluster/slurm.sh does
 

@@ -3,19 +3,21 @@
 import io
 import os
 import random
+import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import Callback
 from test_devices import DDP, start_ranks, write_recipe
-from test_training import StopAfter, assert_same_weights, fit, metrics_of
+from test_training import AskedToStop, StopAfter, assert_same_weights, fit, metrics_of
 
-from condenser.runs import checkpoints, is_whole, newest_valid_checkpoint
+from condenser.runs import checkpoints, is_whole, newest_valid_checkpoint, step_of
 from condenser.training.checkpoints import Checkpointing, WholeFiles
 
-__all__ = ["StopAfter"]
+__all__ = ["AskedToStop", "StopAfter"]
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
 
 
@@ -121,6 +123,47 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(ru
     assert_same_weights(tmp_path / "hurt", run)
     steps = [row["step"] for row in metrics_of(tmp_path / "hurt") if row["train/loss"]]
     assert steps == [row["step"] for row in metrics_of(run) if row["train/loss"]]
+
+
+class DiesAt(Callback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("died")
+
+
+@pytest.mark.parametrize("every", ["step", "epoch"])
+def test_a_validation_that_is_due_when_a_run_is_asked_to_stop_is_done_when_it_goes_on(every, recipe, tmp_path):
+    options = ["--trainer.max_steps", "14", "--checkpoint.every_n_steps", "4", "--data.batch_size", "64"]
+    if every == "epoch":  # of 4 steps
+        options[-1] = "248"
+        options += ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"]
+    assert fit(recipe, tmp_path, "whole", *options) == 0
+    asked = ["--trainer.callbacks", f"{__name__}.AskedToStop", "--trainer.callbacks.number", str(int(signal.SIGTERM))]
+    for step in (4, 12):
+        assert fit(recipe, tmp_path, "asked", *options, *asked, "--trainer.callbacks.after", str(step - 2)) == 75
+        assert step_of(checkpoints(tmp_path / "asked")[0]) == step
+        assert not metrics_of(tmp_path / "asked")[-1].get("val/loss")
+        for death in range(step, min(step + 6, 14)):
+            dies = ["--trainer.callbacks", f"{__name__}.DiesAt", "--trainer.callbacks.step", str(death)]
+            with pytest.raises(RuntimeError, match="died"):
+                fit(recipe, tmp_path, "asked", *options, *dies)
+    assert fit(recipe, tmp_path, "asked", *options) == 0
+    assert names(tmp_path / "asked") == names(tmp_path / "whole")
+    assert_same_weights(tmp_path / "asked", tmp_path / "whole")
+    assert metrics_of(tmp_path / "asked") == metrics_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("end", [["--trainer.max_epochs", "2", "--trainer.max_steps", "-1"], []])
+def test_a_run_that_is_asked_to_stop_at_its_last_step_is_finished(end, recipe, tmp_path):
+    options = ["--data.batch_size", "248", "--trainer.val_check_interval", "4" if end else "3", *end]
+    asked = ["--trainer.callbacks", f"{__name__}.AskedToStop", "--trainer.callbacks.number", str(int(signal.SIGTERM))]
+    assert fit(recipe, tmp_path, "whole", *options) == 0
+    assert fit(recipe, tmp_path, "asked", *options, *asked, "--trainer.callbacks.after", "6") == 0
+    assert names(tmp_path / "asked") == names(tmp_path / "whole")
+    assert metrics_of(tmp_path / "asked") == metrics_of(tmp_path / "whole")
 
 
 def test_a_finished_run_whose_end_is_damaged_is_finished_again(run, recipe, tmp_path):

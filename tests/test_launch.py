@@ -1,5 +1,6 @@
 """`condenser launch`, without a SLURM: what is written, what the job does, what is refused. See test_slurm.py too."""
 
+import math
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from test_devices import write_recipe
 
 import condenser
 from condenser.cli import main
+from condenser.launch import seconds_of
 
 ON_CPUS = ["--gpus", "0", "--tasks", "2", "--cpus", "1"]
 
@@ -193,21 +195,39 @@ TASK = {"SLURM_JOB_ID": "19", "SLURM_ARRAY_JOB_ID": "17", "SLURM_ARRAY_TASK_ID":
     [
         (0, JOB, ""),
         (1, JOB, ""),
+        (74, JOB, "requeue 17\n"),
         (75, JOB, ""),
         (76, JOB, "requeue 17\n"),
         (76, TASK, "requeue 17_1\n"),
-        (76, JOB | {"SLURM_RESTART_COUNT": "50"}, "requeue 17\n"),
-        (137, JOB | {"SLURM_RESTART_COUNT": "2"}, "requeue 17\n"),
-        (137, JOB | {"SLURM_RESTART_COUNT": "3"}, ""),
+        (137, JOB, "requeue 17\n"),
         (143, JOB, ""),
     ],
 )
-def test_a_job_is_put_back_if_its_time_was_up_or_it_was_killed_and_not_if_it_failed(
+def test_a_job_is_put_back_if_its_time_was_up_or_it_lost_a_process_and_not_if_it_failed(
     code, environment, put_back, recipe, project, commands, tmp_path
 ):
     assert launch(recipe, "--name", "N", "--retries", "3", "--python", str(tmp_path / "commands/fake-python")) == 0
     done, requeued = run_job(project / "runs/N/launch", commands, [f"exit {code}"], **environment)
     assert (done.returncode, requeued) == (code, put_back)
+
+
+@pytest.mark.parametrize(("name", "environment"), [("N", JOB), ("N-seed=2", TASK)])
+def test_a_job_that_loses_processes_is_put_back_while_it_gets_on(
+    name, environment, recipe, project, commands, tmp_path
+):
+    python, seeds = str(tmp_path / "commands/fake-python"), ["--seeds", "1", "2"] if "seed" in name else []
+    assert launch(recipe, "--name", "N", "--retries", "3", "--python", python, *seeds) == 0
+    checkpoints = project / "runs" / name / "checkpoints"
+    checkpoints.mkdir(parents=True)
+
+    def put_back(code, step=None):
+        lines = [f"touch '{checkpoints}/last-step={step}.ckpt'"] if step else []
+        return bool(run_job(project / "runs/N/launch", commands, [*lines, f"exit {code}"], **environment)[1])
+
+    assert [put_back(137, step) for step in (8, 9, 10, 11)] == [True] * 4
+    assert [put_back(74), put_back(137), put_back(74, 100)] == [True, True, True]
+    assert [put_back(137), put_back(137), put_back(76, 101)] == [True, True, True]
+    assert [put_back(137), put_back(137), put_back(137), put_back(137)] == [True, True, False, False]
 
 
 def test_each_task_of_an_array_reads_its_own_settings(recipe, project, commands, tmp_path):
@@ -230,6 +250,8 @@ REFUSED = {
     "device": (["--trainer.accelerator", "gpu"], 1, "trainer.accelerator=gpu does not go with --gpus 0"),
     "trainer": (["--trainer.gradient_clip_val", "1"], 1, "by model.optimizer.gradient_clip"),
     "type": (["--nodes", "two"], 2, "--nodes"),
+    "notice": (["--time", "3:00"], 1, "--notice 180 must be shorter than --time 3:00, which is 180 seconds"),
+    "time": (["--time", "1h"], 1, "--time 1h: give it as minutes, H:M:S, D-H or D-H:M:S"),
 }
 
 
@@ -260,6 +282,30 @@ def test_a_run_that_is_finished_or_was_started_otherwise_is_refused(run, recipe,
     assert launch(recipe, *there, "--data.window", "4") == 1
     assert "was started with another data.window" in capsys.readouterr().err
     assert not (run / "launch").exists()
+
+
+def test_a_run_whose_end_is_damaged_is_not_finished(run, recipe, project):
+    shutil.copytree(run, project / "runs/N")
+    assert launch(recipe, "--name", "N") == 1
+    for path in (project / "runs/N/checkpoints").glob("*step=8.ckpt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert launch(recipe, "--name", "N") == 0
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("10", 600),
+        ("2:30", 150),
+        ("24:00:00", 86400),
+        ("1-2", 93600),
+        ("1-2:03", 93780),
+        ("0-0:03:04", 184),
+        ("UNLIMITED", math.inf),
+    ],
+)
+def test_time_limits_are_read_as_sbatch_reads_them(time, seconds):
+    assert seconds_of(time) == seconds
 
 
 def test_where_there_is_no_sbatch_it_says_what_to_run_where_there_is(recipe, project, capsys, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from test_devices import write_recipe
 from test_training import assert_same_weights, metrics_of
@@ -49,7 +50,7 @@ class Job:
         watched = {"class_path": "slurm.watched.Watched", "init_args": {"folder": str(self.seen), "seconds": seconds}}
         settings = {"trainer__max_steps": N_STEPS, "trainer__val_check_interval": 10, "trainer__callbacks": [watched]}
         path = write_recipe(recipe, folder / f"{name}.yaml", **settings)
-        setup = f"export PYTHONPATH={Path(__file__).parent}"
+        setup = f"export PYTHONPATH={Path(__file__).parent} MASTER_ADDR=127.0.0.1"  # nodes here have no address
         arguments = ["--config", path, "--runs_dir", folder / "runs", "--name", name, "--gpus", 0, "--tasks", tasks]
         arguments += ["--cpus", 1, "--time", 10, "--setup", setup, *options]
         with contextlib.chdir(folder), contextlib.redirect_stdout(io.StringIO()) as said:
@@ -97,7 +98,8 @@ class Job:
     def release(self, number=None):
         """Start a job soon that was put back; SLURM would wait for two minutes, and start none in the same second."""
         time.sleep(2)
-        slurm("scontrol", "update", f"JobId={number or self.number}", "StartTime=now")
+        with contextlib.suppress(subprocess.CalledProcessError):  # it has started by itself
+            slurm("scontrol", "update", f"JobId={number or self.number}", "StartTime=now")
         self.until(lambda: self.facts(number)["JobState"] != "PENDING", 30)
 
     def finish(self):
@@ -212,6 +214,60 @@ def test_when_a_process_is_killed_the_other_says_so_and_the_job_is_put_back(whol
     assert steps[steps.index(last - 1) + 1 :][-(N_STEPS - last) :] == list(range(last, N_STEPS))
     assert sorted(set(steps)) == list(range(N_STEPS))
     assert_finished_like(job, whole)
+
+
+class SecondNode:
+    """The node n2 of the SLURM that tests/slurm/install.sh has started."""
+
+    def __init__(self, folder):
+        self.pid = folder / "slurmd-n2.pid"
+
+    def kill(self, pid):
+        """With the process ``pid`` on it, and without a word to anybody."""
+        for number in (int(self.pid.read_text()), psutil.Process(pid).ppid(), pid):
+            os.kill(number, signal.SIGKILL)
+
+    def is_down(self):
+        slurm("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=lost")
+
+    def comes_back(self):
+        time.sleep(3)  # a job that is put back must not start in the second in which it has ended, see release()
+        slurm("slurmd", "-c", "-N", "n2")
+        deadline = time.monotonic() + 30
+        while "idle" not in slurm("sinfo", "--noheader", "--nodes=n2", "--format=%T").split():
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+
+
+@pytest.fixture
+def second_node():
+    node = SecondNode(Path(os.environ.get("SLURM_CONF", "/etc/slurm/slurm.conf")).parent)
+    if not node.pid.exists():
+        pytest.skip("needs the two nodes of tests/slurm/install.sh")
+    return node
+
+
+@pytest.mark.parametrize("first", ["slurm", "process"])
+def test_a_job_that_loses_a_node_is_put_back_whoever_notices_first(first, whole, recipe, folder, second_node):
+    job = Job(recipe, folder, f"lost-{first}", "--nodes", 2, "--srun=--wait=5", tasks=1)
+    job.until_step(8)
+    second_node.kill(job.entries(1)[-1]["pid"])
+    if first == "process":
+        job.until(lambda: "ended with code 74 and goes back into the queue" in job.log())
+    second_node.is_down()
+    assert job.outcome()["Restarts"] == "1"
+    second_node.comes_back()
+    job.finish()
+    assert_finished_like(job, whole)
+
+
+def test_when_one_process_cannot_begin_the_others_do_not_wait_for_it(recipe, folder):
+    """And the job is put back, as the reason may be that node, but not for ever."""
+    refusal = ["--trainer.callbacks+=slurm.watched.NotOnSecond", "--srun=--wait=5", "--retries=2"]
+    job = Job(recipe, folder, "one-refused", *refusal)
+    assert job.outcome()["Restarts"] == "1"
+    assert "condenser fit: error: " in job.log()
+    assert job.finish() == {"JobState": "FAILED", "ExitCode": "137:0", "Restarts": "1"}
 
 
 def test_a_job_that_fit_refuses_is_not_put_back(recipe, folder):

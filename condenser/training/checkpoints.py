@@ -1,8 +1,8 @@
 """Checkpoints that a run can be trusted to go on from, whatever ended it and whenever.
 
 A checkpoint is whole once it has its name, and is removed only when later ones are. It is taken when the step's metrics
-are written and its validation is done, or is left to the run that goes on, which has left out neither. A disk that is full ends
-training on all devices, and one line says so. What is damaged later is found by `condenser.runs.is_whole`.
+are written and its validation is done, or is left to the run that goes on, which has left out neither. A disk that is
+full ends training on all devices, and one line says so. What is damaged later is found by `condenser.runs.is_whole`.
 """
 
 import errno
@@ -272,6 +272,7 @@ def validation_begun(trainer: L.Trainer) -> Iterator[None]:
     train, validation = trainer.fit_loop.epoch_loop.batch_progress, validation_progress(trainer)
     before = [progress.state_dict() for progress in (train, validation)]
     train.increment_completed()
+    validation.reset_on_run()
     validation.total.ready = validation.total.started = validation.total.completed + 1
     yield
     for progress, state in zip((train, validation), before, strict=True):

@@ -15,7 +15,7 @@ import lightning as L
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser import signals
@@ -194,6 +194,9 @@ def fit(args: Sequence[str]) -> None:
 def stopped(cli: RunCLI) -> None:
     if is_first_rank():
         print(f"{cli.run} was asked to stop, and did after step {cli.trainer.global_step:,}; start it again to go on")
+    environment = getattr(cli.trainer.strategy, "cluster_environment", None)
+    if isinstance(environment, LightningEnvironment) and environment.local_rank():
+        return  # at any other code Lightning kills the first process, which may still have something to do
     again = cli.model.guard.requeue and "SLURM_JOB_ID" in os.environ
     raise SystemExit(signals.AGAIN if again else signals.STOPPED)
 

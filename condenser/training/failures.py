@@ -11,7 +11,7 @@ LOST = ("Connection closed", "Connection reset", "connection reset", "timed out"
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Raises errors of communication as OSError; after any error no loader worker is left.
+    """Raises errors of communication as ConnectionError; after any error no loader worker is left.
 
     A worker passes SIGTERM over, as it ends with the process that started it; one that was not told to end, because the
     error came in between, would be waited for without end when this process exits.
@@ -24,7 +24,7 @@ def explained() -> Iterator[None]:
         message = explanation(error) if isinstance(error, RuntimeError) else None
         if message is None:
             raise
-        raise OSError(message) from error
+        raise ConnectionError(message) from error
 
 
 def end(workers: set) -> None:

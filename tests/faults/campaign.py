@@ -8,13 +8,17 @@ done again than lie between two checkpoints, and none where a signal had asked t
 
     make test-faults N=20 SEED=0
     PYTHONPATH=tests python tests/faults/campaign.py --n 5 --faults SIGSTOP KillWorker --folder runs/faults
+
+Its disks are mounted where only its own processes see them, and these end when it does, kill -9 included.
 """
 
 import argparse
+import ctypes
 import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -34,6 +38,7 @@ from condenser.cli import main
 CODES = {
     0,
     1,
+    signals.LOST,
     signals.STOPPED,
     -signal.SIGKILL,
     -signal.SIGTERM,
@@ -77,13 +82,14 @@ def differences(run, whole):
     if rows != expected:
         steps = [[(row["step"], bool(row["train/loss"])) for row in each] for each in (rows, expected)]
         wrong.append(f"metrics differ: {sorted(set(steps[0]) ^ set(steps[1])) or 'in values or order'}")
-    names = [sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (run, whole)]
-    if names[0] != names[1]:
-        wrong.append(f"checkpoints differ: {names[0]}")
+    names, expected = [{path.name for path in (each / "checkpoints").iterdir()} for each in (run, whole)]
+    others = {name for name in names - expected if not name.startswith("last")}  # the last but one is where it stopped
+    if others or len(names) != len(expected) or f"last-step={N_STEPS}.ckpt" not in names:
+        wrong.append(f"checkpoints differ: {sorted(names)}")
     return wrong
 
 
-def hit(folder, store, whole, kind, seed, to_first_step):
+def hit(folder, kept, store, whole, kind, seed, to_first_step):
     """One run that a fault befalls at a random moment."""
     rng = random.Random(seed)
     early = rng.random() < 0.2  # before the first step
@@ -110,7 +116,7 @@ def hit(folder, store, whole, kind, seed, to_first_step):
             outcome.wrong.append(f"{outcome.lost} steps done again")
         return outcome
     finally:
-        subject.close(keep=bool(outcome.wrong) and subject.run.is_dir())
+        subject.close(keep=kept if outcome.wrong else None)
 
 
 def befall(subject, fault, outcome):
@@ -145,16 +151,18 @@ def make_store(folder):
     return folder / "store"
 
 
-def campaign(folder, n, seed, kinds):
-    store = make_store(folder)
-    whole = Subject(folder, store, "whole")
-    try:
-        return against(whole, folder, store, n, seed, kinds)
-    finally:
-        whole.close(keep=False)
+def campaign(kept, n, seed, kinds):
+    with tempfile.TemporaryDirectory(prefix="faults-") as folder:
+        folder = Path(folder)
+        store = make_store(folder)
+        whole = Subject(folder, store, "whole")
+        try:
+            return against(whole, folder, kept, store, n, seed, kinds)
+        finally:
+            whole.close()
 
 
-def against(whole, folder, store, n, seed, kinds):
+def against(whole, folder, kept, store, n, seed, kinds):
     whole.start().wait()  # the fork server has to import
     shutil.rmtree(whole.run)
     (whole.folder / "read-0").unlink()
@@ -168,7 +176,8 @@ def against(whole, folder, store, n, seed, kinds):
     print(f"undisturbed: {N_STEPS} steps in {seconds:.1f} s, {to_first_step:.1f} before the first")
     outcomes = []
     for number in range(seed, seed + n):
-        outcome = hit(folder, store, whole.run, FAULTS[kinds[number % len(kinds)]], number, to_first_step)
+        kind = FAULTS[kinds[number % len(kinds)]]
+        outcome = hit(folder, kept, store, whole.run, kind, number, to_first_step)
         outcomes.append(outcome)
         state = "; ".join(outcome.wrong) or ("survived" if outcome.struck else "not struck")
         print(f"{outcome.fault} {number}, {outcome.moment}: {state}; {outcome.lost} steps again")
@@ -196,19 +205,29 @@ def shortened(message, length=160):
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+def mount_for_itself():
+    """What is mounted from here on is seen by this process and those that it starts, and goes with the last of them."""
+    new_mounts = 0x00020000  # CLONE_NEWNS; os.unshare comes with Python 3.12
+    if ctypes.CDLL(None).unshare(new_mounts) == 0:
+        subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--n", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--faults", nargs="+", choices=FAULTS, default=list(FAULTS))
-    parser.add_argument("--folder", type=Path, help="where runs that did not survive are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("runs/faults"), help="where runs that did not survive are kept"
+    )
     options = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
-    folder = options.folder or Path(tempfile.mkdtemp(prefix="faults-"))
-    folder.mkdir(parents=True, exist_ok=True)
-    found = campaign(folder, options.n, options.seed, options.faults)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    mount_for_itself()
+    found = campaign(options.folder, options.n, options.seed, options.faults)
     print(table(found))
     failed = [outcome for outcome in found if outcome.wrong]
-    where = f"; see {folder}" if failed else ""
+    where = f"; see {options.folder}" if failed else ""
     print(f"{len(failed)} of {len(found)} did not survive (seed {options.seed}){where}")
     sys.exit(bool(failed))

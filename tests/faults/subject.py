@@ -1,6 +1,7 @@
 """A short run on two processes, which can be started, watched, waited for and started again."""
 
 import contextlib
+import ctypes
 import faulthandler
 import json
 import multiprocessing
@@ -28,12 +29,14 @@ from condenser.cli import main
 N_STEPS, EVERY = 40, 4  # a checkpoint is saved every so many
 TIMEOUT = 15  # seconds after which processes give each other up
 LIMIT = 120  # seconds in which all has to have ended
+END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 WHERE = signal.SIGUSR2  # a process that hangs writes down where
 
 
 def be_a_rank(rank, world_size, port, log, arguments):
     """One process of a run, as a launcher would start it, in a session by which what it leaves behind is found."""
     os.setsid()
+    ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
     with open(f"{log}-{rank}", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -80,18 +83,23 @@ class Attempt:
                 for process in self.running():
                     os.kill(process.pid, WHERE)
                 time.sleep(1)
-                for pid in self.left():
-                    os.kill(pid, signal.SIGKILL)
+                self.kill()
                 return False
             time.sleep(0.05)
         return True
+
+    def kill(self):
+        for pid in self.left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
     def codes(self):
         return [process.exitcode for process in self.ranks]
 
     def said(self):
         """What a user would look at: the error in a line, else the last line of a process that was not killed."""
-        logs = [Path(f"{self.log}-{rank}").read_text(errors="replace") for rank in range(len(self.ranks))]
+        paths = [Path(f"{self.log}-{rank}") for rank in range(len(self.ranks))]
+        logs = [path.read_text(errors="replace") if path.is_file() else "" for path in paths]  # killed before it wrote
         errors = [line for log in logs for line in log.splitlines() if line.startswith("condenser fit: error: ")]
         if errors:
             return errors[0]
@@ -171,14 +179,15 @@ class Subject:
         return max((step for attempt in self.begun() for step in attempt), default=-1)
 
     def lost(self):
-        """How many steps were done again."""
-        begun = self.begun()
-        return sum(max(0, before[-1] + 1 - after[0]) for before, after in pairwise(begun))
+        """How many steps a start did again, at most."""
+        return max((before[-1] + 1 - after[0] for before, after in pairwise(self.begun())), default=0)
 
-    def close(self, keep):
-        if keep:
-            shutil.copytree(self.run, self.folder / "run", dirs_exist_ok=True)
+    def close(self, keep=None):
+        """End and remove all of it; what was seen of the run goes to the folder ``keep``."""
+        for attempt in self.attempts:
+            attempt.kill()
+        if keep is not None:
+            shutil.copytree(self.folder, keep / self.name, dirs_exist_ok=True)
         if self.mounted:
             subprocess.run(["umount", "-l", str(self.disk)], check=False, capture_output=True)
-        if not keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A callback for runs in SLURM jobs: slow steps, each noted by each rank as it begins and as it ends."""
+"""Callbacks for runs in SLURM jobs: slow steps, each noted by each rank as it begins and as it ends; a refusal."""
 
 import json
 import os
@@ -32,3 +32,11 @@ class Watched(Callback):
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.note(trainer, ended=trainer.global_step - 1)
+
+
+class NotOnSecond(Callback):
+    """The second process of a job cannot begin."""
+
+    def __init__(self):
+        if os.environ.get("SLURM_PROCID") == "1":
+            raise ValueError("cannot begin here")
