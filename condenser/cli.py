@@ -29,6 +29,10 @@ COMMANDS = {  # name: (module:function, one line)
     "estimate": ("condenser.estimate:estimate", "parameters, memory and hours of a run, before it is started"),
     "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
     "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval on BEIR folders, fine-tuned first or not"),
+    "evaluate compare": (
+        "condenser.evaluation.comparison:compare",
+        "two evaluations, query by query: paired bootstrap",
+    ),
     "inspect": (
         "condenser.data.inspection:inspect_store",
         "what is in a token store: numbers, samples, masks, padding",
@@ -78,7 +82,7 @@ def run(name: str, rest: Sequence[str]) -> int:
 
 
 def overview() -> str:
-    rows = "\n".join(f"  {name:<14} {line}" for name, (_, line) in COMMANDS.items())
+    rows = "\n".join(f"  {name:<16} {line}" for name, (_, line) in COMMANDS.items())
     return (
         f"usage: condenser <command> [options]\n\n{rows}\n\n"
         "`condenser <command> --help` lists a command's options. CONDENSER_TRACEBACK=1 shows where an error came from."

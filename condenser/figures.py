@@ -21,7 +21,11 @@ from matplotlib.ticker import FuncFormatter
 from condenser.runs import Curves
 
 UNIGRAM = "val/unigram_loss_at_mask"
+ENTROPY_TITLE = "[CLS] attention entropy by layer"
 NOT_DRAWN = {"train/loss", "val/loss", "train/tokens_seen"}  # sums of what is drawn, or another name of the x axis
+CLS_READ, RETRIEVED = ("true", "other", "zeros"), ("ndcg@10", "mrr@10", "recall@100", "map")
+ENTROPY = "probe/cls_entropy_layer_"
+DASHES = ("-", "--", ":", "-.")
 OKABE_ITO = ("#1b80c4", "#e69f00", "#cc79a7", "#009e73", "#d55e00", "#56b4e9")  # blue lightened for dark pages
 INK, GRID, PAPER = "#010203", "#040506", "#070809"  # stand-ins for the page's own colours
 STYLE: dict[Any, Any] = {
@@ -60,6 +64,10 @@ PANELS = (
     Panel("Model FLOPs utilisation", "% of the peak", ("perf/mfu",), scale=100),
     Panel("Padding", "% of the computed area", ("perf/padding_fraction",), scale=100),
     Panel("Waiting for data", "% of the time", ("perf/data_wait_fraction",), scale=100),
+    Panel("Time that probes take", "% of the time", ("perf/probe_fraction",), scale=100),
+    Panel("Time that zero-shot retrieval takes", "% of the time", ("perf/retrieval_fraction",), scale=100),
+    Panel("Head loss by the [CLS] it reads", "loss (nats)", tuple(f"probe/head_loss_{c}" for c in CLS_READ)),
+    Panel("Zero-shot [CLS] retrieval, which usually falls", "score", tuple(f"probe/{m}" for m in RETRIEVED)),
 )
 
 
@@ -71,13 +79,15 @@ def draw_panels(runs: Sequence[Curves], x_label: str, smooth: float) -> list[tup
 
 
 def panels_for(logged: set[str]) -> list[Panel]:
-    others = sorted(logged - NOT_DRAWN - {metric for panel in PANELS for metric in panel.metrics})
+    layers = sorted((metric for metric in logged if metric.startswith(ENTROPY)), key=lambda m: int(name_of(m)))
+    panels = [*PANELS, Panel(ENTROPY_TITLE, "share of log n", tuple(layers))]
+    others = sorted(logged - NOT_DRAWN - {metric for panel in panels for metric in panel.metrics})
     by_stem: defaultdict[str, list[str]] = defaultdict(list)
     for metric in others:
         by_stem[metric.rpartition("/")[2]].append(metric)
     titles = {stem: stem.replace("_", " ") for stem in by_stem}
     units = {stem: "loss (nats)" if "loss" in stem else title for stem, title in titles.items()}
-    return [*PANELS, *(Panel(titles[s].capitalize(), units[s], tuple(metrics)) for s, metrics in by_stem.items())]
+    return [*panels, *(Panel(titles[s].capitalize(), units[s], tuple(metrics)) for s, metrics in by_stem.items())]
 
 
 def draw(panel: Panel, runs: Sequence[Curves], x_label: str, smooth: float) -> str:
@@ -88,11 +98,20 @@ def draw(panel: Panel, runs: Sequence[Curves], x_label: str, smooth: float) -> s
             if metric in curves and metric != UNIGRAM:
                 x, values = curves[metric]
                 shown = np.isfinite(values) & ((values > 0) | (not panel.log))
-                plot(axes, metric, x[shown], values[shown] * panel.scale, colour, smooth)
+                x, values = x[shown], values[shown] * panel.scale
+                if metric.startswith("probe/"):
+                    plot_probe(axes, panel.metrics, metric, x, values, colour)
+                else:
+                    plot(axes, metric, x, values, colour, smooth)
     if UNIGRAM in panel.metrics:
         plot_unigram(axes, runs)
     elif "nats" in panel.unit:
         leave_out_start(axes)
+    if named := dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)):
+        beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + (len(named) > 12)}
+        legend = axes.legend(named.values(), named, frameon=False, fontsize=7, reverse=True, **beside)
+        for line in legend.get_lines():
+            line.set_color(INK)  # of all runs
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     if panel.unit == "tokens/s":
         axes.yaxis.set_major_formatter(axes.xaxis.get_major_formatter())
@@ -111,6 +130,18 @@ def plot(axes: Axes, metric: str, x: np.ndarray, values: np.ndarray, colour: str
         log = axes.get_yscale() == "log"
         values = np.exp(moving_mean(np.log(values), width)) if log else moving_mean(values, width)
     axes.plot(*thinned(x, values), color=colour, lw=1.5)
+
+
+def plot_probe(axes: Axes, metrics: Sequence[str], metric: str, x: np.ndarray, values: np.ndarray, colour: str) -> None:
+    """One of several lines of a run, named beside the panel: a layer is paler the lower it is, all else is dashed."""
+    number, layer = metrics.index(metric), metric.startswith(ENTROPY)
+    alpha, dashes = ((1 + number) / len(metrics), "-") if layer else (1, DASHES[number % len(DASHES)])
+    axes.plot(*thinned(x, values), dashes, marker=".", ms=4, lw=1.2, color=colour, alpha=alpha, label=name_of(metric))
+
+
+def name_of(metric: str) -> str:
+    """probe/cls_entropy_layer_3 -> 3"""
+    return re.split("[/_]", metric)[-1]
 
 
 def thinned(x: np.ndarray, values: np.ndarray, n: int = 500) -> tuple[np.ndarray, np.ndarray]:
@@ -148,6 +179,23 @@ def moving_mean(values: np.ndarray, width: int) -> np.ndarray:
     after = np.minimum(before, i[::-1])
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
+
+
+def draw_entropies(rows: Sequence[dict[str, Any]]) -> str:
+    """How widely [CLS] attends in each layer, a line for each row of an evaluation's attention."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 2.7), layout="constrained")
+        axes = figure.add_subplot(xlabel="layer", ylabel="share of log n", ylim=(0, 1.02))
+        models = list(dict.fromkeys(row["model"] for row in rows))
+        for row in rows:
+            values = row["cls_entropy"]
+            tuned = f", fine-tuned on {row['trained_on']}" if row.get("trained_on") else ""
+            style: Any = {"color": run_colours(len(models))[models.index(row["model"])], "ls": "--" if tuned else "-"}
+            axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, lw=1.5, label=row["model"] + tuned, **style)
+        named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+        axes.legend(named.values(), named, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+        axes.set_xticks(range(1, max(len(row["cls_entropy"]) for row in rows) + 1))
+        return to_svg(figure, ENTROPY_TITLE)
 
 
 def run_colours(n: int) -> list[str]:

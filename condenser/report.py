@@ -4,13 +4,13 @@
     condenser report runs/* --output report.html --x tokens --smooth 0
 
 The page reads what every run folder holds, ``config.yaml`` and ``metrics.csv``, and where they exist ``summary.json``
-(written when a run finishes) and ``evaluation/retrieval.json``. It is one file that asks nothing of the network:
+(written when a run finishes) and ``evaluation/results.json``. It is one file that asks nothing of the network:
 mail it, print it, keep it beside the checkpoint. A run in progress can be reported at any time.
 """
 
 import html
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -21,8 +21,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from condenser.figures import UNIGRAM, draw_panels, run_colours, short
-from condenser.runs import CONFIG, METRICS, RETRIEVAL, SUMMARY, Curves, flatten, read_mapping, read_metrics
+from condenser.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_panels, run_colours, short
+from condenser.runs import CONFIG, METRICS, RESULTS, SUMMARY, Curves, flatten, read_mapping, read_metrics
 
 ZERO_SHOT_NOTE = (
     "Rows that are not fine-tuned say little about pre-training: [CLS] vectors are not trained to be compared. After a "
@@ -41,7 +41,7 @@ class Run:
     config: dict[str, Any]  # dotted keys
     curves: Curves  # by step
     summary: dict[str, Any] | None  # dotted keys; None: unfinished
-    retrieval: dict[str, Any] | None
+    evaluation: dict[str, Any] | None
 
     def last(self, metric: str) -> float | None:
         return float(self.curves[metric][1][-1]) if metric in self.curves else None
@@ -81,14 +81,14 @@ def load_run(folder: Path, name: str, colour: str) -> Run:
     for needed in (CONFIG, METRICS):
         if not (folder / needed).is_file():
             raise ValueError(f"{folder} has no {needed}: give run folders (runs/<name>) that `condenser fit` wrote")
-    summary, retrieval = (read_mapping(folder / file) for file in (SUMMARY, RETRIEVAL))
+    summary, evaluation = (read_mapping(folder / file) for file in (SUMMARY, RESULTS))
     return Run(
         label=Html(f'<i style="background:{colour}"></i>{html.escape(name)}'),
         name=name,
         config=dict(flatten(read_mapping(folder / CONFIG))),
         curves=read_metrics(folder / METRICS),
         summary=None if summary is None else dict(flatten(summary)),
-        retrieval=retrieval,
+        evaluation=evaluation,
     )
 
 
@@ -114,7 +114,7 @@ def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]]) -> str:
         panels="".join(f"<figure><figcaption>{html.escape(t)}</figcaption>{svg}</figure>" for t, svg in panels),
         numbers=final_numbers(runs),
         settings=settings(runs),
-        retrieval="".join(retrieval(run) for run in runs if run.retrieval),
+        evaluation="".join(evaluation(run) for run in runs if run.evaluation),
     )
 
 
@@ -178,12 +178,18 @@ def settings(runs: Sequence[Run]) -> str:
     return f"<h2>{title}</h2>{found}"
 
 
-def retrieval(run: Run) -> str:
-    found = run.retrieval or {}
-    columns = list(dict.fromkeys(key for row in found["rows"] for key in row))
+def evaluation(run: Run) -> str:
+    found = run.evaluation or {}
+    parts = [f"<h2>Evaluation: {run.label}</h2>"]
+    by_task: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in found["rows"]:
+        by_task[row.get("task", "retrieval")].append(row)
+    if attention := by_task.pop("attention", []):
+        parts.append(f"<figure><figcaption>{ENTROPY_TITLE}</figcaption>{draw_entropies(attention)}</figure>")
+    for rows in by_task.values():
+        told = [key for key in rows[0] if key != "task" and any(row.get(key) is not None for row in rows)]
+        parts.append(table(told, [[row.get(key) for key in told] for row in rows]))
     settings = " · ".join(f"{key} {value}" for key, value in flatten(found.get("settings", {})))
-    rows = [[row.get(key) for key in columns] for row in found["rows"]]
-    parts = [f"<h2>Retrieval: {run.label}</h2>", table(columns, rows)]
     parts += [f"<p><small>{html.escape(text)}</small></p>" for text in (settings, ZERO_SHOT_NOTE) if text]
     if example := found.get("example"):
         parts.append(f"<h3>For example: {html.escape(example['query'])}</h3>")
@@ -251,7 +257,7 @@ $glance
 <p class="key">Training: the values as logged, faint, and their moving mean. Validation: dots, hollow for the head.
 Loss axes end where the loss is after 5 % of the run.</p>
 <div class="panels">$panels</div>
-$retrieval
+$evaluation
 <div class="pair"><section><h2>Final numbers</h2>$numbers</section><section>$settings</section></div>
 </body>
 </html>

@@ -22,7 +22,7 @@ import yaml
 CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 METRICS = "metrics.csv"
-RETRIEVAL = "evaluation/retrieval.json"
+RESULTS = "evaluation/results.json"
 COMMIT = "COMMIT"  # beside the code that `condenser launch` copied
 
 SEAL = b"crc32="

@@ -1,6 +1,7 @@
 """Evaluation: metrics by hand, searches against brute force, the rows of the command, and what it refuses."""
 
 import gzip
+import itertools
 import json
 import lzma
 import math
@@ -12,8 +13,11 @@ import torch
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-from condenser.evaluation import encoders, retrieval
+from condenser.evaluation import encoders, retrieval, search
+from condenser.evaluation.comparison import read_queries
 from condenser.evaluation.evaluate import evaluate
+from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
+from condenser.export import find_checkpoint
 
 ANIMALS = "cat dog horse cow sheep goat hen duck pig mule crow deer wolf bear hare mole newt toad frog seal".split()  # noqa: SIM905
 DOCUMENTS = {f"d{i}": f"the {animal} lives on the farm and eats grass" for i, animal in enumerate(ANIMALS)}
@@ -55,7 +59,7 @@ def write_rows(path, rows):
 
 
 def results(folder):
-    return json.loads((folder / "retrieval.json").read_text())
+    return json.loads((folder / "results.json").read_text())
 
 
 # --- metrics and searches
@@ -69,14 +73,15 @@ def test_metrics_equal_hand_computed_values():
         "ndcg@10": ndcg_a / 3,  # b's document has rank 11, c has no hits
         "mrr@10": 1 / 3,
         "recall@100": 2 / 3,
+        "recall@1000": 2 / 3,
         "map": ((1 + 2 / 3) / 2 + 1 / 11) / 3,
     }
-    assert retrieval.score(run, qrels) == pytest.approx(expected)
+    assert search.score(run, qrels) == pytest.approx(expected)
 
 
 def test_dense_search_equals_brute_force(model_folder):
     encoder = encoders.load_encoder(model_folder, 32)
-    run = retrieval.dense_search(encoder, DOCUMENTS, QUERIES)
+    run = search.dense_search(encoder, DOCUMENTS, QUERIES)
     passages, questions = (encoder.encode(list(texts.values())) for texts in (DOCUMENTS, QUERIES))
     passages, questions = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (passages, questions))
     scores = questions @ passages.T
@@ -85,7 +90,7 @@ def test_dense_search_equals_brute_force(model_folder):
 
 
 def test_bm25_finds_the_document_with_the_word_and_leaves_out_those_without_a_match():
-    run = retrieval.bm25_search(DOCUMENTS, {"q": "wolf", "r": "zebra"})
+    run = search.bm25_search(DOCUMENTS, {"q": "wolf", "r": "zebra"})
     assert run == {"q": {f"d{ANIMALS.index('wolf')}": pytest.approx(run["q"][f"d{ANIMALS.index('wolf')}"])}, "r": {}}
 
 
@@ -157,22 +162,22 @@ def weights(encoder):
 
 
 def test_fine_tuning_learns_the_pairs_and_repeats_bit_for_bit(model_folder):
-    tuning = {"steps": 60, "batch_size": 10, "learning_rate": 3e-3, "seed": 0}
-    pairs = list(zip(QUERIES.values(), DOCUMENTS.values(), strict=True))
+    tuning = Tuning(steps=60, batch_size=10, learning_rate=3e-3)
+    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(len(ANIMALS))}
     before, *tuned = (encoders.load_encoder(model_folder, 32) for _ in range(3))
     for encoder in tuned:
-        encoders.fine_tune(encoder, pairs, tuning)
+        fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", tuning)
     assert weights(tuned[0]) == weights(tuned[1]) != weights(before)
-    mrr = [retrieval.score(retrieval.dense_search(e, DOCUMENTS, QUERIES), qrels)["mrr@10"] for e in (before, tuned[0])]
+    mrr = [search.score(search.dense_search(e, DOCUMENTS, QUERIES), qrels)["mrr@10"] for e in (before, tuned[0])]
     assert mrr[1] > max(0.9, mrr[0])
 
 
 def test_fine_tuning_has_no_dropout_and_leaves_nothing_behind(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     encoder = encoders.load_encoder(model_folder, 32)
-    pairs = list(zip(QUERIES.values(), DOCUMENTS.values(), strict=True))
-    encoders.fine_tune(encoder, pairs, {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "seed": 0})
+    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
+    fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", Tuning(steps=1, batch_size=4))
     assert not encoder.training
     assert all(module.p == 0 for module in encoder.modules() if isinstance(module, torch.nn.Dropout))
     assert not list(tmp_path.iterdir())
@@ -196,7 +201,7 @@ def test_rows_of_the_table_and_the_example(model_folder, collection_folder, tmp_
         ("pre-trained", True),
     ]
     assert rows["BM25", False]["ndcg@10"] == 1.0
-    assert any(plain[metric] != random[metric] for metric in retrieval.METRICS)
+    assert any(plain[metric] != random[metric] for metric in search.METRICS)
     assert {(row["collection"], row["queries"], row["documents"]) for row in found["rows"]} == {("farm", 6, 20)}
     assert found["settings"]["pooling"] == "cls"
     assert [hit["rank"] for hit in found["example"]["hits"]] == [1, 2, 3, 4, 5]
@@ -221,13 +226,129 @@ def test_rows_are_computed_once_and_again_when_their_settings_change(model_folde
     assert results(tmp_path / "out")["example"]["query"] == "bear"
 
 
+@pytest.fixture
+def pairs_folder(tmp_path):
+    """Pairs of animals that are alike where both have even or both odd numbers; the same to train on and to test."""
+    (tmp_path / "sts").mkdir()
+    pairs = itertools.combinations(range(10), 2)
+    rows = [(5.0 * (i % 2 == j % 2), f"the {ANIMALS[i]}", f"the {ANIMALS[j]}") for i, j in pairs]
+    for split in ("train", "test"):
+        lines = ["score\tsentence1\tsentence2", *("\t".join(map(str, row)) for row in rows)]
+        (tmp_path / "sts" / f"{split}.tsv").write_text("\n".join(lines) + "\n")
+    return tmp_path / "sts"
+
+
+def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, collection_folder, tmp_path, capsys):
+    run = {"retrieval": [str(collection_folder)], "finetune": True, "finetune_steps": 2, "finetune_batch_size": 4}
+    run |= {"train_sizes": ["5", "all"], "seeds": [0, 1], "pooling": ["mean", "last2-cls"], "whitening": [4]}
+    evaluate(model_folder, output=str(tmp_path / "out"), max_length=32, **run)
+    rows = results(tmp_path / "out")["rows"]
+    told = [(row["pooling"], row["whitening"], row["train_size"], row["seed"], row["fine_tuned"]) for row in rows]
+    tuned = [(size, seed, True) for size in (5, None) for seed in (0, 1)]
+    assert told == [
+        (pooling, whitening, *tuning)
+        for tuning in [(None, None, False), *tuned]
+        for pooling in ("mean", "last2-cls")
+        for whitening in (None, 4)
+    ]
+    assert len({json.dumps([row[metric] for metric in search.METRICS]) for row in rows}) > len(rows) / 2
+    shown = capsys.readouterr().out
+    assert shown.count(" ± ") == 8 * len(search.METRICS)
+    kept = read_queries(tmp_path / "out")
+    assert len(kept) == len(rows)
+    for row, values in kept:
+        assert row in rows
+        for metric in search.METRICS:
+            assert np.mean([each[metric] for each in values.values()]) == pytest.approx(row[metric])
+
+
+def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(model_folder, tmp_path):
+    farm, town = (write_collection(tmp_path / name) for name in ("farm", "town"))
+    (town / "qrels/train.tsv").unlink()
+    run = {"finetune": True, "finetune_steps": 2, "finetune_batch_size": 4, "max_length": 32}
+    evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(farm), str(town)], **run)
+    rows = results(tmp_path / "out")["rows"]
+    told = [(row["collection"], row["trained_on"]) for row in rows]
+    assert told == [("farm", None), ("farm", "farm"), ("town", "farm"), ("town", None)]
+
+
+def test_similarity_is_measured_and_fine_tuned_for(model_folder, pairs_folder, tmp_path):
+    run = {"finetune": True, "finetune_steps": 30, "finetune_batch_size": 8, "finetune_learning_rate": 3e-3}
+    evaluate(model_folder, output=str(tmp_path / "out"), similarity=[str(pairs_folder)], max_length=32, **run)
+    plain, tuned = results(tmp_path / "out")["rows"]
+    assert tuned["spearman"] > 0.8 > 0.4 > plain["spearman"]
+    assert {"alignment", "uniformity", "pearson"} <= set(plain)
+
+
+def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_export, tmp_path):
+    """And of an export, its checkpoint and its run the same; what the head reads of [CLS] is in the settings."""
+    farm = write_collection(tmp_path / "farm")
+    options = {"retrieval": [str(farm)], "attention": str(store), "finetune": True, "finetune_steps": 20}
+    evaluate(str(tiny_export), output=str(tmp_path / "a"), finetune_learning_rate=3e-3, **options)
+    found = results(tmp_path / "a")
+    attention = [row for row in found["rows"] if row["task"] == "attention"]
+    assert [row["trained_on"] for row in attention] == ["farm", None]
+    assert len(attention[0]["cls_entropy"]) == 3
+    assert attention[0]["cls_entropy"] != attention[1]["cls_entropy"]
+    assert set(found["settings"]["head_loss"]) == {"true", "other", "zeros"}
+    for number, model in enumerate((run, find_checkpoint(str(run)))):
+        evaluate(str(model), output=str(tmp_path / str(number)), attention=str(store))
+        assert results(tmp_path / str(number))["rows"] == attention[1:]
+
+
+def test_a_store_of_another_tokenizer_is_refused(model_folder, store, tmp_path):
+    with pytest.raises(ValueError, match="another tokenizer than the encoder"):
+        evaluate(model_folder, output=str(tmp_path / "out"), attention=str(store))
+
+
+def test_hard_negatives_are_what_bm25_finds_and_nobody_judged(collection_folder):
+    (collection_folder / "queries.jsonl").write_text(
+        "".join(json.dumps({"_id": i, "text": f"{text} or the seal or the frog"}) + "\n" for i, text in QUERIES.items())
+    )
+    collection = retrieval.read_collection(collection_folder)
+    columns = question_examples(collection, Tuning(hard_negatives=2))
+    assert list(columns) == ["query", "positive", "negative_1", "negative_2"]
+    frog, seal = (DOCUMENTS[f"d{ANIMALS.index(name)}"] for name in ("frog", "seal"))
+    for query, positive, *negatives in zip(*columns.values(), strict=True):
+        assert positive.split()[1] in query.split()
+        assert positive not in negatives
+        assert {frog, seal} - {positive} <= set(negatives)
+
+
+def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
+    collection = retrieval.read_collection(collection_folder)
+    drawn = [set(question_examples(collection, Tuning(train_size=n, seed=3))["query"]) for n in (4, 9)]
+    assert drawn[0] < drawn[1]
+    assert [len(each) for each in drawn] == [4, 9]
+    with pytest.raises(ValueError, match="--train-sizes 99: farm: training questions are only 14"):
+        question_examples(collection, Tuning(train_size=99))
+
+
+def test_gradient_caching_changes_memory_and_no_weight(model_folder):
+    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
+    tuned = [encoders.load_encoder(model_folder, 32) for _ in range(2)]
+    for encoder, mini_batch in zip(tuned, (0, 3), strict=True):
+        tuning = Tuning(steps=3, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
+        fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", tuning)
+    before = vector(encoders.load_encoder(model_folder, 32))
+    plain, cached = map(vector, tuned)
+    assert (plain - cached).norm() < 0.02 * (plain - before).norm()
+
+
+def vector(encoder):
+    return torch.nn.utils.parameters_to_vector(encoder.parameters()).detach()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"retrieval": ["nowhere"]}, "no retrieval collection at nowhere"),
+        ({"retrieval": None}, "nothing to measure: give --retrieval"),
+        ({"train_sizes": ["many"]}, "--train-sizes many: give numbers, or all"),
+        ({"pooling": ["median"]}, "no pooling 'median'"),
         ({"max_length": 65}, "--max-length 65: .* at most 64 tokens"),
-        ({"finetune": True, "finetune_batch_size": 1}, "batch size >= 2"),
+        ({"finetune": True, "finetune_batch_size": 1}, "--finetune-batch-size 1 must be at least 2"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(model_folder, collection_folder, tmp_path, changes, message):

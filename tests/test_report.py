@@ -171,9 +171,25 @@ def test_runs_of_one_name_are_told_apart_by_their_path_and_one_given_twice_count
 def test_retrieval_is_tabled_with_its_caveat(tmp_path):
     run = make_run(tmp_path / "a")
     write_retrieval(run, model="bm25", text="a document")
-    retrieval = section(page(run), "Retrieval: ")
+    retrieval = section(page(run), "Evaluation: ")
     for expected in ("bm25", "0.4321", "pooling cls", "not fine-tuned", "a query", "a document"):
         assert expected in retrieval
+
+
+def test_each_kind_of_evaluation_has_a_table_and_attention_is_drawn(tmp_path):
+    run = make_run(tmp_path / "a")
+    (run / "evaluation").mkdir()
+    rows = [
+        {"task": "retrieval", "collection": "toy", "model": "m", "ndcg@10": 0.4321, "whitening": None},
+        {"task": "similarity", "collection": "sts", "model": "m", "spearman": 0.8765, "whitening": 32},
+        {"task": "attention", "collection": "s", "model": "m", "trained_on": None, "cls_entropy": [0.9, 0.5]},
+        {"task": "attention", "collection": "s", "model": "m", "trained_on": "toy", "cls_entropy": [0.8, 0.4]},
+    ]
+    (run / "evaluation" / "results.json").write_text(json.dumps({"settings": {}, "rows": rows}))
+    shown = section(page(run), "Evaluation: ")
+    assert [shown.count(text) for text in ("<table>", "0.4321", "0.8765", "whitening", "spearman")] == [2, 1, 1, 1, 1]
+    assert "m, fine-tuned on toy" in shown
+    assert "0.8000" not in shown
 
 
 def write_retrieval(run: Path, *, model: str, text: str) -> None:
@@ -183,7 +199,7 @@ def write_retrieval(run: Path, *, model: str, text: str) -> None:
         "rows": [{"collection": "toy", "model": model, "fine_tuned": False, "ndcg@10": 0.4321}],
         "example": {"query": "a query", "hits": [{"rank": 1, "id": "d1", "score": 2.5, "text": text}]},
     }
-    (run / "evaluation" / "retrieval.json").write_text(json.dumps(content))
+    (run / "evaluation" / "results.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(

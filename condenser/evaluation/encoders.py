@@ -1,14 +1,18 @@
-"""Encoders to evaluate, by sentence-transformers: loading one, its untrained twin, fine-tuning, what identifies it."""
+"""Encoders to evaluate, by sentence-transformers: loading one, its untrained twin, what identifies it."""
 
 import copy
 import hashlib
-import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from condenser.data.corpus import is_path
 from condenser.data.store import tokenizer_hash
+from condenser.evaluation.probes import probe_store
+from condenser.export import export
+from condenser.hub import HEAD_FILE, load_export
 from condenser.models.files import reading
 
 if TYPE_CHECKING:
@@ -61,60 +65,6 @@ def reinitialised(encoder: "SentenceTransformer", seed: int) -> "SentenceTransfo
     return twin
 
 
-def fine_tune(encoder: "SentenceTransformer", pairs: list[tuple[str, str]], tuning: dict[str, Any]) -> None:
-    """Train in place on (query, relevant passage); a query's negatives are the other passages of its batch.
-
-    By sentence-transformers' trainer: AdamW, 10 % warm-up, linear decay, gradient norm 1, fp32. On a CPU the result is
-    a function of the arguments.
-
-    Args:
-        tuning: steps, batch_size, learning_rate, seed
-    """
-    from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-    from sentence_transformers.util import SimilarityFunction
-    from torch.nn import Dropout
-    from transformers import PrinterCallback
-
-    # no dropout: its noise is larger than the first differences between an untrained encoder's [CLS] vectors
-    backbone(encoder).config.attention_probs_dropout_prob = 0.0
-    for module in encoder.modules():
-        if isinstance(module, Dropout):
-            module.p = 0.0
-    queries, passages = zip(*pairs, strict=True)
-    similarity = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
-    scale = 20.0 if encoder.similarity_fn_name == "cosine" else 1.0
-    with tempfile.TemporaryDirectory() as folder:  # the trainer wants one; nothing is kept of it
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder,
-            max_steps=tuning["steps"],
-            per_device_train_batch_size=tuning["batch_size"],
-            learning_rate=tuning["learning_rate"],
-            lr_scheduler_type="linear",
-            warmup_steps=tuning["steps"] // 10,
-            seed=tuning["seed"],
-            batch_sampler=BatchSamplers.NO_DUPLICATES,  # a passage would be its own negative
-            prompts={column: prompt for column, prompt in encoder.prompts.items() if prompt},
-            use_cpu=encoder.device.type == "cpu",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
-        )
-        arguments._n_gpu = 1  # on several GPUs the trainer would multiply the batch
-        trainer = SentenceTransformerTrainer(
-            model=encoder,
-            args=arguments,
-            train_dataset=Dataset.from_dict({"query": queries, "document": passages}),
-            loss=MultipleNegativesRankingLoss(encoder, scale=scale, similarity_fct=similarity),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-    encoder.eval()
-
-
 def describe(encoder: "SentenceTransformer") -> dict[str, Any]:
     """What its embeddings depend on."""
     import torch
@@ -126,8 +76,32 @@ def describe(encoder: "SentenceTransformer") -> dict[str, Any]:
         "weights": weights.hexdigest()[:16],
         "tokenizer": tokenizer_hash(encoder.tokenizer),
         "modules": [type(module).__name__ for module in encoder],
-        "pooling": next((module.pooling_mode for module in encoder if hasattr(module, "pooling_mode")), None),
+        "pooling": pooling_of(encoder),
         "similarity": encoder.similarity_fn_name,
         "prompts": encoder.prompts,
         "max_length": encoder.max_seq_length,
     }
+
+
+def pooling_of(encoder: "SentenceTransformer") -> str | None:
+    modes: Any = next((module.pooling_mode for module in encoder if hasattr(module, "pooling_mode")), None)
+    return modes if isinstance(modes, str) or modes is None else "+".join(modes)
+
+
+@contextmanager
+def model_folder(name: str) -> Iterator[str]:
+    """A checkpoint or a run folder is exported for as long as it is needed; other models are left as they are."""
+    if not (name.endswith(".ckpt") or (Path(name) / "checkpoints").is_dir()):
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        export(name, output=f"{folder}/export")
+        yield f"{folder}/export"
+
+
+def head_losses(folder: str, store: str) -> dict[str, float] | None:
+    """What the head of an export loses without the true [CLS]; None for a model without a head."""
+    if not (Path(folder) / HEAD_FILE).is_file():
+        return None
+    model = load_export(folder)
+    return probe_store(model, model.lm, store).get("head_loss")

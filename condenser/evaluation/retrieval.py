@@ -1,30 +1,19 @@
-"""Retrieval on a folder in BEIR's layout: reading it, BM25, exact dense search, and trec_eval's metrics.
+"""Reading a collection in BEIR's layout:
 
     corpus.jsonl {_id, title, text}   queries.jsonl {_id, text}   qrels/test.tsv, qrels/train.tsv (optional)
 
-each plain or compressed (.gz, .xz, .zst). A title goes before its text, as in BEIR. Searches return a run,
-``{query id: {document id: score}}``, of the ``TOP_K`` best documents per query, over which MAP is taken too.
+each plain or compressed (.gz, .xz, .zst). A title goes before its text, as in BEIR.
 """
 
 import hashlib
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from condenser.data.corpus import COMPRESSED, opened
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
-Texts = dict[str, str]  # by id
-Run = dict[str, dict[str, float]]
-Qrels = dict[str, dict[str, int]]
-TOP_K = 100
-METRICS = ("ndcg@10", "mrr@10", "recall@100", "map")
+from condenser.evaluation.search import Qrels, Texts
 
 
 @dataclass(frozen=True)
@@ -33,11 +22,22 @@ class Collection:
     documents: Texts  # title and text
     queries: Texts  # those that `qrels` judges
     qrels: Qrels  # of test
-    train_pairs: list[tuple[str, str]]  # texts of a query and a relevant document; none without qrels/train.tsv
+    train_queries: Texts  # those that `train_qrels` judges; none without qrels/train.tsv
+    train_qrels: Qrels
 
     @cached_property
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(vars(self)).encode()).hexdigest()[:16]
+
+    @property
+    def train_pairs(self) -> list[tuple[str, str]]:
+        """Texts of a query and a relevant document."""
+        return [
+            (self.train_queries[query], self.documents[i])
+            for query, judged in self.train_qrels.items()
+            for i, grade in judged.items()
+            if grade > 0 and i in self.documents
+        ]
 
 
 def read_collection(folder: Path) -> Collection:
@@ -54,14 +54,14 @@ def read_collection(folder: Path) -> Collection:
     train = read_qrels(folder, "qrels/train.tsv", queries) if any(folder.glob("qrels/train.tsv*")) else {}
     if not any(judged.keys() & documents.keys() for judged in test.values()):
         raise ValueError(f"{folder}: no document of qrels/test.tsv is in corpus.jsonl: do they belong together?")
-    relevant = ((query, i) for query, judged in train.items() for i, grade in judged.items() if grade > 0)
     full = folder.resolve()
     return Collection(
         name=full.parent.name if full.name == "beir" else full.name,
         documents=documents,
         queries={query: queries[query] for query in test},
         qrels=test,
-        train_pairs=[(queries[query], documents[i]) for query, i in relevant if i in documents],
+        train_queries={query: queries[query] for query in train},
+        train_qrels=train,
     )
 
 
@@ -101,49 +101,3 @@ def read_qrels(folder: Path, name: str, queries: Texts) -> Qrels:
     if missing := qrels.keys() - queries.keys():
         raise ValueError(f"{folder}: {name} judges query {min(missing)!r}, which queries.jsonl lacks")
     return qrels
-
-
-def bm25_search(documents: Texts, queries: Texts) -> Run:
-    """bm25s with its defaults: k1 1.5, b 0.75, English stop words, no stemming. Documents without a match stay out."""
-    import bm25s
-
-    ids = list(documents)
-    index = bm25s.BM25()
-    index.index(bm25s.tokenize(list(documents.values()), show_progress=False), show_progress=False)
-    tokens = bm25s.tokenize(list(queries.values()), show_progress=False)
-    rows, scores = index.retrieve(tokens, k=min(TOP_K, len(ids)), show_progress=False)
-    return {
-        query: {ids[row]: float(score) for row, score in zip(*hits, strict=True) if score > 0}
-        for query, *hits in zip(queries, rows, scores, strict=True)
-    }
-
-
-def dense_search(encoder: "SentenceTransformer", documents: Texts, queries: Texts) -> Run:
-    """Exact search, in chunks, by the encoder's own similarity function."""
-    from sentence_transformers.util import SimilarityFunction, semantic_search
-
-    ids = list(documents)
-    options: Any = {"convert_to_tensor": True, "show_progress_bar": sys.stderr.isatty()}
-    passages = encoder.encode_document(list(documents.values()), **options)
-    questions = encoder.encode_query(list(queries.values()), **options)
-    similarity = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
-    found = semantic_search(questions, passages, top_k=TOP_K, score_function=similarity)
-    return {
-        query: {ids[int(hit["corpus_id"])]: hit["score"] for hit in hits}
-        for query, hits in zip(queries, found, strict=True)
-    }
-
-
-def score(run: Run, qrels: Qrels) -> dict[str, float]:
-    """The metrics by trec_eval, averaged over the queries of ``qrels``; one without hits counts zero."""
-    import pytrec_eval
-
-    evaluator = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recip_rank", f"recall.{TOP_K}", "map"})
-    found = list(evaluator.evaluate(run).values())
-    for values in found:
-        values["mrr_10"] = values["recip_rank"] * (values["recip_rank"] >= 1 / 10)  # trec_eval's has no cut-off
-    measures = ("ndcg_cut_10", "mrr_10", "recall_100", "map")
-    return {
-        metric: sum(values[measure] for values in found) / len(qrels)
-        for metric, measure in zip(METRICS, measures, strict=True)
-    }

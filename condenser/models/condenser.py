@@ -66,6 +66,7 @@ class Condenser(nn.Module):
         self.gradient_checkpointing = False  # recompute every layer in the backward pass, with the same dropout
         self.fused_loss: bool | None = None  # None: on CUDA, if torch offers it; see `token_losses`
         self.run_layer: Callable[..., Tensor] = run_layer
+        self.condensed: Callable[[Tensor], Tensor] = identity  # what the head reads of the last [CLS] states [B, H]
 
     @classmethod
     def from_masked_lm(
@@ -140,7 +141,7 @@ class Condenser(nn.Module):
         streams = [late] if self.late_mlm else []
 
         cls = late.flatten(0, 1).index_select(0, cls_slot)
-        head = early.flatten(0, 1).index_copy(0, cls_index, cls).view_as(early)
+        head = early.flatten(0, 1).index_copy(0, cls_index, self.condensed(cls)).view_as(early)
         for depth, layer in enumerate(self.c_head, start=1):
             head = self.run(layer, head, where, self.pruned and depth == len(self.c_head))
         streams += [head] if self.c_head else []
@@ -185,6 +186,10 @@ class Condenser(nn.Module):
     def compile(self) -> None:
         """Compile the layers; all of them share few compiled functions, for any shape of a micro-batch."""
         self.run_layer = torch.compile(run_layer, dynamic=True)
+
+
+def identity(cls: Tensor) -> Tensor:
+    return cls
 
 
 MODEL_INPUTS = set(inspect.signature(Condenser.forward).parameters) - {"self", "score"}  # fields of a micro-batch

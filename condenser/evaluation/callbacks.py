@@ -1,0 +1,220 @@
+"""Diagnostics while training runs, given in the configuration:
+
+    trainer:
+      callbacks:
+        - class_path: condenser.evaluation.callbacks.Probes
+          init_args: {every_n_steps: 1000, n_sequences: 64}
+        - class_path: condenser.evaluation.callbacks.ZeroShotRetrieval
+          init_args: {folder: data/raw/demo/beir, every_n_steps: 1000, n_documents: 1000}
+
+They are for looking at, beside the losses. Checkpoints are not chosen by them, and cannot be, as what they log goes to
+the loggers alone: before fine-tuning, [CLS] vectors are not trained to be compared, and their retrieval usually falls
+while what fine-tuning makes of them improves.
+"""
+
+import copy
+import itertools
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from condenser.data.collate import Vocabulary
+from condenser.evaluation.probes import probe, sample_batches
+from condenser.evaluation.retrieval import Collection, read_collection
+from condenser.evaluation.search import dense_search, score
+from condenser.hub import head_settings
+from condenser.models.condenser import Condenser
+
+SHARE = 0.05  # of the time; what takes more is warned about
+ENCODED_TOGETHER = 64  # texts
+RETRIEVED = ("ndcg@10", "mrr@10", "recall@100", "map")
+
+
+class Diagnostic(Callback):
+    """Measures a copy of the model after the first step and after every ``every_n_steps``; training does not notice.
+
+    The first rank measures, while the others wait for it. What is measured is the same whenever and wherever it is; the
+    cost is bounded by what there is to measure, and logged as the share of the time since the last measurement; the
+    throughput that is logged at that step includes it. Memory: the weights once more, while it lasts.
+    """
+
+    share = ""  # name of that metric
+
+    def __init__(self, every_n_steps: int):
+        if every_n_steps < 1:
+            raise ValueError(f"{type(self).__name__}: every_n_steps={every_n_steps} must be at least 1")
+        self.every_n_steps, self.warned = every_n_steps, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        step = trainer.global_step
+        if step != 1 and step % self.every_n_steps:
+            return
+        began = time.perf_counter()
+        model = whole_copy(pl_module.model)
+        if trainer.is_global_zero:
+            found = {f"probe/{name}": value for name, value in self.measure(model, trainer).items()}
+            now = time.perf_counter()
+            if step > 1:  # else there is no time to take a share of
+                found[self.share] = (now - began) / (now - self.since)
+                self.watch(found[self.share])
+            for logger in trainer.loggers:
+                logger.log_metrics({"epoch": trainer.current_epoch, **found}, step=step - 1)  # as Lightning counts
+        self.since = time.perf_counter()
+
+    def measure(self, model: Condenser, trainer: Any) -> dict[str, float]:
+        raise NotImplementedError
+
+    def watch(self, share: float) -> None:
+        if share > SHARE and not self.warned:
+            self.warned = True
+            rank_zero_warn(
+                f"{type(self).__name__} takes {share:.0%} of the time: raise its every_n_steps={self.every_n_steps}, "
+                "or let it measure on less"
+            )
+
+
+class Probes(Diagnostic):
+    """Logs ``probe/head_loss_true``, ``_other`` and ``_zeros``, and ``probe/cls_entropy_layer_1`` ... (normalised); see
+    `condenser.evaluation.probes`.
+
+    A measurement costs about as much as four forward passes over its sequences.
+
+    Args:
+        every_n_steps: optimizer steps between two measurements.
+        n_sequences: of the validation split, always the same.
+    """
+
+    share = "perf/probe_fraction"
+
+    def __init__(self, every_n_steps: int = 1000, n_sequences: int = 64):
+        super().__init__(every_n_steps)
+        self.n_sequences = n_sequences
+
+    def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        data = trainer.datamodule
+        vocabulary = Vocabulary.of(data.tokenizer)
+        self.batches = sample_batches(data.validation, vocabulary, data.masking, self.n_sequences)
+
+    def measure(self, model: Condenser, trainer: Any) -> dict[str, float]:
+        found = probe(model, model.lm, self.batches)
+        losses = {f"head_loss_{name}": value for name, value in found.get("head_loss", {}).items()}
+        layers = enumerate(found["cls_entropy"], start=1)
+        return losses | {f"cls_entropy_layer_{number}": value for number, value in layers}
+
+
+class ZeroShotRetrieval(Diagnostic):
+    """Logs nDCG@10, MRR@10, Recall@100 and MAP of raw [CLS] vectors as ``probe/ndcg@10`` ..., on a part of a BEIR
+    folder: the first queries of its test set, the documents that are relevant to them, and the first others.
+
+    The part is easier than the whole; numbers are comparable from step to step, not with those of `condenser evaluate`.
+
+    Args:
+        folder: corpus.jsonl, queries.jsonl and qrels/test.tsv, each plain or compressed.
+        every_n_steps: optimizer steps between two measurements.
+        n_documents: to search in.
+        n_queries: to search for.
+        max_length: tokens of queries and documents; by default the store's.
+    """
+
+    share = "perf/retrieval_fraction"
+
+    def __init__(
+        self,
+        folder: str,
+        every_n_steps: int = 1000,
+        n_documents: int = 1000,
+        n_queries: int = 100,
+        max_length: int | None = None,
+    ):
+        import pytrec_eval  # noqa: F401, missing ones are to be missed before training
+        import sentence_transformers  # noqa: F401
+
+        super().__init__(every_n_steps)
+        self.folder, self.n_documents, self.n_queries, self.max_length = folder, n_documents, n_queries, max_length
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.collection = part_of(read_collection(Path(self.folder)), self.n_documents, self.n_queries)
+
+    def measure(self, model: Condenser, trainer: Any) -> dict[str, float]:
+        data, collection = trainer.datamodule, self.collection
+        encoder: Any = ClsEncoder(model, data.tokenizer, self.max_length or data.about()["settings"]["max_length"])
+        found = score(dense_search(encoder, collection.documents, collection.queries), collection.qrels)
+        return {metric: found[metric] for metric in RETRIEVED}
+
+
+class ClsEncoder:
+    """Last [CLS] states, compared by their dot product: a `SentenceTransformer` as far as `dense_search` asks."""
+
+    similarity_fn_name = "dot"
+
+    def __init__(self, model: Condenser, tokenizer: Any, max_length: int):
+        self.encoder: Any = model.lm.base_model
+        self.tokenizer, self.max_length = tokenizer, max_length
+
+    @torch.no_grad()
+    def encode_document(self, texts: list[str], **options: Any) -> Tensor:
+        """Vectors ``[len(texts), H]``."""
+        cut = {"truncation": True, "max_length": self.max_length}
+        # one by one: the library's own threads would not survive that loader workers are forked
+        ids = [torch.tensor(self.tokenizer(text, **cut)["input_ids"]) for text in texts]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+        vectors = torch.empty(len(ids), self.encoder.config.hidden_size, device=self.encoder.device)
+        for first in range(0, len(ids), ENCODED_TOGETHER):
+            rows = order[first : first + ENCODED_TOGETHER]
+            input_ids, real = (
+                pad_sequence([of(ids[i]) for i in rows], batch_first=True, padding_value=value).to(vectors.device)
+                for of, value in ((torch.clone, self.tokenizer.pad_token_id), (torch.ones_like, 0))
+            )
+            vectors[rows] = self.encoder(input_ids=input_ids, attention_mask=real).last_hidden_state[:, 0]
+        return vectors
+
+    encode_query = encode_document
+
+
+def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collection:
+    """The first queries, what is relevant to them, and the first other documents.
+
+    Raises:
+        ValueError: more relevant documents than ``n_documents``.
+    """
+    qrels = dict(itertools.islice(collection.qrels.items(), n_queries))
+    judged = {i for grades in qrels.values() for i, grade in grades.items() if grade > 0}
+    relevant = {i: None for i in collection.documents if i in judged}
+    if len(relevant) > n_documents:
+        raise ValueError(
+            f"{collection.name}: {len(relevant)} documents are relevant to the first n_queries={n_queries}; "
+            f"raise n_documents={n_documents}, or take fewer queries"
+        )
+    chosen = dict(itertools.islice((relevant | dict.fromkeys(collection.documents)).items(), n_documents))
+    documents = {i: text for i, text in collection.documents.items() if i in chosen}
+    queries = {i: collection.queries[i] for i in qrels}
+    return replace(collection, documents=documents, queries=queries, qrels=qrels)
+
+
+@torch.no_grad()
+def whole_copy(model: Condenser) -> Condenser:
+    """The model as it is now, in fp32: not packed, not compiled, nothing shared with the one in training. No random
+    numbers are drawn. Sharded weights are put together, for which all ranks have to ask."""
+    theirs = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    device = next(model.parameters()).device
+    with torch.device("meta"):
+        config = copy.deepcopy(model.lm.config)
+        lm = type(model.lm)._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
+        own = Condenser.from_masked_lm(lm, **head_settings(model))
+    own.to_empty(device=device).lm.tie_weights()
+    for name, mine in itertools.chain(own.named_parameters(), own.named_buffers()):
+        value: Any = theirs[name]
+        mine.copy_(value.full_tensor() if hasattr(value, "full_tensor") else value)
+    return own.eval()

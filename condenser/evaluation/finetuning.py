@@ -1,0 +1,146 @@
+"""Fine-tuning an encoder before it is evaluated, by sentence-transformers' trainer: AdamW, 10 % warm-up, linear decay,
+gradient norm 1, fp32. On a CPU the result is a function of the arguments."""
+
+import random
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from condenser.evaluation.encoders import backbone
+from condenser.evaluation.retrieval import Collection
+from condenser.evaluation.search import bm25_search
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+
+LAYER_WEIGHTS_RATE = 1e-2  # of the pooling's few weights of layers, which hardly move at an encoder's rate
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Settings of fine-tuning.
+
+    Args:
+        steps: optimizer steps, at most.
+        epochs: at most so many passes over the examples; None sets no limit.
+        batch_size: examples; a question's other negatives are the passages of the batch.
+        learning_rate: its peak.
+        hard_negatives: passages beside each relevant one, the best of BM25 that are not judged relevant.
+        mini_batch: examples computed at a time, by gradient caching: large batches in little memory; 0 is all.
+        train_size: questions, or scored pairs, drawn from the training split; None is all.
+        seed: of the draw, the order and the dropout of weights that the encoder lacks.
+    """
+
+    steps: int = 1000
+    epochs: int | None = None
+    batch_size: int = 64
+    learning_rate: float = 2e-5
+    hard_negatives: int = 0
+    mini_batch: int = 0
+    train_size: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "epochs": 1, "batch_size": 2, "hard_negatives": 0, "mini_batch": 0, "train_size": 1}
+        for name, value in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < value:
+                raise ValueError(f"--finetune-{name.replace('_', '-')} {getattr(self, name)} must be at least {value}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"--finetune-learning-rate {self.learning_rate} must be positive")
+
+    def n_steps(self, n_examples: int) -> int:
+        if self.epochs is None:
+            return self.steps
+        return min(self.steps, self.epochs * max(1, round(n_examples / self.batch_size)))
+
+
+def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[str]]:
+    """Columns of questions, relevant passages and hard negatives.
+
+    Raises:
+        ValueError: fewer training questions than ``train_size``.
+    """
+    judged = draw(sorted(collection.train_qrels), tuning, f"{collection.name}: training questions")
+    questions = {query: collection.train_queries[query] for query in judged}
+    hits = bm25_search(collection.documents, questions) if tuning.hard_negatives else {}
+    names = ["query", "positive", *(f"negative_{n}" for n in range(1, tuning.hard_negatives + 1))]
+    rows = []
+    for query, question in questions.items():
+        relevant = [i for i, grade in collection.train_qrels[query].items() if grade > 0 and i in collection.documents]
+        others = [i for i in hits.get(query, {}) if i not in collection.train_qrels[query]][: tuning.hard_negatives]
+        if len(others) == tuning.hard_negatives:
+            texts = [collection.documents[i] for i in others]
+            rows += [(question, collection.documents[i], *texts) for i in relevant]
+    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
+
+
+def draw(examples: Sequence[Any], tuning: Tuning, what: str) -> list[Any]:
+    """``train_size`` of the examples; a smaller draw of the same seed is part of a larger one."""
+    if tuning.train_size is None:
+        return list(examples)
+    if tuning.train_size > len(examples):
+        raise ValueError(f"--train-sizes {tuning.train_size}: {what} are only {len(examples):,}")
+    return random.Random(tuning.seed).sample(examples, len(examples))[: tuning.train_size]
+
+
+def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss: str, tuning: Tuning) -> None:
+    """Train in place.
+
+    Args:
+        examples: columns as the loss wants them.
+        loss: MultipleNegativesRankingLoss or CoSENTLoss.
+    """
+    from datasets import Dataset
+    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+    from sentence_transformers.util import SimilarityFunction
+    from torch.nn import Dropout
+    from transformers import PrinterCallback
+
+    # no dropout: its noise is larger than the first differences between an untrained encoder's [CLS] vectors
+    backbone(encoder).config.attention_probs_dropout_prob = 0.0
+    for module in encoder.modules():
+        if isinstance(module, Dropout):
+            module.p = 0.0
+    options: dict[str, Any] = {}
+    ranking = loss == "MultipleNegativesRankingLoss"
+    if ranking:
+        options["similarity_fct"] = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
+        options["scale"] = 20.0 if encoder.similarity_fn_name == "cosine" else 1.0
+        if tuning.mini_batch:
+            loss, options["mini_batch_size"] = f"Cached{loss}", tuning.mini_batch
+    weighted = any("layer_weights" in name and weight.requires_grad for name, weight in encoder.named_parameters())
+    steps = tuning.n_steps(len(next(iter(examples.values()))))
+    with tempfile.TemporaryDirectory() as folder:  # the trainer wants one; nothing is kept of it
+        arguments = SentenceTransformerTrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=tuning.batch_size,
+            learning_rate=tuning.learning_rate,
+            lr_scheduler_type="linear",
+            warmup_steps=steps // 10,
+            seed=tuning.seed,
+            learning_rate_mapping={"layer_weights": LAYER_WEIGHTS_RATE} if weighted else {},
+            # a passage would be its own negative
+            batch_sampler=BatchSamplers.NO_DUPLICATES if ranking else BatchSamplers.BATCH_SAMPLER,
+            prompts={column: prompt for column, prompt in encoder.prompts.items() if prompt and ranking},
+            use_cpu=encoder.device.type == "cpu",
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=not sys.stderr.isatty(),
+        )
+        arguments._n_gpu = 1  # on several GPUs the trainer would multiply the batch
+        trainer = SentenceTransformerTrainer(
+            model=encoder,
+            args=arguments,
+            train_dataset=Dataset.from_dict(dict(examples)),
+            loss=getattr(losses, loss)(encoder, **options),
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    encoder.eval()

@@ -1,0 +1,179 @@
+"""Sentence pairs with human similarity scores (STS), as they come.
+
+Files are tab- or comma-separated or JSON lines, plain or compressed, with one of these layouts:
+
+    named columns         score (similarity, relatedness_score, label, ...), sentence1, sentence2 (sentence_A, ...)
+    the STS benchmark's   no header; the score is the 5th column, the sentences are the 6th and the 7th
+    three columns         no header; the score is the first or the last
+    STS.input.NAME.txt    SemEval 2012-2016: two sentences; the scores are the lines of STS.gs.NAME.txt, empty for none
+
+The first line tells what separates columns, not the file's name: the STS benchmark's .csv files have tabs. Beside tabs
+quotes have no meaning, as in the published STS files.
+"""
+
+import csv
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from condenser.data.corpus import COMPRESSED, opened
+
+SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".json")
+SEMEVAL = "STS.input."
+SCORES = ("relatednessscore", "relatedness", "similarityscore", "similarity", "score", "goldscore", "gold", "label")
+SENTENCES = [(word + a, word + b) for word in ("sentence", "sent", "text", "s") for a, b in ("12", "ab")]
+NUMBER = re.compile(r"\s*-?\d+(\.\d*)?\s*")
+
+Rows = Iterator[tuple[int, list[Any]]]  # number of the line, columns
+
+
+@dataclass(frozen=True)
+class Pairs:
+    name: str
+    first: list[str]
+    second: list[str]
+    scores: np.ndarray  # [N], on the file's scale
+
+    @cached_property
+    def fingerprint(self) -> str:
+        content = (self.name, self.first, self.second, self.scores.tolist())
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class SimilarityTask:
+    name: str
+    test: Pairs
+    train: Pairs | None
+
+
+def read_similarity(path: Path) -> SimilarityTask:
+    """A file; or a folder where one file has "test" in its name and at most one "train"; or one of STS.input files,
+    which together are the test set (for STS12-16 as in SimCSE's tables, "all").
+
+    Raises:
+        ValueError: no test set or several, or a file that `read_pairs` refuses.
+    """
+    if not path.is_dir():
+        test = read_pairs(path)
+        return SimilarityTask(test.name, test, None)
+    name = path.resolve().name
+    files = sorted(file for file in path.iterdir() if kind(file) in SUFFIXES)
+    if parts := [read_pairs(file) for file in files if file.name.startswith(SEMEVAL)]:
+        first, second = ([text for part in parts for text in getattr(part, side)] for side in ("first", "second"))
+        return SimilarityTask(name, Pairs(name, first, second, np.concatenate([part.scores for part in parts])), None)
+    tests, trains = ([file for file in files if split in file.name.lower()] for split in ("test", "train"))
+    if len(tests) != 1 or len(trains) > 1:
+        raise ValueError(
+            f"{path}: one file of sentence pairs must have 'test' in its name, and at most one 'train'; there is "
+            f"{', '.join(file.name for file in files) or 'none'}. Or give a file instead of the folder"
+        )
+    return SimilarityTask(name, read_pairs(tests[0]), read_pairs(trains[0]) if trains else None)
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Read a file in one of the layouts above.
+
+    Raises:
+        ValueError: a missing file, an unknown layout, a broken line, or scores that do not differ.
+    """
+    if kind(path) not in SUFFIXES or not path.is_file():
+        formats = f"{', '.join(SUFFIXES)}, or {', '.join(COMPRESSED)} of it"
+        raise ValueError(f"no sentence pairs at {path}: a file is needed ({formats}), or a folder of them")
+    rows = list(semeval_rows(path) if path.name.startswith(SEMEVAL) else table_rows(path))
+    columns, width, header = layout(path, rows[0][1] if rows else [])
+    first, second, scores = [], [], []
+    for number, row in rows[header:]:
+        if width and len(row) != width:
+            raise ValueError(f"{path}, line {number}: {len(row)} columns, not {width} as in the first line: {row}")
+        try:
+            score, one, two = (row[column] for column in columns)
+            scores.append(float(score))
+            first.append(one.strip())
+            second.append(two.strip())
+        except (LookupError, TypeError, ValueError, AttributeError):
+            raise ValueError(f"{path}, line {number}: not two sentences and a score: {row}") from None
+        if not (np.isfinite(scores[-1]) and first[-1] and second[-1]):
+            raise ValueError(f"{path}, line {number}: an empty sentence, or a score that is not finite: {row}")
+    if len(set(scores)) < 2:
+        raise ValueError(f"{path}: the scores of its {len(scores)} pairs do not differ: nothing correlates with them")
+    return Pairs(path.name.split(kind(path))[0], first, second, np.array(scores))
+
+
+def kind(path: Path) -> str:
+    """The suffix, without that of a compression."""
+    return Path(path.stem if path.suffix in COMPRESSED else path.name).suffix.lower()
+
+
+def layout(path: Path, row: list[Any]) -> tuple[tuple[int, int, int], int | None, bool]:
+    """-> columns of score and sentences, the number of columns if it is fixed, whether the row is a header"""
+    names = [re.sub(r"[^a-z0-9]", "", cell.lower()) for cell in row]
+    for one, two in SENTENCES:
+        if one in names and two in names:
+            if score := next((name for name in SCORES if name in names), None):
+                return (names.index(score), names.index(one), names.index(two)), len(row), True
+            raise ValueError(f"{path}: no column of scores (such as {', '.join(SCORES)}) among {row}")
+    if len(row) == 3 and (NUMBER.fullmatch(row[0]) or NUMBER.fullmatch(row[2])):
+        return ((0, 1, 2) if NUMBER.fullmatch(row[0]) else (2, 0, 1)), 3, False
+    if len(row) >= 7 and NUMBER.fullmatch(row[4]):
+        return (4, 5, 6), None, False
+    raise ValueError(
+        f"{path}: the first line must name its columns (score, sentence1, sentence2), or be two sentences and a score "
+        f"alone or as columns 5 to 7, not {row}"
+    )
+
+
+def read_lines(path: Path) -> list[str]:
+    with opened(path) as (file, _):
+        text = file.read().decode("utf-8-sig", errors="replace")
+    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
+
+
+def semeval_rows(path: Path) -> Rows:
+    gold = path.with_name(path.name.replace(".input.", ".gs.", 1))
+    if not gold.is_file():
+        raise ValueError(f"{path}: its scores should be in {gold.name} beside it")
+    texts, scores = read_lines(path), read_lines(gold)
+    if len(texts) != len(scores):
+        raise ValueError(f"{path} has {len(texts)} lines, but {gold.name} has {len(scores)}")
+    for number, (text, score) in enumerate(zip(texts, scores, strict=True), start=1):
+        if score.strip():
+            yield number, [score, *text.split("\t")[:2]]
+
+
+def table_rows(path: Path) -> Rows:
+    lines = read_lines(path)
+    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    if kind(path) in (".jsonl", ".json"):
+        yield from json_rows(path, filled)
+    elif filled and "\t" in filled[0][1]:
+        yield from ((number, line.split("\t")) for number, line in filled)
+    else:
+        reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+        try:
+            yield from ((reader.line_num, row) for row in reader if row)
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {reader.line_num}: not comma-separated: {error}") from None
+
+
+def json_rows(path: Path, lines: list[tuple[int, str]]) -> Rows:
+    """The names of the first object's fields, and their values in all."""
+    names: list[str] = []
+    for number, line in lines:
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path}, line {number}: not a JSON object")
+        if not names:
+            names = list(fields)
+            yield number, names
+        yield number, [fields.get(name) for name in names]

@@ -1,0 +1,163 @@
+"""Two claims of the paper, measured: the head reads from [CLS], and [CLS] attends to the whole text in every layer.
+
+    head losses        the head's MLM loss with the sample's own last [CLS], with another sample's, and with zeros: what
+                       it loses without the true one is what pre-training has put into [CLS]
+    attention entropy  how widely [CLS] attends, by layer, before and after fine-tuning: the more alike, the less has to
+                       be rearranged (the paper's "structural readiness"; measured as by Clark et al., 2019)
+
+`probe_store` takes both of a model and a token store. While training runs, the callback `Probes` does.
+
+Legend: B samples, L padded length, A attention heads, N layers.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from condenser.data.collate import Masking, Vocabulary, make_micro_batch
+from condenser.data.masking import IGNORED
+from condenser.data.mixing import Mixture
+from condenser.data.store import TokenStore
+from condenser.data.tokenizers import load_tokenizer
+from condenser.models.backbones import FAMILIES
+from condenser.models.condenser import MODEL_INPUTS, Condenser, identity
+
+BATCH_SIZE = 32  # at most: attention weights are [B, A, L, L]
+READ_BY_HEAD = {  # in place of the last [CLS] states [B, H]
+    "true": identity,
+    "other": lambda cls: cls.roll(1, dims=0),
+    "zeros": torch.zeros_like,
+}
+
+
+def probe_store(
+    model: Condenser | None, encoder: PreTrainedModel, store_folder: str | Path, n_sequences: int = 64, seed: int = 0
+) -> dict[str, Any]:
+    """`probe` on ``n_sequences`` of a store's validation split.
+
+    Args:
+        encoder: its vocabulary must be that of the store.
+        seed: of the masks.
+
+    Raises:
+        ValueError: no store there, or one without a validation split.
+    """
+    validation = Mixture([TokenStore(store_folder, "validation")], seed=seed)
+    vocabulary = Vocabulary.of(load_tokenizer(Path(store_folder) / "tokenizer"))
+    return probe(model, encoder, sample_batches(validation, vocabulary, Masking(seed), n_sequences))
+
+
+def probe(model: Condenser | None, encoder: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Plain numbers on padded micro-batches: ``sequences``; ``cls_entropy_nats`` and ``cls_entropy`` (normalised), a
+    list by layer each; and of a ``model`` that has a head ``head_loss``, with ``true``, ``other`` and ``zeros``."""
+    rows = torch.tensor([float(len(batch["input_ids"])) for batch in batches])
+    means = [torch.stack(cls_attention_entropy(encoder, unmasked(b), b["attention_mask"])).cpu() for b in batches]
+    nats, normalised = (torch.stack(means, dim=-1) @ rows / rows.sum()).tolist()
+    found = {"sequences": int(rows.sum()), "cls_entropy_nats": nats, "cls_entropy": normalised}
+    return found | ({"head_loss": head_losses(model, batches)} if model is not None and len(model.c_head) else {})
+
+
+def sample_batches(
+    validation: Mixture, vocabulary: Vocabulary, masking: Masking, n_sequences: int
+) -> list[dict[str, Any]]:
+    """Padded micro-batches of ``n_sequences``, always the same: spread evenly over the split, so that neighbours are of
+    different documents, and masked as in epoch 0."""
+    n_sequences = min(n_sequences, len(validation))
+    if n_sequences < 2:
+        where = ", ".join(str(store.folder) for store in validation.stores)
+        raise ValueError(
+            f"probes compare n_sequences >= 2 of a validation split, and {where} has {len(validation)} there: "
+            "prepare it with a larger --validation-fraction"
+        )
+    numbers = np.arange(n_sequences) * len(validation) // n_sequences
+    batches = []
+    for some in np.array_split(numbers, -(-n_sequences // BATCH_SIZE)):
+        rows, visits, ids = validation.samples(0, some)
+        batches.append(make_micro_batch(validation.read(rows), ids, visits, vocabulary, masking))
+    return batches
+
+
+def unmasked(batch: dict[str, Any]) -> Tensor:
+    """The text of a micro-batch before it was masked ``[B, L]``."""
+    return torch.where(batch["labels"] == IGNORED, batch["input_ids"], batch["labels"])
+
+
+def head_losses(model: Condenser, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The head's loss in nats per masked token, by what it reads in place of the last [CLS]: the sample's own (true),
+    that of the row before in its batch (other), or zeros.
+
+    Raises:
+        ValueError: there is no head, or a batch of one row, in which there is no other.
+    """
+    if not len(model.c_head):
+        raise ValueError("n_head_layers=0: there is no head whose loss could be probed")
+    if min(len(batch["sample_ids"]) for batch in batches) < 2:
+        raise ValueError("head losses need batches of two rows or more: one reads the [CLS] of the other")
+    device, before = next(model.parameters()).device, model.condensed
+    sums, n_masked = dict.fromkeys(READ_BY_HEAD, 0.0), sum(batch["n_masked"] for batch in batches)
+    try:
+        with at_rest(model):
+            for batch in batches:
+                inputs = {n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items() if n in MODEL_INPUTS}
+                for name, model.condensed in READ_BY_HEAD.items():
+                    losses = model(**inputs).head_mlm_token_losses
+                    sums[name] += losses.double().sum().item()
+    finally:
+        model.condensed = before
+    return {name: value / n_masked for name, value in sums.items()}
+
+
+def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Entropy of what [CLS] attends to, by layer ``[N]``: in nats, and divided by log n for a text of n tokens (special
+    ones included, padding not), so that 1 is attention to all alike. Means over heads and samples.
+
+    Args:
+        encoder: a BERT or RoBERTa of Hugging Face, with or without its MLM head.
+        input_ids, attention_mask: unmasked text ``[B, L]``, on any device.
+
+    Raises:
+        ValueError: an encoder of another architecture.
+    """
+    if encoder.config.model_type not in FAMILIES:
+        raise ValueError(
+            f"attention of a {encoder.config.model_type!r} cannot be probed; of these it can: {', '.join(FAMILIES)}"
+        )
+    of_layers: list[Tensor] = []  # [B] each
+
+    def keep(attention: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
+        weights = output[1][:, :, 0].float()  # [B, A, L], from [CLS]
+        of_layers.append(torch.special.entr(weights).sum(dim=-1).mean(dim=-1))
+
+    input_ids, attention_mask = (each.to(encoder.device) for each in (input_ids, attention_mask))
+    base: Any = encoder.base_model
+    hooks = [layer.attention.self.register_forward_hook(keep) for layer in base.encoder.layer]
+    before = encoder.config._attn_implementation
+    encoder.set_attn_implementation("eager")  # the only one that has weights to look at
+    try:
+        with at_rest(encoder):
+            base(input_ids=input_ids, attention_mask=attention_mask)
+    finally:
+        encoder.set_attn_implementation(before)
+        for hook in hooks:
+            hook.remove()
+    nats = torch.stack(of_layers)  # [N, B]
+    return nats.mean(dim=1), (nats / attention_mask.sum(dim=1).log()).mean(dim=1)
+
+
+@contextmanager
+def at_rest(model: nn.Module) -> Iterator[None]:
+    """No dropout, no gradient, no autocast; then every module is in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(next(model.parameters()).device.type, enabled=False):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training

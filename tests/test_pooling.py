@@ -1,0 +1,133 @@
+"""Poolings: each against the backbone's hidden states, without influence of padding, saved and loaded, and trained."""
+
+import pytest
+import torch
+from conftest import TINY_MODEL, make_documents
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize
+from sentence_transformers.sentence_transformer.modules import WeightedLayerPooling
+from tokenizers import BertWordPieceTokenizer
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
+
+from condenser.evaluation.encoders import describe, load_encoder, reinitialised
+from condenser.evaluation.pooling import POOLINGS, with_pooling
+
+TEXTS = ["dense", "Search encodes tokens and ranks documents.", "masked heads attend to layers, again and again"]
+LAYERS = TINY_MODEL["num_hidden_layers"]
+NAMES = ["last1-cls", "last2-cls", *(name for name in POOLINGS if name != "last4-cls")]
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bert")
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator([*make_documents(40), *TEXTS], vocab_size=200, show_progress=False)
+    tokenizer = BertTokenizer(vocab=trainer.get_vocab())
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    BertForMaskedLM(BertConfig(**TINY_MODEL, vocab_size=len(tokenizer))).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["bert", "roberta"])
+def model_folder(request):
+    return str(request.getfixturevalue(request.param))
+
+
+def expected(folder, text, name):
+    """Of one text, by transformers alone."""
+    inputs = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    with torch.inference_mode():
+        layers = AutoModel.from_pretrained(folder)(**inputs, output_hidden_states=True).hidden_states
+    last = layers[-1][0]  # [L, H]
+    cls = torch.stack([layer[0, 0] for layer in layers[1:]])  # [layers, H], without the embeddings'
+    return {
+        "cls": last[0],
+        "mean": last.mean(0),
+        "max": last.max(0).values,
+        "mean+max": torch.cat([last.mean(0), last.max(0).values]),
+        "last1-cls": cls[-1],
+        "last2-cls": cls[-2:].mean(0),
+        "weighted-layers": cls.mean(0),  # before fine-tuning
+    }[name]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_poolings_follow_the_hidden_states_alone_and_in_a_batch(model_folder, name):
+    encoder = with_pooling(load_encoder(model_folder, None), name)
+    reference = torch.stack([expected(model_folder, text, name) for text in TEXTS])
+    batch = encoder.encode(TEXTS, convert_to_tensor=True)
+    alone = torch.cat([encoder.encode([text], convert_to_tensor=True) for text in TEXTS])
+    torch.testing.assert_close(batch, reference, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(alone, reference, atol=1e-5, rtol=1e-5)
+    assert encoder.get_embedding_dimension() == reference.shape[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_sentence_transformers_loads_what_was_saved(bert, name, tmp_path):
+    encoder = with_pooling(load_encoder(str(bert), None), name)
+    if name == "weighted-layers":
+        encoder[1].layer_weights.data = torch.tensor([1.0, 3.0, 0.5])
+    encoder.save(str(tmp_path))
+    loaded = SentenceTransformer(str(tmp_path))
+    torch.testing.assert_close(
+        loaded.encode(TEXTS, convert_to_tensor=True), encoder.encode(TEXTS, convert_to_tensor=True), atol=0, rtol=0
+    )
+    assert "condenser" not in (tmp_path / "modules.json").read_text()
+
+
+def test_a_copy_keeps_settings_and_normalisation_and_leaves_the_encoder_as_it_was(bert):
+    encoder = load_encoder(str(bert), 12)
+    encoder.similarity_fn_name, encoder.prompts = "dot", {"query": "q: "}
+    encoder.append(Normalize())
+    before = describe(encoder)
+    twin = with_pooling(with_pooling(encoder, "weighted-layers"), "mean")
+    assert describe(encoder) == before
+    assert describe(twin) == before | {"pooling": "mean"}
+    assert not twin.transformers_model.config.output_hidden_states
+    assert torch.linalg.norm(twin.encode(TEXTS[1], convert_to_tensor=True)).item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_weights_of_layers_are_trained_and_those_of_the_last_layers_are_not(bert):
+    for name in ("weighted-layers", "last2-cls"):
+        encoder = with_pooling(load_encoder(str(bert), None), name)
+        features = encoder.tokenize(TEXTS)
+        encoder(features)["sentence_embedding"].square().sum().backward()
+        average = next(module for module in encoder if isinstance(module, WeightedLayerPooling))
+        assert backbone_gradient(encoder) > 0
+        if name == "weighted-layers":
+            assert len(average.layer_weights) == LAYERS
+            assert average.layer_weights.grad.abs().min() > 0
+        else:
+            assert average.layer_weights.grad is None
+
+
+def backbone_gradient(encoder):
+    return sum(p.grad.abs().sum().item() for p in encoder.transformers_model.parameters() if p.grad is not None)
+
+
+def test_an_untrained_twin_keeps_the_pooling(bert):
+    encoder = with_pooling(load_encoder(str(bert), None), "last2-cls")
+    twin = reinitialised(encoder, 0)
+    assert twin.encode(TEXTS).shape == (3, TINY_MODEL["hidden_size"])
+    assert describe(twin)["modules"] == ["Transformer", "WeightedLayerPooling", "Pooling"]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("median", r"no pooling 'median': there are cls, mean, max, mean\+max, last<k>-cls and weighted-layers"),
+        ("last0-cls", "no pooling 'last0-cls'"),
+        ("last4-cls", "'last4-cls': the encoder has 3 layers"),
+    ],
+)
+def test_unknown_poolings_are_refused(bert, name, message):
+    with pytest.raises(ValueError, match=message):
+        with_pooling(load_encoder(str(bert), None), name)
+
+
+def test_an_encoder_with_a_trained_projection_is_refused(bert):
+    encoder = load_encoder(str(bert), None)
+    encoder.append(Dense(32, 16))
+    with pytest.raises(ValueError, match="not of Transformer, Pooling, Dense"):
+        with_pooling(encoder, "mean")

@@ -1,0 +1,383 @@
+"""Probes: what they measure against independent computations, and that training does not notice them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from test_devices import DDP, SHARDED, start_ranks, wait_for, write_recipe
+from test_engine import VOCABULARY, micro_batch, tiny_model
+from test_model import DEVICES
+from test_report import section
+from test_training import assert_same_weights, fit, metrics_of
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from condenser.cli import main
+from condenser.data.synthetic import SyntheticStore
+from condenser.evaluation import callbacks
+from condenser.evaluation.callbacks import RETRIEVED, Probes, part_of, whole_copy
+from condenser.evaluation.encoders import load_encoder
+from condenser.evaluation.probes import cls_attention_entropy, head_losses, probe, probe_store, unmasked
+from condenser.evaluation.retrieval import read_collection
+from condenser.evaluation.search import dense_search, score
+from condenser.figures import panels_for
+from condenser.hub import load_export
+
+SHARES = ("perf/probe_fraction", "perf/retrieval_fraction")
+HEAD_LOSSES = [f"probe/head_loss_{cls}" for cls in ("true", "other", "zeros")]
+MEASURED = [*HEAD_LOSSES, *(f"probe/cls_entropy_layer_{i}" for i in (1, 2, 3)), *(f"probe/{m}" for m in RETRIEVED)]
+
+
+def expressive(family="bert"):
+    """A model whose attention is far from even, and whose head notices what it reads."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(16 if parameter.dim() > 1 else 1)
+    return model.train()  # with dropout
+
+
+# --- attention entropy
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_entropy_equals_that_of_the_weights_that_the_library_gives_out(family):
+    lm, (batch, _) = expressive(family).lm, micro_batch("padded")
+    text, real = unmasked(batch), batch["attention_mask"]
+    nats, normalised = cls_attention_entropy(lm, text, real)
+    lm.eval().set_attn_implementation("eager")
+    weights = lm(input_ids=text, attention_mask=real, output_attentions=True).attentions
+    for layer, of_layer in enumerate(weights):
+        by_row = []
+        for row, n in zip(of_layer.double(), real.sum(1).tolist(), strict=True):
+            p = row[:, 0, :n]  # [A, n]
+            by_row.append((-torch.xlogy(p, p).sum(1).mean().item(), n))
+        expected = sum(entropy for entropy, _ in by_row) / len(by_row)
+        share = sum(entropy / torch.tensor(n).log().item() for entropy, n in by_row) / len(by_row)
+        assert nats[layer].item() == pytest.approx(expected, rel=1e-5)
+        assert normalised[layer].item() == pytest.approx(share, rel=1e-5)
+    assert nats.std() > 0.01
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_padding_has_no_part_in_entropy(family):
+    lm, (batch, _) = expressive(family).lm, micro_batch("padded")
+    text, real = unmasked(batch), batch["attention_mask"]
+    together = torch.stack(cls_attention_entropy(lm, text, real))
+    alone = [
+        torch.stack(cls_attention_entropy(lm, text[i : i + 1, :n], real[i : i + 1, :n]))
+        for i, n in enumerate(real.sum(1).tolist())
+    ]
+    assert (real.sum(1) < real.shape[1]).any()
+    torch.testing.assert_close(together, torch.stack(alone).mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_is_of_the_text_before_it_was_masked():
+    batch, (tokens, _, lengths) = micro_batch("padded")[0], SyntheticStore(1000, max_length=36).rows(np.arange(9))
+    assert (batch["input_ids"] == VOCABULARY.mask_id).any()
+    for text, ids, n in zip(unmasked(batch), tokens, lengths, strict=True):
+        assert text[: n + 2].tolist() == [VOCABULARY.cls_id, *(5 + ids[:n] % 85), VOCABULARY.sep_id]
+
+
+def test_a_model_that_attends_to_all_alike_has_normalised_entropy_one():
+    lm, (batch, _) = tiny_model().lm, micro_batch("padded")
+    for layer in lm.bert.encoder.layer:
+        layer.attention.self.query.weight.data.zero_()
+    _, normalised = cls_attention_entropy(lm, unmasked(batch), batch["attention_mask"])
+    torch.testing.assert_close(normalised, torch.ones(4))
+
+
+def test_entropy_leaves_the_encoder_as_it_was():
+    model, (batch, _) = tiny_model(), micro_batch("padded")
+    model.pack()
+    model.train().lm.bert.embeddings.eval()
+    modes = [module.training for module in model.modules()]
+    cls_attention_entropy(model.lm, unmasked(batch), batch["attention_mask"])
+    assert model.lm.config._attn_implementation == model.lm.bert.config._attn_implementation == "condenser_packed"
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_encoder_of_another_architecture_is_refused():
+    lm, (batch, _) = tiny_model().lm, micro_batch("padded")
+    lm.config.model_type = "gpt2"
+    with pytest.raises(ValueError, match="'gpt2' cannot be probed; of these it can: bert, roberta"):
+        cls_attention_entropy(lm, batch["input_ids"], batch["attention_mask"])
+
+
+# --- what the head reads
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_with_the_true_cls_the_head_loss_is_the_models_own(family, pruned):
+    model = expressive(family)
+    model.pruned = pruned
+    batches = [micro_batch("padded", rows=rows, first=rows) for rows in (9, 4)]
+    found = head_losses(model, [batch for batch, _ in batches])
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    model.eval()
+    own = torch.cat([model(**inputs).head_mlm_token_losses for _, inputs in batches])
+    assert found["true"] == pytest.approx(own.mean().item(), rel=1e-6)
+    assert len({round(value, 3) for value in found.values()}) == 3
+
+
+def test_the_other_cls_is_the_one_of_the_row_before_and_zeros_are_zeros():
+    model = expressive().eval()
+    model.pruned = False
+    batch, inputs = micro_batch("padded")
+    found = head_losses(model, [batch])
+    last = model(**inputs).last_hidden_state[:, 0]
+    for name, cls in (("other", last[[-1, *range(8)]]), ("zeros", torch.zeros_like(last))):
+        head = model(**inputs).skip_hidden_state.clone()
+        head[:, 0] = cls
+        mask = batch["attention_mask"][:, None, None].bool()
+        for layer in model.c_head:
+            head = layer(head, mask)
+        logits = model.lm.cls(head).flatten(0, 1)
+        expected = torch.nn.functional.cross_entropy(logits, batch["labels"].flatten())
+        assert found[name] == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_head_that_cannot_look_at_cls_has_one_loss():
+    model, (batch, _) = expressive(), micro_batch("padded")
+    for layer in model.c_head:
+        layer.attention.self.value.weight.data.zero_()  # nothing moves between positions
+    found = head_losses(model, [batch])
+    assert found["true"] == found["other"] == found["zeros"]
+
+
+def test_the_hook_reaches_the_packed_layout_too():
+    model, losses = expressive().eval(), []
+    model.pack()
+    model.condensed = torch.zeros_like
+    for layout in ("padded", "packed"):
+        losses.append(model(**micro_batch(layout)[1]).head_mlm_loss)
+    torch.testing.assert_close(losses[0], losses[1])
+    assert losses[0].item() == pytest.approx(head_losses(model, [micro_batch("padded")[0]])["zeros"], rel=1e-5)
+    assert model.condensed is torch.zeros_like
+
+
+def test_head_losses_need_a_head_and_another_row():
+    with pytest.raises(ValueError, match="two rows or more"):
+        head_losses(tiny_model(), [micro_batch("padded", rows=1)[0]])
+    model = tiny_model()
+    model.c_head = torch.nn.ModuleList()
+    with pytest.raises(ValueError, match="no head whose loss could be probed"):
+        head_losses(model, [micro_batch("padded")[0]])
+
+
+def test_a_store_is_probed_alike_whenever_and_gives_plain_numbers(tiny_export, store):
+    model, encoder = load_export(tiny_export), AutoModel.from_pretrained(tiny_export)
+    found = probe_store(model, encoder, store, n_sequences=40)
+    assert found == json.loads(json.dumps(probe_store(model, encoder, store, n_sequences=40)))
+    assert found["sequences"] == 40
+    assert found["head_loss"].keys() == {"true", "other", "zeros"}
+    assert len(found["cls_entropy"]) == len(found["cls_entropy_nats"]) == 3
+    assert all(
+        0 < share <= 1 < nats for share, nats in zip(found["cls_entropy"], found["cls_entropy_nats"], strict=True)
+    )
+    headless = probe_store(None, AutoModelForMaskedLM.from_pretrained(tiny_export), store, n_sequences=40)
+    assert headless == {key: value for key, value in found.items() if key != "head_loss"}
+    with pytest.raises(ValueError, match=r"probes compare n_sequences >= 2 .* prepare it with a larger"):
+        probe_store(model, encoder, store, n_sequences=1)
+
+
+# --- while training runs
+
+
+@pytest.fixture(scope="module")
+def collection(corpus, tmp_path_factory):
+    """Documents of the corpus, their beginnings as queries."""
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:60]]
+    folder = tmp_path_factory.mktemp("collection")
+    rows = {"corpus": texts, "queries": [text[:20] for text in texts[:10]]}
+    for name, of_texts in rows.items():
+        lines = (json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(of_texts))
+        (folder / f"{name}.jsonl").write_text("".join(lines))
+    (folder / "qrels").mkdir()
+    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(10)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probing(recipe, collection, tmp_path_factory):
+    """The recipe with both callbacks, every 4 of 8 steps; for one process and for two."""
+    package = "condenser.evaluation.callbacks"
+    both = [
+        {"class_path": f"{package}.Probes", "init_args": {"every_n_steps": 4, "n_sequences": 8}},
+        {
+            "class_path": f"{package}.ZeroShotRetrieval",
+            "init_args": {"folder": str(collection), "every_n_steps": 4, "n_documents": 60},
+        },
+    ]
+
+    def write(name, *more, **changes):
+        return write_recipe(recipe, folder / f"{name}.yaml", trainer__callbacks=[*both, *more], **changes)
+
+    folder = tmp_path_factory.mktemp("probing")
+    return write
+
+
+@pytest.fixture(scope="module")
+def probed(probing, run):
+    assert fit(probing("probed"), run.parent, "probed") == 0
+    return run.parent / "probed"
+
+
+def rows_of(run, kind):
+    """The rows that have a metric of this kind, with those metrics alone."""
+    rows = [
+        {key: value for key, value in row.items() if key == "step" or (value and key.startswith(kind))}
+        for row in metrics_of(run, skip=())
+    ]
+    return [row for row in rows if len(row) > 1]
+
+
+def test_training_does_not_notice_that_it_is_probed(probed, run):
+    assert_same_weights(probed, run)
+    for kind in ("train/", "val/"):
+        assert rows_of(probed, kind) == rows_of(run, kind)
+
+
+def test_probes_are_logged_after_the_first_step_and_every_n_steps(probed):
+    rows = rows_of(probed, "probe/")
+    assert [row["step"] for row in rows] == ["0", "0", "3", "3", "7", "7"]  # counted from 0, as Lightning does
+    for of_probes, of_retrieval in zip(rows[::2], rows[1::2], strict=True):
+        assert [*of_probes, *of_retrieval] == ["step", *MEASURED[:6], "step", *MEASURED[6:]]
+    assert all(0 < float(value) < 10 for row in rows for key, value in row.items() if key != "step")
+
+
+def test_the_share_of_the_time_is_logged_and_a_large_one_warned_about(probing, tmp_path, monkeypatch):
+    monkeypatch.setattr(callbacks, "SHARE", 0.0)
+    with pytest.warns(UserWarning, match=r"Probes takes \d+% of the time: raise its every_n_steps=4") as warned:
+        assert fit(probing("shares"), tmp_path, "r") == 0
+    assert len([w for w in warned if "of the time" in str(w.message)]) == 2  # of each callback one
+    for share in SHARES:
+        found = {row["step"]: float(row[share]) for row in rows_of(tmp_path / "r", share)}
+        assert found.keys() == {"3", "7"}
+        assert all(0 < value < 1 for value in found.values())
+
+
+def test_what_is_logged_last_is_what_the_export_gives(probed, store, collection, tmp_path):
+    assert main(["export", str(probed / "checkpoints" / "last-step=8.ckpt"), "--output", str(tmp_path / "e")]) == 0
+    whole = read_collection(collection)
+    hits = dense_search(load_encoder(str(tmp_path / "e"), None), whole.documents, whole.queries)
+    expected = {f"probe/{metric}": value for metric, value in score(hits, whole.qrels).items() if metric in RETRIEVED}
+    of_probes, of_retrieval = rows_of(probed, "probe/")[-2:]
+    assert {key: float(value) for key, value in of_retrieval.items() if key != "step"} == pytest.approx(expected)
+    model = load_export(tmp_path / "e")
+    found = probe_store(model, model.lm, store, n_sequences=8, seed=1)
+    assert [float(of_probes[key]) for key in HEAD_LOSSES] == pytest.approx(list(found["head_loss"].values()))
+    layers = [float(of_probes[f"probe/cls_entropy_layer_{i}"]) for i in (1, 2, 3)]
+    assert layers == pytest.approx(found["cls_entropy"])
+
+
+def test_a_resumed_run_has_the_probes_of_an_uninterrupted_one(probing, probed, tmp_path):
+    for n_steps in (3, 1, 3, 8):  # one that ends between probes, and one at a probe
+        stop = {"class_path": "test_training.StopAfter", "init_args": {"n_steps": n_steps}}
+        assert fit(probing("resumed", stop), tmp_path, "resumed") == 0
+    assert_same_weights(tmp_path / "resumed", probed)
+    for kind in ("train/", "probe/"):
+        assert rows_of(tmp_path / "resumed", kind) == rows_of(probed, kind)
+
+
+def test_a_run_that_goes_on_from_before_a_probe_logs_it_once(probing, probed, tmp_path):
+    shutil.copytree(probed, tmp_path / "probed")
+    for lost in ("summary.json", "checkpoints/last-step=8.ckpt", "checkpoints/best-step=8.ckpt"):
+        (tmp_path / "probed" / lost).unlink()
+    assert fit(probing("probed"), tmp_path, "probed") == 0
+    for kind in ("train/", "val/", "probe/"):
+        assert rows_of(tmp_path / "probed", kind) == rows_of(probed, kind)
+
+
+def test_on_several_devices_sharded_or_not_they_are_those_of_one(probing, probed, tmp_path):
+    fits = []
+    for name, strategy in (("ddp", DDP), ("sharded", SHARDED)):
+        path = probing(name, trainer__devices=2, trainer__strategy=strategy)
+        fits.append(["--config", str(path), "--runs_dir", str(tmp_path), "--name", name])
+    wait_for(start_ranks(2, fits, tmp_path / "log"), tmp_path / "log")
+    for name in ("ddp", "sharded"):
+        ours, theirs = rows_of(tmp_path / name, "probe/"), rows_of(probed, "probe/")
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for mine, one in zip(ours, theirs, strict=True):
+            for key in one.keys() & {*HEAD_LOSSES, "probe/cls_entropy_layer_1"}:
+                assert float(mine[key]) == pytest.approx(float(one[key]), rel=1e-3)
+
+
+def test_plain_mlm_has_no_head_to_probe(probing, tmp_path):
+    """And rows have the epoch of the training rows beside them."""
+    path = probing("mlm", model__n_head_layers=0, trainer__max_steps=4, data__batch_size=512)
+    assert fit(path, tmp_path, "mlm") == 0
+    assert list(rows_of(tmp_path / "mlm", "probe/")[0]) == ["step", *MEASURED[3:6]]
+    epochs = [row["epoch"] for row in metrics_of(tmp_path / "mlm") if row["step"] == "3" and not row["val/loss"]]
+    assert epochs == ["1"] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_copy_has_the_weights_and_shares_none_of_them(device):
+    model, (batch, inputs) = expressive("roberta").to(device), micro_batch("padded", device=device)
+    model.pack()
+    model.train()
+    before = torch.get_rng_state()
+    copy = whole_copy(model)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert model.lm.config._attn_implementation == "condenser_packed"
+    torch.testing.assert_close(copy(**inputs).loss, model.eval()(**inputs).loss)
+    assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in model.parameters()}
+    on_cpu = micro_batch("padded")[0]
+    found, same = probe(copy, copy.lm, [batch]), probe(model.cpu(), model.lm, [on_cpu])
+    for key in ("true", "other", "zeros"):
+        assert found["head_loss"][key] == pytest.approx(same["head_loss"][key], rel=1e-4)
+    assert found["cls_entropy"] == pytest.approx(same["cls_entropy"], rel=1e-4)
+
+
+def test_a_part_of_a_collection_holds_what_is_relevant_to_its_queries(collection):
+    whole = read_collection(collection)
+    part = part_of(whole, n_documents=6, n_queries=4)
+    assert list(part.queries) == list(part.qrels) == list("0123")
+    assert list(part.documents) == list("012345")
+    whole.qrels["0"] |= {"59": 1, "58": 0, "missing": 1}
+    assert list(part_of(whole, 6, 4).documents) == [*"01234", "59"]
+    with pytest.raises(ValueError, match="5 documents are relevant to the first n_queries=4; raise n_documents=4"):
+        part_of(whole, 4, 4)
+
+
+def test_bad_settings_are_refused_before_any_step(recipe, probing, tmp_path, capsys):
+    with pytest.raises(ValueError, match="Probes: every_n_steps=0 must be at least 1"):
+        Probes(every_n_steps=0)
+    for init, message in (
+        ({"class_path": "Probes", "init_args": {"n_sequences": 1}}, "probes compare n_sequences >= 2"),
+        ({"class_path": "ZeroShotRetrieval", "init_args": {"folder": "nowhere"}}, "no retrieval collection at nowhere"),
+    ):
+        init["class_path"] = f"condenser.evaluation.callbacks.{init['class_path']}"
+        assert fit(write_recipe(recipe, tmp_path / "c.yaml", trainer__callbacks=[init]), tmp_path, "r") == 1
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "r" / "checkpoints").exists()
+
+
+def test_the_report_draws_them_also_alone(probed, tmp_path):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "config.yaml").write_text(yaml.safe_dump({"name": "r"}))
+    rows = rows_of(probed, "probe/")
+    lines = [",".join(row.get(key, "") for key in ("step", *MEASURED)) for row in rows]
+    (tmp_path / "r" / "metrics.csv").write_text("\n".join([",".join(["step", *MEASURED]), *lines]) + "\n")
+    assert main(["report", str(tmp_path / "r"), "--output", str(tmp_path / "r.html")]) == 0
+    html = (tmp_path / "r.html").read_text()
+    curves = section(html, "Curves")
+    assert curves.count("<figcaption>") == 3
+    for title, names in (
+        ("Head loss by the [CLS] it reads", ("true", "other", "zeros")),
+        ("Zero-shot [CLS] retrieval", RETRIEVED),
+        ("[CLS] attention entropy by layer", "123"),
+    ):
+        panel = curves.split(f"<figcaption>{title}", 1)[1].split("</figure>", 1)[0]
+        assert all(f">{name}</text>" in panel for name in names)
+
+
+def test_layers_are_drawn_in_their_order():
+    names = [f"probe/cls_entropy_layer_{i}" for i in range(1, 13)]
+    assert panels_for(set(names))[-1].metrics == tuple(names)
