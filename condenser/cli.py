@@ -28,7 +28,7 @@ COMMANDS = {  # name: (module:function, one line)
     "validate": ("condenser.training.cli:validate", "validation losses and accuracies of a checkpoint"),
     "estimate": ("condenser.estimate:estimate", "parameters, memory and hours of a run, before it is started"),
     "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
-    "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval on BEIR folders, fine-tuned first or not"),
+    "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval, similarity, [CLS] attention; also fine-tuned"),
     "evaluate compare": (
         "condenser.evaluation.comparison:compare",
         "two evaluations, query by query: paired bootstrap",

@@ -262,7 +262,8 @@ def test_a_manifest_whose_shards_lie_elsewhere_is_refused(relative, outside, rec
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="outside of its folder"):
         TokenStore(folder, "train")
-    for command in (["fit", "--config", str(recipe), "--name", "victim", "--data.store"], ["inspect"]):
+    of_fit = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
+    for command in (["fit", *of_fit, "--data.store"], ["inspect"]):
         assert main([*command, str(folder)]) == 1
         one_line(capsys, folder, repr(name), "outside of its folder")
 

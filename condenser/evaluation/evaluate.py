@@ -14,6 +14,7 @@ import hashlib
 import importlib.metadata
 import json
 import statistics
+import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -89,11 +90,9 @@ class Job:
     query: str | None = None  # of --query, in the one job that answers it
 
     def __str__(self) -> str:
-        about = self.candidate.about
-        words = [about["model"], *(f"{key} {about[key]}" for key in ("pooling", "train_size", "seed") if about[key])]
-        words += ["fine-tuned"] if about["fine_tuned"] else []
-        words += [f"whitened to {self.whitening or 'all'} dimensions"] if self.whitening is not None else []
-        return f"{self.task.name}: {', '.join(words)}"
+        about = self.candidate.about | {"whitening": self.whitening}
+        seed = "" if about["seed"] is None else f", seed {about['seed']}"
+        return f"{self.task.name}: {in_words(about)}{seed}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -318,23 +317,31 @@ def show(found: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     for kind, metrics in {task.kind: task.metrics for task in (Retrieval, Similarity)}.items():
         rows = averaged([row for row in found["rows"] if row["task"] == kind], metrics)
         if rows:
-            names = [name for name in rows[0] if name not in metrics]
-            told = [name for name in names if name in ("collection", "model") or len({row[name] for row in rows}) > 1]
             numeric = (Column(metric, justify="right", no_wrap=True) for metric in metrics)
-            table = Table(*told, *numeric, box=None, padding=(0, 1, 0, 0), title=kind, title_justify="left")
+            table = Table("collection", "encoder", *numeric, box=None, padding=(0, 1, 0, 0))
             for row in rows:
-                cells = ["" if row[name] is None else str(row[name]) for name in told]
-                table.add_row(*cells, *(row[metric] for metric in metrics))
+                table.add_row(row["collection"], in_words(row), *(row[metric] for metric in metrics))
             console.print(table)
     console.print(ZERO_SHOT_NOTE)
     if answer := found.get("example"):
         print(f"\n{answer['query']}    ({answer['answered_by']})")
         for hit in answer["hits"]:
             print(f"  {hit['rank']}. {hit['score']:.3f}  {hit['id']}\n     {textwrap.shorten(hit['text'], 110)}")
+
+
+def in_words(about: dict[str, Any]) -> str:
+    """Which encoder it is, such as 'pre-trained, mean, fine-tuned on 1000 of squad, whitened to 256'."""
+    words = [about["model"], *([about["pooling"]] if about["pooling"] else [])]
+    if about["trained_on"]:
+        size = f"{about['train_size']} of " if about["train_size"] not in (None, "all") else ""
+        words.append(f"fine-tuned on {size}{about['trained_on']}")
+    if about["whitening"] is not None:
+        words.append(f"whitened to {about['whitening']}" if about["whitening"] else "whitened")
+    return ", ".join(words)
 
 
 def averaged(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
