@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/condenser
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-gpu test-slurm test-faults test-all lint types audit format clean
+.PHONY: help install demo study test test-gpu test-slurm test-faults test-all lint types audit format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -26,6 +26,12 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 	  --query "compute the inverse of a square matrix" --output runs/demo/evaluation
 	$(RUN) report runs/demo --output runs/demo/report.html
 	@echo "open runs/demo/report.html"
+
+WIKIPEDIA ?= data/raw/wikipedia/*.jsonl.xz
+BEIR ?= data/raw/beir
+STS ?= data/raw/sts-b
+study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEIR=folder STS=folder (10 hours on 2 cores)
+	$(BIN)/python configs/study/study.py --wikipedia $(WIKIPEDIA) --beir $(BEIR) --sts $(STS)
 
 test: install  ## the tests, in under 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n 2 --dist loadscope

@@ -56,6 +56,7 @@ FREE = {  # settings that do not change what is computed, or only where
     "trainer.enable_model_summary",
     "trainer.enable_checkpointing",
     "trainer.log_every_n_steps",
+    "trainer.max_time",
     "trainer.val_check_interval",
     "trainer.default_root_dir",
 }

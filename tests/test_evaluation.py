@@ -17,6 +17,7 @@ from condenser.evaluation import encoders, retrieval, search
 from condenser.evaluation.comparison import read_queries
 from condenser.evaluation.evaluate import evaluate
 from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
+from condenser.evaluation.tasks import Retrieval
 from condenser.export import find_checkpoint
 
 ANIMALS = "cat dog horse cow sheep goat hen duck pig mule crow deer wolf bear hare mole newt toad frog seal".split()  # noqa: SIM905
@@ -276,6 +277,14 @@ def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(m
     rows = results(tmp_path / "out")["rows"]
     told = [(row["collection"], row["trained_on"]) for row in rows]
     assert told == [("farm", None), ("farm", "farm"), ("town", "farm"), ("town", None)]
+
+
+def test_a_part_of_the_queries_is_always_the_same(collection_folder):
+    parts = [Retrieval.read(str(collection_folder), "exact", n).collection for n in (2, 2, 4, 99)]
+    assert [len(part.queries) for part in parts] == [2, 2, 4, 6]
+    assert parts[0] == parts[1]
+    assert all(part.queries.keys() == part.qrels.keys() for part in parts)
+    assert all(part.documents == parts[-1].documents for part in parts)
 
 
 def test_similarity_is_measured_and_fine_tuned_for(model_folder, pairs_folder, tmp_path):

@@ -52,6 +52,7 @@ def evaluate(
     whitening: list[int] | None = None,
     max_length: int | None = None,
     index: Literal["exact", "faiss"] = "exact",
+    queries: int | None = None,
     query: str | None = None,
     seeds: list[int] | None = None,
 ) -> None:
@@ -80,6 +81,7 @@ def evaluate(
         whitening: also with whitened vectors of so many dimensions, 0 for all; fitted on each collection's texts
         max_length: tokens of queries and passages, also in fine-tuning; the model's own setting by default
         index: compare by torch, or by faiss
+        queries: test queries of each collection, drawn with a fixed seed (default: all)
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
@@ -100,7 +102,7 @@ def evaluate(
         for seed in seeds
     ]
     path = result_path(Path(output))
-    tasks: list[Task] = [Retrieval.read(folder, index) for folder in retrieval or []]
+    tasks: list[Task] = [Retrieval.read(folder, index, queries) for folder in retrieval or []]
     tasks += [Similarity.read(file) for file in similarity or []]
     tasks += [Attention(Path(attention))] if attention else []
     if not tasks and not mteb:

@@ -1,9 +1,10 @@
 """What encoders are measured on. Each task reads its data, knows what it can train on, and measures an encoder."""
 
 import itertools
+import random
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -42,8 +43,14 @@ class Retrieval:
     loss: ClassVar = "MultipleNegativesRankingLoss"
 
     @classmethod
-    def read(cls, folder: str, index: Index) -> "Retrieval":
-        return cls(read_collection(Path(folder)), index)
+    def read(cls, folder: str, index: Index, n_queries: int | None = None) -> "Retrieval":
+        """With ``n_queries`` of the test set only, always the same."""
+        collection = read_collection(Path(folder))
+        if n_queries is not None and n_queries < len(collection.queries):
+            drawn = random.Random(0).sample(sorted(collection.queries), n_queries)
+            queries, qrels = ({query: of[query] for query in drawn} for of in (collection.queries, collection.qrels))
+            collection = replace(collection, queries=queries, qrels=qrels)
+        return cls(collection, index)
 
     @property
     def name(self) -> str:
