@@ -454,13 +454,16 @@ def test_print_config_prints_a_configuration_that_can_be_used(recipe, capsys, tm
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = ["condenser.yaml", "demo.yaml", "small.yaml"]
-OVERLAYS = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml") if path.name not in RECIPES)
+RECIPES = ["condenser.yaml", "demo.yaml", "small.yaml", "study/study.yaml"]
+SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
+OVERLAYS = [
+    ["study/study.yaml" if name.startswith("study/") else "condenser.yaml", name]
+    for name in SHIPPED
+    if name not in RECIPES
+]
 
 
-@pytest.mark.parametrize(
-    "names", [[name] for name in RECIPES] + [["condenser.yaml", name] for name in OVERLAYS], ids="+".join
-)
+@pytest.mark.parametrize("names", [[name] for name in RECIPES] + OVERLAYS, ids="+".join)
 def test_every_shipped_configuration_trains(names, store, tiny_export, tmp_path):
     small = {"data.store": store, "data.batch_size": 8, "data.num_workers": 0, "model.skip_from": 1, "wandb": "off"}
     small |= {"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.num_nodes": 1}

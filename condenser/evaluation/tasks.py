@@ -48,8 +48,8 @@ class Retrieval:
         collection = read_collection(Path(folder))
         if n_queries is not None and n_queries < len(collection.queries):
             drawn = random.Random(0).sample(sorted(collection.queries), n_queries)
-            queries, qrels = ({query: of[query] for query in drawn} for of in (collection.queries, collection.qrels))
-            collection = replace(collection, queries=queries, qrels=qrels)
+            queries = {query: collection.queries[query] for query in drawn}
+            collection = replace(collection, queries=queries, qrels={query: collection.qrels[query] for query in drawn})
         return cls(collection, index)
 
     @property
