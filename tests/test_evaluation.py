@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError
 import numpy as np
 import pytest
 import torch
+from conftest import make_documents
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
@@ -298,6 +299,9 @@ def test_similarity_is_measured_and_fine_tuned_for(model_folder, pairs_folder, t
 def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_export, tmp_path):
     """And of an export, its checkpoint and its run the same; what the head reads of [CLS] is in the settings."""
     farm = write_collection(tmp_path / "farm")
+    texts = make_documents(20)  # in the words of the store
+    write_rows(farm / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
+    write_rows(farm / "queries.jsonl", [{"_id": f"q{i}", "text": text[:30]} for i, text in enumerate(texts)])
     options = {"retrieval": [str(farm)], "attention": str(store), "finetune": True, "finetune_steps": 20}
     evaluate(str(tiny_export), output=str(tmp_path / "a"), finetune_learning_rate=3e-3, **options)
     found = results(tmp_path / "a")

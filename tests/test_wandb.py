@@ -109,10 +109,9 @@ def test_only_the_first_rank_talks(recipe, tmp_path, to_server):
     path = write_recipe(recipe, tmp_path / "two.yaml", trainer__devices=2, trainer__strategy=DDP, wandb="online")
     with wandb_server(KEY) as server:
         to_server(server.url)
-        wait_for(
-            start_ranks(2, [["--config", path, "--runs_dir", tmp_path, "--name", "a"]], tmp_path / "log"),
-            tmp_path / "log",
-        )
+        fits = [["--config", path, "--runs_dir", tmp_path, "--name", "a"]]
+        address = {name: os.environ[name] for name in ("WANDB_BASE_URL", "WANDB_API_KEY")}
+        wait_for(start_ranks(2, fits, tmp_path / "log", address), tmp_path / "log")
     assert server.asked.count("RunResumeStatus") == len(list((tmp_path / "a" / "wandb").glob("run-*"))) == 1
     assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a")
     assert "wandb" not in (tmp_path / "log-1").read_text()
