@@ -294,6 +294,7 @@ def test_a_run_that_goes_on_from_before_a_probe_logs_it_once(probing, probed, tm
         assert rows_of(tmp_path / "probed", kind) == rows_of(probed, kind)
 
 
+@pytest.mark.slow
 def test_on_several_devices_sharded_or_not_they_are_those_of_one(probing, probed, tmp_path):
     fits = []
     for name, strategy in (("ddp", DDP), ("sharded", SHARDED)):

@@ -212,21 +212,22 @@ class StepLoader(DataLoader):
             worker_init_fn=ends_with_its_parent,
             pin_memory=torch.cuda.is_available(),
         )
-        self.training, self.position = training, 0
+        self.training = training
+        self.progress = {"position": 0}  # no attribute: after a failed start Lightning keeps a list of all assignments
 
     def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
         if not self.training:
-            self.position = 0
-        self.sampler.position = self.position  # type: ignore[attr-defined]
+            self.progress["position"] = 0
+        self.sampler.position = self.progress["position"]  # type: ignore[attr-defined]
         for item in super().__iter__():
-            self.position += 1
+            self.progress["position"] += 1
             yield item
 
     def state_dict(self) -> dict[str, int]:
-        return {"position": self.position}
+        return dict(self.progress)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.position = state["position"]
+        self.progress = dict(state)
 
 
 def ends_with_its_parent(worker: int) -> None:
