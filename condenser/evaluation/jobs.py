@@ -114,7 +114,8 @@ def plan(
     """The rows of the table, in order; the last encoder that searches the first collection answers the query."""
     jobs = []
     starts = {None: encoder} if not poolings else {name: with_pooling(encoder, name) for name in poolings}
-    twins = {(name, seed): encoders.reinitialised(start, seed) for name, start in starts.items() for seed in seeds}
+    drawn = [(name, seed) for name in starts for seed in seeds] if baselines else []
+    twins = {(name, seed): encoders.reinitialised(starts[name], seed) for name, seed in drawn}
     for task in tasks:
         if baselines and task.kind == "retrieval":
             jobs.append(Job(Candidate("BM25"), task))
