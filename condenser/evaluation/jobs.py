@@ -113,7 +113,8 @@ def plan(
 ) -> list[Job]:
     """The rows of the table, in order; the last encoder that searches the first collection answers the query."""
     jobs = []
-    starts = {None: encoder} if not poolings else {name: with_pooling(encoder, name) for name in poolings}
+    starts: dict[str | None, SentenceTransformer] = {name: with_pooling(encoder, name) for name in poolings}
+    starts = starts or {None: encoder}
     drawn = [(name, seed) for name in starts for seed in seeds] if baselines else []
     twins = {(name, seed): encoders.reinitialised(starts[name], seed) for name, seed in drawn}
     for task in tasks:
