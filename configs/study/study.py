@@ -9,11 +9,13 @@ rows in runs/study/results.csv, and the curves in runs/study/report.html.
 import argparse
 import csv
 import json
+import os
 import sys
+import threading
 import time
-from datetime import timedelta
 from pathlib import Path
 
+from condenser import signals
 from condenser.cli import main
 
 HERE = Path(__file__).parent
@@ -35,7 +37,7 @@ def study() -> None:
     parser.add_argument("--beir", type=Path, required=True, help="folder of squad, scifact and cranfield")
     parser.add_argument("--sts", type=Path, required=True, help="folder of the STS benchmark")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
-    parser.add_argument("--minutes", type=float, default=1e6, help="begin no further cell after so long")
+    parser.add_argument("--minutes", type=float, default=1e5, help="stop after about so long")
     options = parser.parse_args()
     end = time.monotonic() + 60 * options.minutes
     if not (STORE / "manifest.json").is_file():
@@ -55,13 +57,15 @@ def study() -> None:
 
 
 def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
-    """Whether the arm has been trained to its end."""
-    left = timedelta(seconds=max(0, int(end - time.monotonic())))
-    limit = [] if left.days > 300 else ["--trainer.max_time", f"00:{str(left).zfill(8)}"]
+    """Whether the arm has been trained to its end; at the end of the time it is asked to stop, and goes on later."""
     overlays = [word for name in ARMS[arm][0] for word in ("-c", str(HERE / f"{name}.yaml"))]
-    settings = ["--name", folder.name, "--seed_everything", str(seed), *limit]
-    if not (folder / "summary.json").is_file() and left:
+    settings = ["--name", folder.name, "--seed_everything", str(seed)]
+    if not (folder / "summary.json").is_file() and time.monotonic() < end:
+        alarm = threading.Timer(end - time.monotonic(), os.kill, (os.getpid(), signals.STOP))
+        alarm.daemon = True
+        alarm.start()
         run("fit", "--config", str(HERE / "study.yaml"), *overlays, *settings)
+        alarm.cancel()
     return (folder / "summary.json").is_file()
 
 
@@ -93,7 +97,7 @@ def collect(runs: list[tuple[str, int]]) -> None:
 
 def run(*command: str) -> None:
     print(f"\n$ condenser {' '.join(command)}", flush=True)
-    if code := main(command):
+    if (code := main(command)) not in (0, signals.STOPPED):
         sys.exit(code)
 
 
