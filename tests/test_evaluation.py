@@ -339,8 +339,12 @@ def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
     drawn = [set(question_examples(collection, Tuning(train_size=n, seed=3))["query"]) for n in (4, 9)]
     assert drawn[0] < drawn[1]
     assert [len(each) for each in drawn] == [4, 9]
-    with pytest.raises(ValueError, match="--train-sizes 99: farm: training questions are only 14"):
+    with pytest.raises(ValueError, match="--train-sizes 99: farm has 14 training questions"):
         question_examples(collection, Tuning(train_size=99))
+    with pytest.raises(ValueError, match="--hard-negatives 50: BM25 finds so many for no question of farm"):
+        question_examples(collection, Tuning(hard_negatives=50))
+    with pytest.raises(ValueError, match="--hard-negatives -1 must be at least 0"):
+        Tuning(hard_negatives=-1)
 
 
 def test_gradient_caching_changes_memory_and_no_weight(model_folder):

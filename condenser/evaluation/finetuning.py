@@ -1,13 +1,15 @@
 """Fine-tuning an encoder before it is evaluated, by sentence-transformers' trainer: AdamW, 10 % warm-up, linear decay,
 gradient norm 1, fp32. On a CPU the result is a function of the arguments."""
 
-import random
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from condenser.data.hashing import permuted
 from condenser.evaluation.encoders import backbone
 from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import bm25_search
@@ -31,7 +33,7 @@ class Tuning:
         hard_negatives: passages beside each relevant one, the best of BM25 that are not judged relevant.
         mini_batch: examples computed at a time, by gradient caching: large batches in little memory; 0 is all.
         train_size: questions, or scored pairs, drawn from the training split; None is all.
-        seed: of the draw, the order and the dropout of weights that the encoder lacks.
+        seed: of the draw and the order.
     """
 
     steps: int = 1000
@@ -44,10 +46,12 @@ class Tuning:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "epochs": 1, "batch_size": 2, "hard_negatives": 0, "mini_batch": 0, "train_size": 1}
-        for name, value in least.items():
-            if getattr(self, name) is not None and getattr(self, name) < value:
-                raise ValueError(f"--finetune-{name.replace('_', '-')} {getattr(self, name)} must be at least {value}")
+        least = {"finetune-steps": 1, "finetune-epochs": 1, "finetune-batch-size": 2}
+        least |= {"hard-negatives": 0, "mini-batch": 0, "train-size": 1}
+        for option, value in least.items():
+            given = getattr(self, option.removeprefix("finetune-").replace("-", "_"))
+            if given is not None and given < value:
+                raise ValueError(f"--{option}{'s' * (option == 'train-size')} {given} must be at least {value}")
         if not self.learning_rate > 0:
             raise ValueError(f"--finetune-learning-rate {self.learning_rate} must be positive")
 
@@ -61,10 +65,14 @@ def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[
     """Columns of questions, relevant passages and hard negatives.
 
     Raises:
-        ValueError: fewer training questions than ``train_size``.
+        ValueError: fewer training questions than ``train_size``, or none with so many hard negatives.
     """
-    judged = draw(sorted(collection.train_qrels), tuning, f"{collection.name}: training questions")
-    questions = {query: collection.train_queries[query] for query in judged}
+    judged = sorted(collection.train_qrels)
+    size = tuning.train_size or len(judged)
+    if size > len(judged):
+        raise ValueError(f"--train-sizes {size}: {collection.name} has {len(judged):,} training questions")
+    drawn = permuted(np.arange(size), len(judged), tuning.seed)  # of two sizes the smaller one's are in the larger's
+    questions = {judged[i]: collection.train_queries[judged[i]] for i in drawn}
     hits = bm25_search(collection.documents, questions) if tuning.hard_negatives else {}
     names = ["query", "positive", *(f"negative_{n}" for n in range(1, tuning.hard_negatives + 1))]
     rows = []
@@ -74,16 +82,11 @@ def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[
         if len(others) == tuning.hard_negatives:
             texts = [collection.documents[i] for i in others]
             rows += [(question, collection.documents[i], *texts) for i in relevant]
+    if not rows:
+        raise ValueError(
+            f"--hard-negatives {tuning.hard_negatives}: BM25 finds so many for no question of {collection.name}"
+        )
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-
-
-def draw(examples: Sequence[Any], tuning: Tuning, what: str) -> list[Any]:
-    """``train_size`` of the examples; a smaller draw of the same seed is part of a larger one."""
-    if tuning.train_size is None:
-        return list(examples)
-    if tuning.train_size > len(examples):
-        raise ValueError(f"--train-sizes {tuning.train_size}: {what} are only {len(examples):,}")
-    return random.Random(tuning.seed).sample(examples, len(examples))[: tuning.train_size]
 
 
 def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss: str, tuning: Tuning) -> None:

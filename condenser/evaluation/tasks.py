@@ -4,7 +4,7 @@ import itertools
 import random
 import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -58,7 +58,7 @@ class Retrieval:
 
     @property
     def fingerprint(self) -> str:
-        return self.collection.fingerprint
+        return f"{self.collection.fingerprint} {self.index}"
 
     @property
     def trains(self) -> bool:
@@ -138,9 +138,7 @@ class Attention:
     n_sequences: int = 256
 
     kind: ClassVar = "attention"
-    loss: ClassVar = ""
     trains: ClassVar = False
-    metrics: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def name(self) -> str:

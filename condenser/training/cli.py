@@ -16,7 +16,6 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 
 from condenser import signals
 from condenser.data.datamodule import CondenserDataModule
@@ -36,6 +35,7 @@ from condenser.training.callbacks import Listening, MetricsCSV, Speed, Summary, 
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
 from condenser.training.failures import explained
 from condenser.training.module import CondenserModule
+from condenser.training.tracking import is_first_rank
 
 REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
     "accumulate_grad_batches": (1, "a step is cut by data.micro_batches_per_step"),
@@ -172,11 +172,6 @@ def check_trainer(settings: Any) -> None:
     for key, (neutral, why) in REFUSED.items():
         if settings[key] != neutral:
             raise ValueError(f"trainer.{key} cannot be used here: {why}")
-
-
-def is_first_rank() -> bool:
-    known: Any = rank_zero_only
-    return known.rank == 0
 
 
 def fit(args: Sequence[str]) -> None:

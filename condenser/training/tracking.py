@@ -52,8 +52,7 @@ def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -
     Raises:
         ValueError: there is no key, or what is given cannot be one.
     """
-    first: Any = rank_zero_only
-    if first.rank:
+    if not is_first_rank():
         return logger_of(run, mode, every_n_steps)
     import wandb
 
@@ -101,8 +100,8 @@ def logger_of(run: Path, mode: str, every_n_steps: int) -> Tracker:
 
 def run_id(run: Path) -> str | None:
     """The W&B id that a run keeps however often it is started; only the first rank logs."""
-    path, first = run / "wandb_id", rank_zero_only
-    if not first.rank and not path.is_file():  # type: ignore[attr-defined]
+    path = run / "wandb_id"
+    if is_first_rank() and not path.is_file():
         path.write_text(secrets.token_hex(4))
     return path.read_text() if path.is_file() else None
 
@@ -139,12 +138,11 @@ def keep_export(logger: Tracker, run: Path) -> None:
 def keep_files(logger: Tracker, kind: str, files: Mapping[str, Path], about: dict[str, Any]) -> None:
     import wandb
 
-    run = logger.experiment
-    artifact = wandb.Artifact(f"{kind}-{run.id}", type=kind, metadata=about)
-    for name, path in files.items():
-        artifact.add_file(str(path), name=name)
+    artifact = wandb.Artifact(f"{kind}-{logger.experiment.id}", type=kind, metadata=about)
     try:
-        run.log_artifact(artifact)
+        for name, path in files.items():  # which are copied
+            artifact.add_file(str(path), name=name)
+        logger.experiment.log_artifact(artifact)
     except Exception as error:  # it asks the server first
         warn(f"does not take the artifact {artifact.name} ({one_line(error)})")
 
@@ -175,6 +173,11 @@ def forget(wandb: Any) -> None:
     """End the process that sends for us, with what it may still hold."""
     with suppress(Exception):
         wandb.teardown(exit_code=1)
+
+
+def is_first_rank() -> bool:
+    known: Any = rank_zero_only
+    return known.rank == 0
 
 
 def warn(message: str) -> None:
