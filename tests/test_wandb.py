@@ -110,7 +110,7 @@ def test_only_the_first_rank_talks(recipe, tmp_path, to_server):
     with wandb_server(KEY) as server:
         to_server(server.url)
         fits = [["--config", path, "--runs_dir", tmp_path, "--name", "a"]]
-        address = {name: os.environ[name] for name in ("WANDB_BASE_URL", "WANDB_API_KEY")}
+        address = {name: os.environ[name] for name in ("WANDB_BASE_URL", "WANDB_API_KEY")} | {"WANDB_SERVICE": ""}
         wait_for(start_ranks(2, fits, tmp_path / "log", address), tmp_path / "log")
     assert server.asked.count("RunResumeStatus") == len(list((tmp_path / "a" / "wandb").glob("run-*"))) == 1
     assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a")
@@ -202,6 +202,15 @@ def test_training_goes_on_when_the_process_that_sends_is_killed(run, recipe, tmp
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B no longer takes metrics") == 1
     assert_same_weights(tmp_path / "a", run)
+
+
+def test_the_address_of_a_sender_that_is_gone_does_not_stop_a_run(recipe, tmp_path, to_server, monkeypatch, capfd):
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        monkeypatch.setenv("WANDB_SERVICE", "3-1-tcp-localhost-9")
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
+    assert "W&B cannot be reached" in capfd.readouterr().err
+    assert list((tmp_path / "a" / "wandb").glob("offline-run-*"))
 
 
 def test_a_missing_key_is_refused(recipe, tmp_path, to_server, monkeypatch, capsys):

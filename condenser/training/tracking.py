@@ -61,7 +61,7 @@ def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -
     logger = logger_of(run, mode, every_n_steps)
     try:
         _ = logger.experiment
-    except wandb.errors.Error as error:
+    except Exception as error:  # of the network, the key, or the process that is to send
         warn(f"cannot be reached ({one_line(error)}); later: wandb sync {run}/wandb/offline-run-*")
         forget(wandb)  # which else takes the run's id to be in use
         logger = logger_of(run, "offline", every_n_steps)
@@ -170,9 +170,10 @@ def finished() -> Iterator[None]:
 
 
 def forget(wandb: Any) -> None:
-    """End the process that sends for us, with what it may still hold."""
+    """End the process that sends for us, with what it may still hold; the next is a new one."""
     with suppress(Exception):
         wandb.teardown(exit_code=1)
+    os.environ.pop("WANDB_SERVICE", None)
 
 
 def is_first_rank() -> bool:
