@@ -5,11 +5,13 @@ import itertools
 import json
 import lzma
 import math
+import os
 from importlib.metadata import PackageNotFoundError
 
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import make_documents
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
@@ -183,6 +185,19 @@ def test_fine_tuning_has_no_dropout_and_leaves_nothing_behind(model_folder, tmp_
     assert not encoder.training
     assert all(module.p == 0 for module in encoder.modules() if isinstance(module, torch.nn.Dropout))
     assert not list(tmp_path.iterdir())
+
+
+def test_fine_tuning_shares_nothing_out_after_a_run_of_several_processes(model_folder, monkeypatch):
+    """Lightning leaves its variables set: a trainer that believed them dropped every batch that is not full."""
+    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
+    tuned = [encoders.load_encoder(model_folder, 32) for _ in range(2)]
+    for encoder, variables in zip(tuned, ({}, {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}), strict=True):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", Tuning(steps=3, batch_size=64, learning_rate=3e-3))
+        assert variables.items() <= os.environ.items()
+    assert weights(tuned[0]) == weights(tuned[1]) != weights(encoders.load_encoder(model_folder, 32))
 
 
 # --- the command

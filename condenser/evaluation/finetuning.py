@@ -1,9 +1,11 @@
 """Fine-tuning an encoder before it is evaluated, by sentence-transformers' trainer: AdamW, 10 % warm-up, linear decay,
 gradient norm 1, fp32. On a CPU the result is a function of the arguments."""
 
+import contextlib
+import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,7 +120,7 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
             loss, options["mini_batch_size"] = f"Cached{loss}", tuning.mini_batch
     weighted = any("layer_weights" in name and weight.requires_grad for name, weight in encoder.named_parameters())
     steps = tuning.n_steps(len(next(iter(examples.values()))))
-    with tempfile.TemporaryDirectory() as folder:  # the trainer wants one; nothing is kept of it
+    with one_process(), tempfile.TemporaryDirectory() as folder:  # the trainer wants one; nothing is kept of it
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,
             max_steps=steps,
@@ -146,4 +148,17 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+        assert trainer.state.global_step == steps
     encoder.eval()
+
+
+@contextlib.contextmanager
+def one_process() -> Iterator[None]:
+    """Without the variables of a group of processes, which Lightning leaves set: the trainer would share the examples
+    out, and drop those that fill no batch."""
+    names = {"LOCAL_RANK", "RANK", "WORLD_SIZE"} & os.environ.keys()
+    group = {name: os.environ.pop(name) for name in names}
+    try:
+        yield
+    finally:
+        os.environ |= group
