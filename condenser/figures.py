@@ -8,7 +8,7 @@ The SVGs name no font file, no address and no fixed ink: text and axes take the 
 import io
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,15 +107,20 @@ def draw(panel: Panel, runs: Sequence[Curves], x_label: str, smooth: float) -> s
         plot_unigram(axes, runs)
     elif "nats" in panel.unit:
         leave_out_start(axes)
-    if named := dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)):
-        beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + (len(named) > 12)}
-        legend = axes.legend(named.values(), named, frameon=False, fontsize=7, reverse=True, **beside)
-        for line in legend.get_lines():
-            line.set_color(INK)  # of all runs
+    name_lines(axes)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
     if panel.unit == "tokens/s":
         axes.yaxis.set_major_formatter(axes.xaxis.get_major_formatter())
     return to_svg(figure, panel.title)
+
+
+def name_lines(axes: Axes) -> None:
+    """A legend beside the panel for the lines that have a label, in no run's colour."""
+    if named := dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)):
+        beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + (len(named) > 12)}
+        legend = axes.legend(named.values(), named, frameon=False, fontsize=7, reverse=True, **beside)
+        for line in legend.get_lines():
+            line.set_color(INK)
 
 
 def plot(axes: Axes, metric: str, x: np.ndarray, values: np.ndarray, colour: str, smooth: float) -> None:
@@ -179,6 +184,27 @@ def moving_mean(values: np.ndarray, width: int) -> np.ndarray:
     after = np.minimum(before, i[::-1])
     sums = np.concatenate([[0.0], np.cumsum(values)])
     return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
+
+
+def draw_over(title: str, unit: str, theirs: Mapping[str, Curves], ours: Sequence[Curves]) -> str:
+    """Runs in their colours over reference runs, which are dashed by what their label has before a comma. The x axis
+    begins at 2 % of the shortest run: the first steps would take most of its decades."""
+    kinds = list(dict.fromkeys(label.partition(",")[0] for label in theirs))
+    dashes = {kind: {"ls": DASHES[n % len(DASHES)], "lw": 0.8 + n // len(DASHES)} for n, kind in enumerate(kinds)}
+    grey = [{"color": INK, "alpha": 0.45, "label": (k := label.partition(",")[0]), **dashes[k]} for label in theirs]
+    dotted = [{"color": colour, "lw": 1.5, "marker": "o", "ms": 3.8} for colour in run_colours(len(ours))]
+    lines = zip((*theirs.values(), *ours), (*grey, *dotted), strict=True)
+    drawn: list[Any] = [(*curves[title], style) for curves, style in lines if title in curves]
+    start = 0.02 * min(x[-1] for x, _, _ in drawn)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(4.7, 2.7), layout="constrained")
+        axes = figure.add_subplot(xlabel="tokens seen", ylabel=unit, xscale="log")
+        for x, values, style in drawn:
+            shown = np.isfinite(values) & (x >= start)
+            axes.plot(x[shown], values[shown], **style)
+        name_lines(axes)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        return to_svg(figure, title)
 
 
 def draw_entropies(rows: Sequence[dict[str, Any]]) -> str:

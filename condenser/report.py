@@ -2,6 +2,7 @@
 
     condenser report runs/condenser-base runs/mlm-only --output report.html
     condenser report runs/* --output report.html --x tokens --smooth 0
+    condenser report runs/condenser-base --output report.html --reference study
 
 The page reads what every run folder holds, ``config.yaml`` and ``metrics.csv``, and where they exist ``summary.json``
 (written when a run finishes) and ``evaluation/results.json``. It is one file that asks nothing of the network:
@@ -21,7 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from condenser.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_panels, run_colours, short
+from condenser.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_over, draw_panels, run_colours, short
+from condenser.reference import PANELS, STUDY, comparable, over_tokens, read_reference
 from condenser.runs import CONFIG, METRICS, RESULTS, SUMMARY, Curves, flatten, read_mapping, read_metrics
 
 ZERO_SHOT_NOTE = (
@@ -47,7 +49,15 @@ class Run:
         return float(self.curves[metric][1][-1]) if metric in self.curves else None
 
 
-def report(runs: list[str], /, *, output: str, x: Literal["step", "tokens"] = "step", smooth: float = 5) -> None:
+def report(
+    runs: list[str],
+    /,
+    *,
+    output: str,
+    x: Literal["step", "tokens"] = "step",
+    smooth: float = 5,
+    reference: str | None = None,
+) -> None:
     """Write curves and tables of one or several runs to one self-contained HTML file.
 
     Args:
@@ -55,14 +65,17 @@ def report(runs: list[str], /, *, output: str, x: Literal["step", "tokens"] = "s
         output: the HTML file to write
         x: what the curves are drawn over
         smooth: width of the moving mean of training curves in % of the curve, 0 for none
+        reference: draw the runs over known ones too, to see whether they are normal: `study` for those of
+            configs/study, which come with the package, or a CSV of others
     """
     loaded = load_runs(runs)
-    curves = [over_tokens(run) if x == "tokens" else run.curves for run in loaded]
+    curves = [over_tokens(run.curves, run.name) if x == "tokens" else run.curves for run in loaded]
+    compared = "" if reference is None else comparison(loaded, STUDY if reference == "study" else Path(reference))
     panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x], smooth)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")
-    unfinished.write_text(page(loaded, panels), encoding="utf-8")
+    unfinished.write_text(page(loaded, panels, compared), encoding="utf-8")
     os.replace(unfinished, target)
     print(f"wrote {target}")
 
@@ -92,17 +105,10 @@ def load_run(folder: Path, name: str, colour: str) -> Run:
     )
 
 
-def over_tokens(run: Run) -> Curves:
-    if "train/tokens_seen" not in run.curves:
-        raise ValueError(f"{run.name} logged no train/tokens_seen: leave out --x tokens")
-    steps, tokens = (np.concatenate([[0], a]) for a in run.curves["train/tokens_seen"])
-    return {name: (np.interp(at, steps, tokens), values) for name, (at, values) in run.curves.items()}
-
-
 # --- the page
 
 
-def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]]) -> str:
+def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]], compared: str) -> str:
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     versions = ", ".join(f"{package} {version(package)}" for package in ("condenser", "matplotlib"))
     return PAGE.substitute(
@@ -111,7 +117,8 @@ def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]]) -> str:
         warnings="".join(f'<p class="warning">{html.escape(line)}</p>' for run in runs for line in warnings(run)),
         glance=glance(runs),
         legend=" ".join(f"<span>{run.label}</span>" for run in runs),
-        panels="".join(f"<figure><figcaption>{html.escape(t)}</figcaption>{svg}</figure>" for t, svg in panels),
+        panels=figures(panels),
+        compared=compared,
         numbers=final_numbers(runs),
         settings=settings(runs),
         evaluation="".join(evaluation(run) for run in runs if run.evaluation),
@@ -153,6 +160,21 @@ def facts(run: Run) -> Iterator[tuple[str, object]]:
         yield f"{stream}: accuracy", None if accuracy is None else f"{accuracy:.1%}"
         yield f"{stream}: at [MASK]", at_mask
         yield f"{stream}: less unigram", None if at_mask is None or unigram is None else at_mask - unigram
+
+
+def comparison(runs: Sequence[Run], reference: Path) -> str:
+    """The runs over those of a reference file, as far as both measured the same."""
+    theirs = {label: comparable(curves) for label, curves in read_reference(reference).items()}
+    ours = [comparable(over_tokens(run.curves, run.name)) for run in runs]
+    shown = {title: unit for title, unit in PANELS.items() if any(title in curves for curves in ours)}
+    drawn = figures([(title, draw_over(title, unit, theirs, ours)) for title, unit in shown.items()])
+    nothing = "<p>The runs have logged nothing that can be compared yet.</p>"
+    return COMPARISON.substitute(file=html.escape(reference.name), panels=drawn if shown else nothing)
+
+
+def figures(panels: Iterable[tuple[str, str]]) -> str:
+    drawn = (f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in panels)
+    return f'<div class="panels">{"".join(drawn)}</div>'
 
 
 def final_numbers(runs: Sequence[Run]) -> str:
@@ -217,6 +239,14 @@ def cell(value: object) -> str:
     return html.escape(str(value))
 
 
+COMPARISON = Template("""<h2>Is this normal?</h2>
+<p class="key">Grey, without dots: the runs of $file. Losses depend on vocabulary and text; what they are below guessing
+by frequency hardly does. How high a curve gets is a matter of model size and tokens, but its course should be like
+theirs: flat at first, then up, ever slower; a warm start begins high. One that stays at 0 has not left the plateau, and
+a head that predicts as well with another text's [CLS] as with its own does not read it.</p>
+$panels
+""")
+
 PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -252,11 +282,12 @@ $warnings
 <h2>At a glance</h2>
 $glance
 <p class="key">Losses in nats. Less unigram: the loss at [MASK] positions minus that of the word frequencies alone.</p>
+$compared
 <h2>Curves</h2>
 <p class="legend">$legend</p>
 <p class="key">Training: the values as logged, faint, and their moving mean. Validation: dots, hollow for the head.
 Loss axes end where the loss is after 5 % of the run.</p>
-<div class="panels">$panels</div>
+$panels
 $evaluation
 <div class="pair"><section><h2>Final numbers</h2>$numbers</section><section>$settings</section></div>
 </body>

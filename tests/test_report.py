@@ -2,15 +2,19 @@
 
 import json
 import re
+import tomllib
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import yaml
 
 from condenser.cli import main
 from condenser.figures import moving_mean, short, thinned
+from condenser.reference import KEPT, PANELS, STUDY, comparable, over_tokens, read_reference, write_reference
 from condenser.report import report
+from condenser.runs import read_metrics
 
 TRAIN = ["train/mlm_loss", "train/lr", "train/tokens_seen", "perf/tokens_per_second"]
 VALIDATION = ["val/mlm_loss", "val/mlm_accuracy", "val/mlm_loss_at_mask", "val/unigram_loss_at_mask"]
@@ -244,3 +248,110 @@ def test_moving_mean_keeps_length_start_and_straight_lines():
     line = np.arange(20.0)
     assert np.allclose(moving_mean(line, 5)[:18], line[:18])
     assert moving_mean(np.array([9.0, 1.0, 1.0]), 15)[0] == 9.0
+
+
+def make_curves(folder: Path, head: float = 0.5, vocabulary: float = 0.0, steps=(500, 1000, 1500)) -> Path:
+    """A run that gains 1 nat in 1000 steps, and reads ``head`` nats from [CLS]; tokens: 100 a step."""
+    names = ["train/tokens_seen", *KEPT, "probe/cls_entropy_layer_2", "probe/cls_entropy_layer_10"]
+    lines = [",".join(("step", "epoch", *names)), f"0,0,{',' * len(KEPT)},0.9,0.7"]
+    for step in steps:
+        losses = [f"{vocabulary + 7 - 0.00111111 * step * ('unigram' not in name):.6f}" for name in KEPT[:5]]
+        probes = [5.0, 5.0 + head, 5.25, 0.8, 0.4]
+        lines.append(f"{step - 1},0,{100 * step},{','.join(map(str, losses + probes))}")
+    run = make_run(folder)
+    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+    return run
+
+
+def test_reference_curves_come_back_as_the_runs_logged_them_and_pandas_reads_them(tmp_path):
+    runs = {f"arm {n}, seed {seed}": make_curves(tmp_path / f"{n}{seed}", n) for n in range(2) for seed in range(2)}
+    runs["long"] = make_curves(tmp_path / "long", steps=range(500, 20_001, 500))
+    write_reference(tmp_path / "r.csv", runs)
+    assert (tmp_path / "r.csv").stat().st_size < 10_000
+    found = read_reference(tmp_path / "r.csv")
+    assert list(found) == list(runs)
+    for label, curves in found.items():
+        logged = over_tokens(read_metrics(runs[label] / "metrics.csv"), label)
+        assert curves.keys() == {*KEPT, "probe/cls_entropy_layer_2", "probe/cls_entropy_layer_10"}
+        for metric, (tokens, values) in curves.items():
+            np.testing.assert_allclose(tokens, logged[metric][0], atol=0.5)
+            np.testing.assert_allclose(values, logged[metric][1], rtol=5e-5)
+    table = pandas.read_csv(tmp_path / "r.csv")
+    assert list(table.columns[:2]) == ["run", "tokens"]
+    assert list(table.columns[-2:]) == ["probe/cls_entropy_layer_2", "probe/cls_entropy_layer_10"]
+    assert table[table.run == "arm 1, seed 0"].tokens.tolist() == [100, 50_000, 100_000, 150_000]
+
+
+def test_what_is_compared_does_not_depend_on_the_vocabulary(tmp_path):
+    one, other = (
+        comparable(over_tokens(read_metrics(make_curves(tmp_path / str(v), vocabulary=v) / "metrics.csv"), ""))
+        for v in (0.0, 3.0)
+    )
+    assert list(one) == list(PANELS)
+    for title, (tokens, values) in one.items():
+        np.testing.assert_allclose(tokens, other[title][0])
+        np.testing.assert_allclose(values, other[title][1], atol=1e-5)
+    backbone, head, read, entropy = (values for _, values in one.values())
+    np.testing.assert_allclose(backbone, [0.555555, 1.11111, 1.666665], atol=1e-5)
+    np.testing.assert_allclose(head, backbone)
+    np.testing.assert_allclose(read, 0.5)
+    np.testing.assert_allclose(entropy, [0.8, 0.6, 0.6, 0.6])
+
+
+def test_runs_are_drawn_over_reference_runs_where_both_measured_the_same(tmp_path):
+    runs = {f"arm {n}, seed {seed}": make_curves(tmp_path / f"{n}{seed}", n) for n in range(6) for seed in range(2)}
+    write_reference(tmp_path / "known.csv", runs)
+    ours = make_curves(tmp_path / "ours", vocabulary=3.0)
+    compared = section(page(ours, reference=str(tmp_path / "known.csv")), "Is this normal?")
+    assert re.findall("<figcaption>(.*?)</figcaption>", compared) == list(PANELS)
+    for panel in compared.split("<figcaption>")[1:]:
+        grey = re.findall(r'<path d="[^"]*" clip-path[^>]*stroke: currentColor; stroke-opacity: 0.45', panel)
+        assert len(grey) == len(runs)
+        assert [panel.count(f">arm {n}<") for n in range(6)] == [1] * 6
+        assert "#1b80c4" in panel
+    assert "known.csv" in compared
+    few = make_run(tmp_path / "few", [*TRAIN, *VALIDATION])
+    compared = section(page(few, reference=str(tmp_path / "known.csv")), "Is this normal?")
+    assert compared.count("<figcaption>") == 1
+    none = make_run(tmp_path / "none", TRAIN)
+    assert "nothing that can be compared yet" in page(none, reference=str(tmp_path / "known.csv"))
+    assert "Is this normal?" not in page(ours)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tokens", "steps", "known.csv has no column 'tokens'"),
+        ("val/unigram_loss_at_mask", "unigram", "known.csv has no column 'val/unigram_loss_at_mask'"),
+        (",50000,", ",,", "known.csv, line 3, column 'tokens': '' is not a number"),
+        (",50000,6.4444,", ",50000,6.x,", "known.csv, line 3, column 'val/mlm_loss': '6.x' is not a number"),
+        (",0.8,0.4\nlong,100000", "\nlong,100000", "line 3, column 'probe/cls_entropy_layer_2': None is not a number"),
+        ("\nlong.*", "\n", "known.csv holds no values"),
+        (".*", "", "known.csv has no column 'run'"),
+    ],
+)
+def test_broken_reference_files_are_refused_by_line_and_column(tmp_path, old, new, message):
+    path = tmp_path / "known.csv"
+    write_reference(path, {"long": make_curves(tmp_path / "a")})
+    broken = re.sub(old, new, path.read_text(), count=1, flags=re.DOTALL)
+    assert broken != path.read_text()
+    path.write_text(broken)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        page(tmp_path / "a", reference=str(path))
+
+
+def test_the_study_is_the_reference_that_comes_with_the_package(tmp_path, monkeypatch):
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    assert STUDY.name in project["tool"]["setuptools"]["package-data"]["condenser"]
+    run = make_curves(tmp_path / "a")
+    write_reference(tmp_path / "shipped.csv", {"mlm, seed 1": run})
+    monkeypatch.setattr("condenser.report.STUDY", tmp_path / "shipped.csv")
+    assert main(["report", str(run), "--output", str(tmp_path / "r.html"), "--reference", "study"]) == 0
+    assert "shipped.csv" in section((tmp_path / "r.html").read_text(), "Is this normal?")
+
+
+@pytest.mark.skipif(not STUDY.is_file(), reason="the study's curves are not in the package yet")
+def test_the_reference_of_the_study_is_small_and_whole():
+    assert STUDY.stat().st_size < 100_000
+    titles = {title for curves in read_reference(STUDY).values() for title in comparable(curves)}
+    assert titles == set(PANELS)
