@@ -5,19 +5,22 @@ It is a Hugging Face folder (the headless encoder with its MLM head, and the tok
 [CLS] vector, a model card, and the training configuration.
 """
 
+import contextlib
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import save_file
 
 from condenser.hub import HEAD_FILE, load_checkpoint, load_export
 from condenser.models.backbones import parts
 from condenser.models.condenser import Condenser
-from condenser.runs import checkpoints
+from condenser.runs import METRICS, RESULTS, checkpoints, flatten, read_mapping, read_metrics
 
 ABOUT_FILE = "condenser.json"  # where the export came from
 
@@ -36,7 +39,7 @@ def export(checkpoint: str, /, *, output: str) -> None:
     """
     path = find_checkpoint(checkpoint)
     target = Path(output)
-    source = {"checkpoint": path.name, "sha256": sha256(path)}
+    source: dict[str, Any] = {"checkpoint": path.name, "sha256": sha256(path)}
     if already_exported(target, source):
         print(f"{output} already holds this checkpoint's export: nothing to do")
         return
@@ -46,7 +49,8 @@ def export(checkpoint: str, /, *, output: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        write_export(partial, model, content["condenser"], source | {"step": content["global_step"]})
+        source["step"] = content["global_step"]
+        write_export(partial, model, content["condenser"], source, measured(path.parent.parent, source["step"]))
         compare_with_live(partial, model)
         partial.rename(target)
     except BaseException:
@@ -85,7 +89,20 @@ def check_finite(model: Condenser, path: Path) -> None:
             raise ValueError(f"{path}: {name} holds values that are not finite; export an earlier checkpoint")
 
 
-def write_export(folder: Path, model: Condenser, about: dict[str, Any], source: dict[str, Any]) -> None:
+def measured(run: Path, step: int) -> dict[str, Any]:
+    """What a run folder knows of its model at a step: tokens, the last losses until then, rows of its evaluation."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):  # no run around the checkpoint, or a broken file: weights are enough
+        for name, (steps, values) in read_metrics(run / METRICS).items():
+            if re.fullmatch("train/tokens_seen|val/.*loss.*", name) and (steps < step).any():
+                found[name] = float(values[steps < step][-1])
+        found["evaluation"] = (read_mapping(run / RESULTS) or {}).get("rows", [])
+    return found
+
+
+def write_export(
+    folder: Path, model: Condenser, about: dict[str, Any], source: dict[str, Any], numbers: dict[str, Any]
+) -> None:
     model.lm.save_pretrained(folder)
     for name, text in about["tokenizer"].items():
         (folder / name).write_text(text)
@@ -95,9 +112,10 @@ def write_export(folder: Path, model: Condenser, about: dict[str, Any], source: 
     write_sentence_transformers_files(folder, model.lm.config.hidden_size, manifest["settings"]["max_length"])
     if about["run_config"]:
         (folder / "training_config.yaml").write_text(about["run_config"])
-    card = {"source": source, "head": about["head"], "data": manifest}
+    card = {"source": source, "head": about["head"], "measured": numbers, "data": manifest}
     (folder / ABOUT_FILE).write_text(json.dumps(card, indent=1) + "\n")
-    (folder / "README.md").write_text(model_card(model, card))
+    config = dict(flatten(yaml.safe_load(about["run_config"]) or {}))
+    (folder / "README.md").write_text(model_card(model, card, config.get("model.backbone")))
 
 
 def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length: int) -> None:
@@ -119,32 +137,58 @@ def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
-def model_card(model: Condenser, card: dict[str, Any]) -> str:
-    config, data = model.lm.config, card["data"]
+def model_card(model: Condenser, card: dict[str, Any], backbone: str | None) -> str:
+    """The page that the hub shows; its first part is the hub's metadata."""
+    config, data, numbers = model.lm.config, card["data"], card["measured"]
+    about: dict[str, Any] = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    about |= {"license": "unknown", "language": data["settings"].get("language", "en")}
+    about |= {"tags": ["condenser", "dense-retrieval", "masked-lm"]}
+    if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
+        about["base_model"] = backbone  # of the hub
     files = ", ".join(source["name"] for source in data["settings"]["sources"])
-    objective = "a Condenser head" if card["head"]["n_head_layers"] else "plain MLM"
+    objective, method = "plain MLM", "Pre-trained as the control of"
+    if card["head"]["n_head_layers"]:
+        objective, method = "a Condenser head", "Its `[CLS]` vector is made ready for dense retrieval by"
+    seen = f"{numbers['train/tokens_seen']:,.0f}" if "train/tokens_seen" in numbers else "not recorded"
+    losses = [f"`{name}` {value:.3f}" for name, value in numbers.items() if name.startswith("val/")]
+    rows = [
+        f"- {row['collection']}, {row['model']}, fine-tuned: {row['trained_on'] or 'no'}, nDCG@10: {row['ndcg@10']:.3f}"
+        for row in numbers.get("evaluation", [])
+        if "ndcg@10" in row
+    ]
     return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [condenser, dense-retrieval, masked-lm]
----
+{yaml.safe_dump(about, sort_keys=False)}---
 # A {config.model_type} encoder pre-trained with {objective}
 
-Pre-trained with Condenser (Gao & Callan, EMNLP 2021) so that its `[CLS]` vector is ready for dense retrieval.
-**It is a starting point for fine-tuning**: before fine-tuning, `[CLS]` similarity says little.
+{method} Condenser (Gao & Callan, EMNLP 2021).
+**It is not fine-tuned for retrieval: fine-tune it first**; before that, `[CLS]` similarity says little. How, on
+MS MARCO and others, with sentence-transformers or Tevatron: `docs/fine-tuning.md` of the project that made it.
 
 - {config.num_hidden_layers} layers, hidden size {config.hidden_size}, vocabulary {config.vocab_size:,}
+- started from: {backbone or "random weights"}
 - head: {json.dumps(card["head"])}
-- training: step {card["source"]["step"]:,}; settings in `training_config.yaml`
-- data: {files}; {data["counts"]["tokens_kept"]:,} tokens in rows of up to {data["settings"]["max_length"]}
-- pooling: `[CLS]`; sequences are cut at {data["settings"]["max_length"]} tokens, the length of pre-training,
-  unless you raise `max_seq_length`
+- training: step {card["source"]["step"]:,}, tokens seen: {seen}; settings in `training_config.yaml`
+- data: {files}; {data["counts"]["tokens_kept"]:,} tokens in rows of up to {data["settings"]["max_length"]}; all of its
+  manifest in `condenser.json`
+- pooling: `[CLS]`, compared by dot product; sequences are cut at {data["settings"]["max_length"]} tokens, the length of
+  pre-training, unless you raise `max_seq_length`
+- licence: not stated; it depends on the text and on the weights that training started from
+
+## Measured
+
+Validation losses at this step: {", ".join(losses) or "not recorded"}.
+
+{chr(10).join(rows) or "Retrieval: not evaluated when this was written."}
+
+## Use
 
 ```python
-from transformers import AutoModel, AutoModelForMaskedLM            # encoder; encoder with MLM head
-from sentence_transformers import SentenceTransformer               # [CLS] pooling
-from condenser.hub import load_export                               # with the Condenser head, to go on pre-training
+from sentence_transformers import SentenceTransformer  # to fine-tune, then to encode: SentenceTransformer(folder)
+from transformers import AutoModel, AutoModelForMaskedLM  # .from_pretrained(folder): encoder; encoder with MLM head
+from condenser.hub import load_export  # load_export(folder): with the Condenser head, to go on pre-training
 ```
+
+Limits: it knows what its text says, with its errors and biases, in its language and of its time.
 """
 
 

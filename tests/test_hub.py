@@ -13,6 +13,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from condenser import hub
 from condenser.cli import main
+from condenser.export import model_card
 from condenser.hub import load_authors_checkpoint, load_checkpoint, load_export
 from condenser.models.backbones import parts
 from condenser.runs import checkpoints
@@ -59,6 +60,36 @@ def test_the_export_holds_no_pickles_and_says_where_it_came_from(tiny_export, ru
     assert yaml.safe_load((tiny_export / "training_config.yaml").read_text())["name"] == "tiny"
     assert "[CLS]" in (tiny_export / "README.md").read_text()
     assert json.loads((tiny_export / "condenser.json").read_text())["source"]["step"] == 8
+
+
+def test_the_model_card_says_what_a_reader_of_the_hub_needs(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    row = {"collection": "scifact", "model": "pre-trained", "trained_on": "scifact", "ndcg@10": 0.4321}
+    (copy / "evaluation").mkdir()
+    (copy / "evaluation" / "results.json").write_text(json.dumps({"rows": [row, {"task": "attention"}]}))
+    assert main(["export", str(copy), "--output", str(tmp_path / "export")]) == 0
+    _, head, text = (tmp_path / "export" / "README.md").read_text().split("---\n", 2)
+    about = yaml.safe_load(head)
+    assert about["library_name"] == "sentence-transformers"
+    assert about["language"] == "en"
+    assert "base_model" not in about
+    final = json.loads((run / "summary.json").read_text())
+    for promised in (
+        "started from: random weights",
+        "not fine-tuned for retrieval",
+        "docs/fine-tuning.md",
+        "documents.jsonl",
+        f"tokens seen: {final['tokens_seen']:,}",
+        f"`val/mlm_loss_at_mask` {final['final']['val/mlm_loss_at_mask']:.3f}",
+        "scifact, pre-trained, fine-tuned: scifact, nDCG@10: 0.432",
+        "compared by dot product",
+    ):
+        assert promised in text
+    card = {**json.loads((tmp_path / "export" / "condenser.json").read_text()), "measured": {}}
+    lone = model_card(load_export(tmp_path / "export"), card, "bert-base-uncased")
+    assert yaml.safe_load(lone.split("---\n")[1])["base_model"] == "bert-base-uncased"
+    assert "Validation losses at this step: not recorded" in lone
 
 
 def test_exporting_again_does_nothing_and_another_checkpoint_is_refused(tiny_export, run, tmp_path, capsys):
