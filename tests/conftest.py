@@ -24,6 +24,17 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_a_run_stays():
+    """Lightning leaves the variables and the group of a run of several processes; later tests would join it."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def make_documents(n, seed=0):
     """Documents of 1 to 12 sentences over a small, skewed vocabulary, with words that WordPiece must split."""
     rng = random.Random(seed)

@@ -2,12 +2,12 @@
 
     python configs/study/study.py --wikipedia good.jsonl.xz featured.jsonl.xz --beir FOLDER --sts FOLDER [--minutes 10]
 
-FOLDER of --beir holds squad, scifact and cranfield. Results: runs/study/ARM-seed=S/evaluation-*/results.json, all their
-rows in runs/study/results.csv, and the curves in runs/study/report.html.
+FOLDER of --beir holds squad, scifact and cranfield. Every cell's rows are in runs/study/ARM-seed=S/evaluation-*; at the
+end the rows of all cells go to results.csv beside this file, the curves to condenser/reference.csv and
+runs/study/report.html, and the README's table is printed. Arms may run side by side (--arms mlm, --arms condenser).
 """
 
 import argparse
-import csv
 import json
 import os
 import sys
@@ -15,8 +15,11 @@ import threading
 import time
 from pathlib import Path
 
-from condenser import signals
+import pandas as pd
+
+from condenser import reference, signals
 from condenser.cli import main
+from condenser.runs import METRICS, read_metrics
 
 HERE = Path(__file__).parent
 RUNS, STORE = Path("runs/study"), Path("data/tokens/study")
@@ -29,6 +32,7 @@ ARMS = {  # most telling first: (overlay, seeds)
     "one-head-layer": (["one-head-layer"], (1,)),
 }
 TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-size", "64", "--max-length", "64"]
+FLOOR = ("mlm", 1)  # beside this run's rows: BM25, and the same model with random weights
 
 
 def study() -> None:
@@ -43,17 +47,23 @@ def study() -> None:
     if not (STORE / "manifest.json").is_file():
         settings = ["--tokenizer", "train:8192", "--max-length", "64", "--output", str(STORE)]
         run("prepare", "--input", *map(str, options.wikipedia), *settings)
-    runs = [(arm, seed) for arm in options.arms for seed in ARMS[arm][1]]
-    for arm, seed in runs:
-        folder = RUNS / f"{arm}-seed={seed}"
-        if not pre_trained(arm, seed, folder, end):
-            return
-        run("export", str(folder), "--output", str(folder / "export"))
-        for name, cell in cells(options.beir, options.sts).items():
-            if time.monotonic() > end:
-                return
-            run("evaluate", str(folder / "export"), "--output", str(folder / f"evaluation-{name}"), *cell, *TUNING)
-    collect(runs)
+    for arm in options.arms:
+        for seed in ARMS[arm][1]:
+            evaluated(arm, seed, options, end)
+    collect()
+
+
+def evaluated(arm: str, seed: int, options: argparse.Namespace, end: float) -> None:
+    """Pre-train and evaluate, as far as the time allows."""
+    folder = RUNS / f"{arm}-seed={seed}"
+    if not pre_trained(arm, seed, folder, end):
+        return
+    run("export", str(folder), "--output", str(folder / "export"))
+    for name, cell in cells(options.beir, options.sts).items():
+        if time.monotonic() < end:
+            floor = ["--baselines"] if (arm, seed) == FLOOR and name != "sts" else []
+            output = ["--output", str(folder / f"evaluation-{name}")]
+            run("evaluate", str(folder / "export"), *output, *cell, *TUNING, *floor)
 
 
 def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
@@ -71,28 +81,65 @@ def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
 
 def cells(beir: Path, sts: Path) -> dict[str, list[str]]:
     squad, scifact, cranfield = (str(beir / name) for name in ("squad", "scifact", "cranfield"))
-    few = ["--finetune-steps", "300", "--seeds", "0", "1", "2"]
+    few = ["--finetune-steps", "200", "--seeds", "0", "1"]
     return {
         "scifact": ["--retrieval", scifact, cranfield, "--attention", str(STORE), *few],
         "sts": ["--similarity", str(sts), "--train-sizes", "500", "1000", "all", *few],
-        "squad": ["--retrieval", squad, "--queries", "2000", "--train-sizes", "1000", "10000", "--finetune-steps=500"],
+        "squad": ["--retrieval", squad, "--queries", "2000", "--train-sizes", "1000", "10000", "--finetune-steps=300"],
     }
 
 
-def collect(runs: list[tuple[str, int]]) -> None:
-    """All rows of all runs in one file, and the curves of all in one report."""
+def collect() -> None:
+    """The rows of all cells so far in one file, the curves in another, and in one report."""
+    done = {(arm, seed): RUNS / f"{arm}-seed={seed}" for arm in ARMS for seed in ARMS[arm][1]}
+    done = {run: folder for run, folder in done.items() if (folder / "summary.json").is_file()}
     rows = []
-    for arm, seed in runs:
-        for path in sorted((RUNS / f"{arm}-seed={seed}").glob("evaluation-*/results.json")):
-            rows += [{"arm": arm, "pre-training seed": seed, **row} for row in json.loads(path.read_text())["rows"]]
-    columns = dict.fromkeys(key for row in rows for key in row)
-    with open(RUNS / "results.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    folders = [str(RUNS / f"{arm}-seed={seed}") for arm, seed in runs]
-    run("report", *folders, "--output", str(RUNS / "report.html"))
-    print(f"wrote {RUNS / 'results.csv'}: {len(rows)} rows of {len(runs)} runs")
+    for (arm, seed), folder in done.items():
+        rows += [{"arm": arm, "pretrain_seed": seed, **row} for row in pre_training(folder)]
+        for path in sorted(folder.glob("evaluation-*/results.json")):
+            rows += [{"arm": arm, "pretrain_seed": seed, **row} for row in json.loads(path.read_text())["rows"]]
+    results = pd.DataFrame(rows)
+    results.to_csv(HERE / "results.csv", index=False, float_format="%.5g")
+    reference.write_reference(reference.STUDY, {f"{arm}, seed {seed}": folder for (arm, seed), folder in done.items()})
+    run("report", *map(str, done.values()), "--output", str(RUNS / "report.html"))
+    print(f"\nwrote {HERE / 'results.csv'}: {len(rows)} rows of {len(done)} runs\n\n{table(results)}")
+
+
+def pre_training(folder: Path) -> list[dict[str, object]]:
+    """The last validation losses, and the last probes, as rows."""
+    curves = read_metrics(folder / METRICS)
+    told = {name: values[-1] for name, (_, values) in curves.items() if name.startswith(("val/", "probe/head_loss"))}
+    return [{"task": "pre-training", "metric": name, "value": float(value)} for name, value in told.items()]
+
+
+def table(results: pd.DataFrame) -> str:
+    """Markdown: mean and standard deviation over the seeds of pre-training and of fine-tuning."""
+    columns = {
+        "MLM": "metric == 'val/mlm_loss_at_mask'",
+        "head MLM": "metric == 'val/head_mlm_loss_at_mask'",
+        "SQuAD, 1,000": "collection == 'squad' and train_size == 1000",
+        "SQuAD, 10,000": "collection == 'squad' and train_size == 10000",
+        "SciFact": "collection == 'scifact' and fine_tuned == True",
+        "Cranfield": "collection == 'cranfield' and trained_on == 'scifact'",
+        "STS-B, 500": "task == 'similarity' and train_size == 500",
+        "1,000": "task == 'similarity' and train_size == 1000",
+        "all": "task == 'similarity' and fine_tuned == True and train_size.isna()",
+    }
+    results = results.assign(shown=results["value"].fillna(results["ndcg@10"]).fillna(results["spearman"]))
+    named = results["model"].fillna("pre-trained") == "pre-trained"
+    results["row"] = results["arm"].where(named, results["model"])
+    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
+    for row in [*dict.fromkeys(results["row"][~named]), *dict.fromkeys(results["row"][named])]:
+        of_row = results[results["row"] == row]
+        cells = [spread(of_row.query(condition, engine="python")["shown"]) for condition in columns.values()]
+        lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def spread(values: pd.Series) -> str:
+    if values.empty:
+        return ""
+    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
 def run(*command: str) -> None:
