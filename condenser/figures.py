@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
-from condenser.runs import Curves
+from condenser.runs import Curves, in_words
 
 UNIGRAM = "val/unigram_loss_at_mask"
 ENTROPY_TITLE = "[CLS] attention entropy by layer"
@@ -208,20 +208,24 @@ def draw_over(title: str, unit: str, theirs: Mapping[str, Curves], ours: Sequenc
 
 
 def draw_entropies(rows: Sequence[dict[str, Any]]) -> str:
-    """How widely [CLS] attends in each layer, a line for each row of an evaluation's attention."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 2.7), layout="constrained")
-        axes = figure.add_subplot(xlabel="layer", ylabel="share of log n", ylim=(0, 1.02))
-        models = list(dict.fromkeys(row["model"] for row in rows))
-        for row in rows:
-            values = row["cls_entropy"]
-            tuned = f", fine-tuned on {row['trained_on']}" if row.get("trained_on") else ""
-            style: Any = {"color": run_colours(len(models))[models.index(row["model"])], "ls": "--" if tuned else "-"}
-            axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, lw=1.5, label=row["model"] + tuned, **style)
-        named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-        axes.legend(named.values(), named, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-        axes.set_xticks(range(1, max(len(row["cls_entropy"]) for row in rows) + 1))
-        return to_svg(figure, ENTROPY_TITLE)
+        return to_svg(entropy_figure(rows), ENTROPY_TITLE)
+
+
+def entropy_figure(rows: Sequence[dict[str, Any]]) -> Figure:
+    """How widely [CLS] attends in each layer, before fine-tuning and (dashed) after it: a line for each row of an
+    evaluation's attention, one colour for all seeds."""
+    figure = Figure(figsize=(6.4, 2.7), layout="constrained")
+    axes = figure.add_subplot(xlabel="layer", ylabel="share of log n", ylim=(0, 1.02))
+    names = list(dict.fromkeys(in_words(row) for row in rows))
+    for row in rows:
+        values, name = row["cls_entropy"], in_words(row)
+        style: Any = {"color": run_colours(len(names))[names.index(name)], "ls": "--" if row["trained_on"] else "-"}
+        axes.plot(range(1, len(values) + 1), values, marker="o", ms=3, lw=1.5, label=name, **style)
+    named = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(named.values(), named, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set_xticks(range(1, max(len(row["cls_entropy"]) for row in rows) + 1))
+    return figure
 
 
 def run_colours(n: int) -> list[str]:

@@ -24,11 +24,16 @@ import numpy as np
 
 from condenser.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_over, draw_panels, run_colours, short
 from condenser.reference import PANELS, STUDY, comparable, over_tokens, read_reference
-from condenser.runs import CONFIG, METRICS, RESULTS, SUMMARY, Curves, flatten, read_mapping, read_metrics
-
-ZERO_SHOT_NOTE = (
-    "Rows that are not fine-tuned say little about pre-training: [CLS] vectors are not trained to be compared. After a "
-    "short pre-training they normally retrieve worse than a random encoder's. Compare the fine-tuned rows."
+from condenser.runs import (
+    CONFIG,
+    METRICS,
+    RESULTS,
+    SUMMARY,
+    ZERO_SHOT_NOTE,
+    Curves,
+    flatten,
+    read_mapping,
+    read_metrics,
 )
 
 
@@ -206,6 +211,8 @@ def evaluation(run: Run) -> str:
     by_task: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in found["rows"]:
         by_task[row.get("task", "retrieval")].append(row)
+    if mteb := found.get("mteb"):
+        by_task["mteb"] = mteb
     if attention := by_task.pop("attention", []):
         parts.append(f"<figure><figcaption>{ENTROPY_TITLE}</figcaption>{draw_entropies(attention)}</figure>")
     for rows in by_task.values():

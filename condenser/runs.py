@@ -23,6 +23,10 @@ CONFIG = "config.yaml"
 SUMMARY = "summary.json"
 METRICS = "metrics.csv"
 RESULTS = "evaluation/results.json"
+ZERO_SHOT_NOTE = (
+    "Rows that are not fine-tuned say little about pre-training: [CLS] vectors are not trained to be compared. After a "
+    "short pre-training they normally retrieve worse than a random encoder's. Compare the fine-tuned rows."
+)
 COMMIT = "COMMIT"  # beside the code that `condenser launch` copied
 
 SEAL = b"crc32="
@@ -187,3 +191,14 @@ def output(*command: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.rstrip("\n") if done.returncode == 0 else None
+
+
+def in_words(row: Mapping[str, Any]) -> str:
+    """Which encoder a row of an evaluation is of: 'pre-trained, mean, fine-tuned on 1000 of squad, whitened to 256'."""
+    words = [row["model"], *([row["pooling"]] if row.get("pooling") else [])]
+    if row.get("trained_on"):
+        size = f"{row['train_size']} of " if row.get("train_size") not in (None, "all") else ""
+        words.append(f"fine-tuned on {size}{row['trained_on']}")
+    if row.get("whitening") is not None:
+        words.append(f"whitened to {row['whitening']}" if row["whitening"] else "whitened")
+    return ", ".join(words)

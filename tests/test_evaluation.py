@@ -6,7 +6,10 @@ import json
 import lzma
 import math
 import os
+import sys
 from importlib.metadata import PackageNotFoundError
+from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
 from condenser.evaluation import encoders, retrieval, search
 from condenser.evaluation.comparison import read_queries
-from condenser.evaluation.evaluate import evaluate
+from condenser.evaluation.evaluate import draw_attention, evaluate
 from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
 from condenser.evaluation.tasks import Retrieval
 from condenser.export import find_checkpoint
@@ -142,6 +145,19 @@ def test_a_broken_collection_is_named(collection_folder, name, content, message)
     path.unlink() if content is None else path.write_text(content)
     with pytest.raises(ValueError, match=message):
         retrieval.read_collection(collection_folder)
+
+
+def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(model_folder, collection_folder, tmp_path):
+    """MS MARCO in BEIR's layout is scored on dev; its folder need not have a test set."""
+    (collection_folder / "qrels/test.tsv").rename(collection_folder / "qrels/dev.tsv")
+    run = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "max_length": 32}
+    with pytest.raises(ValueError, match=r"has no qrels/test\.tsv: --split can be dev, train$"):
+        evaluate(model_folder, **run)
+    evaluate(model_folder, split="dev", **run)
+    (row,) = results(tmp_path / "out")["rows"]
+    assert (row["split"], row["queries"]) == ("dev", 6)
+    with pytest.raises(ValueError, match="nothing to fine-tune on"):
+        evaluate(model_folder, split="train", finetune=True, **run)  # it would be scored on what it has seen
 
 
 # --- encoders and fine-tuning
@@ -325,9 +341,50 @@ def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_exp
     assert len(attention[0]["cls_entropy"]) == 3
     assert attention[0]["cls_entropy"] != attention[1]["cls_entropy"]
     assert set(found["settings"]["head_loss"]) == {"true", "other", "zeros"}
+    assert (tmp_path / "a/attention.svg").is_file()
     for number, model in enumerate((run, find_checkpoint(str(run)))):
         evaluate(str(model), output=str(tmp_path / str(number)), attention=str(store))
         assert results(tmp_path / str(number))["rows"] == attention[1:]
+
+
+def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp_path):
+    path = tmp_path / "attention.svg"
+    about = {"model": "pre-trained", "pooling": "cls", "whitening": None, "train_size": None}
+    seeds = [about | {"trained_on": "farm", "cls_entropy": [0.9, 0.4 + 0.1 * seed]} for seed in range(2)]
+    draw_attention([about | {"trained_on": None, "cls_entropy": [0.9, 0.5]}, *seeds], path)
+    text = path.read_text()
+    assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"  # nothing but HTML does without
+    assert "currentColor" not in text
+    assert "var(--" not in text
+    for words in ("layer", "pre-trained, cls", "pre-trained, cls, fine-tuned on farm"):
+        assert text.count(f"<!-- {words} -->") == 1
+    draw_attention([], path)
+    assert not path.exists()
+
+
+def test_rows_of_mteb_are_shown_computed_once_and_kept_until_the_encoder_changes(
+    model_folder, collection_folder, tmp_path, monkeypatch, capsys
+):
+    asked = []
+
+    def measured(encoder, tasks, **options):
+        asked.append(tasks[0].metadata.name)
+        found = SimpleNamespace(get_score=lambda: 0.8125, dataset_revision="r1")
+        return SimpleNamespace(task_results=[found])
+
+    library = SimpleNamespace(__version__="2", evaluate=measured, get_benchmark={}.__getitem__)
+    library.get_task = lambda name: SimpleNamespace(metadata=SimpleNamespace(name=name, main_score="ndcg_at_10"))
+    monkeypatch.setitem(sys.modules, "mteb", library)
+    out, retrieval = tmp_path / "out", [str(collection_folder)]
+    kept = []
+    for tasks in ({"mteb": ["Toys"]}, {"retrieval": retrieval}, {"mteb": ["Toys", "Tools"]}):
+        evaluate(model_folder, output=str(out), max_length=32, **tasks)
+        assert "0.812" in next(line for line in capsys.readouterr().out.splitlines() if "Toys" in line)
+        kept.append([row["collection"] for part in ("rows", "mteb") for row in results(out)[part]])
+    assert kept == [["Toys"], ["farm", "Toys"], ["farm", "Toys", "Tools"]]
+    assert asked == ["Toys", "Tools"]
+    evaluate(model_folder, output=str(out), max_length=16, retrieval=retrieval)
+    assert "mteb" not in results(out)
 
 
 def test_a_store_of_another_tokenizer_is_refused(model_folder, store, tmp_path):

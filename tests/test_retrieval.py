@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from condenser.cli import main
 from condenser.evaluation import comparison, search
-from condenser.evaluation.comparison import paired_bootstrap, read_queries, write_queries
+from condenser.evaluation.comparison import paired, paired_bootstrap, read_queries, write_queries
 from condenser.evaluation.mteb_tasks import run_mteb
 
 
@@ -292,6 +292,48 @@ def test_rows_are_paired_by_collection_model_and_seed(tmp_path, capsys):
     assert "B - A" in capsys.readouterr().out
 
 
+def write_similarity(folder, noise, n=60, **row):
+    """Cosines that follow the scores, which have ties, but for noise."""
+    rng = np.random.default_rng(0)
+    scores = rng.integers(0, 11, n) / 2
+    cosines = scores / 5 + noise * rng.normal(size=n)
+    values = {str(i): {"cosine": float(cosines[i]), "score": float(scores[i])} for i in range(n)}
+    row = {"task": "similarity", "collection": "sts", "model": "pre-trained"} | row
+    write_queries(folder, f"similarity{row}", row, values)
+    return str(folder), cosines, scores
+
+
+def test_similarity_is_compared_by_correlations_of_drawn_pairs(tmp_path, capsys):
+    a, ours, scores = write_similarity(tmp_path / "a", 0.8)
+    b, theirs, _ = write_similarity(tmp_path / "b", 0.5)
+    write_folder(tmp_path / "a")  # of retrieval, left alone
+    for metric, function in (("spearman", scipy.stats.spearmanr), ("pearson", scipy.stats.pearsonr)):
+        (row,) = compared(tmp_path, a, b, metric=metric)
+        expected = [function(cosines, scores).statistic for cosines in (ours, theirs)]
+        assert [row["a"], row["b"]] == pytest.approx(expected)
+        assert row["difference"] == pytest.approx(expected[1] - expected[0])
+
+        def difference(x, y, z, of=function):
+            return of(y, z).statistic - of(x, z).statistic
+
+        again = scipy.stats.bootstrap(
+            (ours, theirs, scores), difference, paired=True, vectorized=False, n_resamples=2000, method="percentile",
+            rng=1,
+        ).confidence_interval  # fmt: skip
+        assert (row["low"], row["high"]) == pytest.approx(tuple(again), abs=0.1 * (again.high - again.low))
+        assert (row["pairs"], row["low"] > 0, row["p"] < 0.05) == (60, True, True)
+    assert "pairs" in capsys.readouterr().out
+    (row,) = compared(tmp_path, a, a, metric="spearman")
+    assert (row["difference"], row["p"]) == (0, 1)
+
+
+def test_a_row_is_compared_with_one_of_the_same_split(tmp_path):
+    a, b = write_folder(tmp_path / "a"), write_folder(tmp_path / "b", shift=0.1, split="test")  # test is the default
+    assert compared(tmp_path, a, b)[0]["split"] == "test"
+    with pytest.raises(ValueError, match=r"share no row: .* split test; and .* split dev"):
+        comparison.compare(a, write_folder(tmp_path / "c", split="dev"))
+
+
 def test_what_cannot_be_compared_is_refused(tmp_path):
     a = write_folder(tmp_path / "a", fine_tuned=True, seed=1)
     (tmp_path / "empty").mkdir()
@@ -301,9 +343,12 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
         (write_folder(tmp_path / "c", n=40, fine_tuned=True, seed=1), {}, "not the same queries"),
         (a, {"metric": "ndcg"}, "--metric ndcg is not among map, ndcg@10"),
         (a, {"samples": 0}, "--samples 0"),
+        (a, {"metric": "spearman"}, "of similarity: .* another --metric"),
     ):
         with pytest.raises(ValueError, match=message):
             comparison.compare(a, other, **options)
+    with pytest.raises(ValueError, match="not the same queries or pairs"):
+        paired({"0": {"cosine": 1, "score": 1}}, {"0": {"cosine": 1, "score": 2}}, "spearman", "here")
     write_queries(tmp_path / "a", "stale", *read_queries(tmp_path / "a")[0])
     with pytest.raises(ValueError, match="twice: evaluate again"):
         comparison.compare(a, a)
@@ -315,7 +360,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 def test_a_missing_mteb_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "mteb", None)
     with pytest.raises(ImportError, match=r"condenser\[mteb\]"):
-        run_mteb(None, ["SciFact"])
+        run_mteb(None, ["SciFact"], [])
 
 
 @pytest.mark.skipif(find_spec("mteb") is None, reason="mteb is not installed")
@@ -327,10 +372,10 @@ def test_tasks_of_mteb_run_by_name_and_unknown_or_unreachable_ones_are_named(tin
 
     encoder = load_encoder(str(tiny_export), 32)
     with pytest.raises(ValueError, match=r"'SciFac': .*Did you mean: 'SciFact'"):
-        run_mteb(encoder, ["NanoBEIR", "SciFac"])
+        run_mteb(encoder, ["NanoBEIR", "SciFac"], [])
     with pytest.raises(ValueError, match="SciFact could not be loaded"):
-        run_mteb(encoder, ["SciFact"])
+        run_mteb(encoder, ["SciFact"], [])
     monkeypatch.setattr(mteb, "get_task", lambda name: MockRetrievalTask())
-    (row,) = run_mteb(encoder, ["MockRetrievalTask"])
+    (row,) = run_mteb(encoder, ["MockRetrievalTask"], [])
     assert (row["collection"], row["metric"]) == ("MockRetrievalTask", "ndcg_at_10")
     assert 0.5 < row["score"] <= 1

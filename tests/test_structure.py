@@ -18,7 +18,7 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
     "training": {"models", "data", "hub", "export", "runs", "signals"},
     "signals": set(),
     "launch": {"data", "runs", "training"},
-    "evaluation": {"models", "data", "hub", "export"},
+    "evaluation": {"models", "data", "hub", "export", "figures", "runs"},
     "estimate": {"models", "data", "training", "rehearsal"},
     "rehearsal": {"models", "data", "training"},
     "benchmarks": {"data", "models", "runs"},

@@ -4,10 +4,13 @@
 
 Both were measured on the same queries, so what counts is the difference query by query. `condenser evaluate` keeps
 them in ``queries/<fingerprint>.json`` of its output folder, one file for each row of its table:
-``{"row": ..., "values": {query id: {metric: value}}}``.
+``{"row": ..., "values": {query id: {metric: value}}}``; of similarity each pair's cosine and score, from which both
+correlations are computed again for every draw of pairs.
 """
 
 import json as json_format
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,11 @@ import numpy as np
 from condenser.data.store import write_json
 from condenser.evaluation.search import Values
 
-SAME = ("collection", "model", "pooling", "whitening", "fine_tuned", "trained_on", "train_size", "seed")  # of two rows
+SAME = ("collection", "model", "pooling", "whitening", "fine_tuned", "trained_on", "train_size", "seed", "split")
+CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 DRAWN_TOGETHER = 2**22  # numbers
+MEAN: Any = partial(np.mean, axis=1)  # [samples, queries] -> [samples]
 
 
 def compare(
@@ -31,16 +36,16 @@ def compare(
     seed: int = 0,
     json: str | None = None,
 ) -> None:
-    """Compare two evaluations query by query, on every row that both have: paired bootstrap over the queries.
+    """Compare two evaluations on every row that both have: paired bootstrap over the queries, or pairs of sentences.
 
     Shown are both means, the difference B - A, its 95 % interval, and the two-sided p-value of there being none. They
-    tell about other queries of this kind, not about other seeds of training: for those, compare several runs.
+    tell about other queries or pairs of this kind, not about other seeds of training: for those, compare several runs.
 
     Args:
         a: output folder of `condenser evaluate`
         b: another
-        metric: ndcg@10, mrr@10, recall@100, recall@1000 or map
-        samples: how often queries are drawn
+        metric: ndcg@10, mrr@10, recall@100, recall@1000 or map; of similarity spearman or pearson
+        samples: how often queries or pairs are drawn
         seed: of the draws
         json: a file for the figures
 
@@ -49,7 +54,8 @@ def compare(
     """
     if samples < 1:
         raise ValueError(f"--samples {samples}: at least 1 is needed; 10000 are usual")
-    ours, theirs = read_rows(Path(a)), read_rows(Path(b))
+    kind, drawn = ("similarity", "pairs") if metric in CORRELATIONS else ("retrieval", "queries")
+    ours, theirs = (read_rows(Path(folder), kind) for folder in (a, b))
     shared = [key for key in ours if key in theirs]
     if not shared:
         raise ValueError(
@@ -58,12 +64,12 @@ def compare(
         )
     rows = []
     for key in shared:
-        differences, means = paired(ours[key], theirs[key], metric, f"{a} and {b}, {described([key])}")
-        low, high, p = paired_bootstrap(differences, samples, seed)
-        row = dict(zip(SAME, key, strict=True)) | {"queries": len(differences), "a": means[0], "b": means[1]}
-        rows.append(row | {"difference": float(differences.mean()), "low": low, "high": high, "p": p})
+        values, means, statistic = paired(ours[key], theirs[key], metric, f"{a} and {b}, {described([key])}")
+        low, high, p = paired_bootstrap(values, samples, seed, statistic)
+        row = dict(zip(SAME, key, strict=True)) | {drawn: len(values), "a": means[0], "b": means[1]}
+        rows.append(row | {"difference": float(statistic(values[None])[0]), "low": low, "high": high, "p": p})
     settings = {"a": a, "b": b, "metric": metric, "samples": samples, "seed": seed, "level": LEVEL}
-    show(settings, rows)
+    show(settings, rows, drawn)
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(json), settings | {"rows": rows})
@@ -81,22 +87,26 @@ def read_queries(folder: Path) -> list[tuple[dict[str, Any], Values]]:
     return [(each["row"], each["values"]) for each in kept]
 
 
-def read_rows(folder: Path) -> dict[tuple, Values]:
-    """By the fields in ``SAME``.
+def read_rows(folder: Path, kind: str) -> dict[tuple, Values]:
+    """Rows of retrieval or similarity by the fields in ``SAME``.
 
     Raises:
         ValueError: nothing to read, or two rows that those fields do not tell apart.
     """
     rows: dict[tuple, Values] = {}
     for row, values in read_queries(folder):
-        if row.get("task", "retrieval") != "retrieval":
+        if row.get("task", "retrieval") != kind:
             continue
+        row = {"split": "test" if kind == "retrieval" else None} | row
         key = tuple(row.get(field) for field in SAME)
         if key in rows:
             raise ValueError(f"{folder}/queries holds {described([key])} twice: evaluate again into a new folder")
         rows[key] = values
     if not rows:
-        raise ValueError(f"{folder} has no queries/*.json: give a folder that `condenser evaluate --output` wrote")
+        raise ValueError(
+            f"{folder} has no queries/*.json of {kind}: give a folder that `condenser evaluate --{kind}` wrote, or "
+            f"another --metric ({' and '.join(CORRELATIONS)} compare similarity, the others retrieval)"
+        )
     return rows
 
 
@@ -111,46 +121,66 @@ def described(keys: Any) -> str:
     return "; ".join(words)
 
 
-def paired(ours: Values, theirs: Values, metric: str, where: str) -> tuple[np.ndarray, tuple[float, float]]:
-    """-> the differences ``[queries]`` and both means"""
-    if ours.keys() != theirs.keys():
-        raise ValueError(f"{where}: not the same queries, so not the same collection")
+def paired(
+    ours: Values, theirs: Values, metric: str, where: str
+) -> tuple[np.ndarray, tuple[float, float], Callable[[np.ndarray], np.ndarray]]:
+    """-> values to draw from, ``[queries]`` or ``[pairs, 3]``; both means or correlations; and a function that gives
+    the difference B - A for each of several draws of values"""
+    if ours.keys() != theirs.keys() or any(ours[i].get("score") != theirs[i].get("score") for i in ours):
+        raise ValueError(f"{where}: not the same queries or pairs, so not the same collection")
+    if metric in CORRELATIONS:
+        cosines = [[each["cosine"] for each in values.values()] for values in (ours, theirs)]
+        table = np.array([*cosines, [each["score"] for each in ours.values()]]).T
+        found = correlations(table[None], metric)[0]
+        return table, tuple(found.tolist()), lambda drawn: np.diff(correlations(drawn, metric))[:, 0]
     known = set.intersection(*(set(each) for values in (ours, theirs) for each in values.values()))
     if metric not in known:
         raise ValueError(f"{where}: --metric {metric} is not among {', '.join(sorted(known))}")
     left, right = (np.array([values[query][metric] for query in ours]) for values in (ours, theirs))
-    return right - left, (float(left.mean()), float(right.mean()))
+    return right - left, (float(left.mean()), float(right.mean())), MEAN
 
 
-def paired_bootstrap(differences: np.ndarray, samples: int, seed: int) -> tuple[float, float, float]:
-    """-> both ends of the percentile interval of the mean difference, and its two-sided p-value
+def correlations(drawn: np.ndarray, metric: str) -> np.ndarray:
+    """``[samples, pairs, 3]``, A's cosine, B's and the score -> of both cosines with the score, ``[samples, 2]``"""
+    from scipy.stats import rankdata
 
-    The p-value is the share of resamples of the differences, shifted to have mean 0, whose mean is at least as far from
-    0 as the one found (Efron & Tibshirani 1993, section 16.4; Sakai, SIGIR 2006, for retrieval).
+    values = rankdata(drawn, axis=1) if metric == "spearman" else drawn
+    values = values - values.mean(axis=1, keepdims=True)
+    values = values / np.linalg.norm(values, axis=1, keepdims=True)
+    return (values[..., :2] * values[..., 2:]).sum(axis=1)
+
+
+def paired_bootstrap(
+    values: np.ndarray, samples: int, seed: int, statistic: Callable[[np.ndarray], np.ndarray] = MEAN
+) -> tuple[float, float, float]:
+    """-> both ends of the percentile interval of the difference, and its two-sided p-value
+
+    The p-value is the share of resamples whose difference, shifted by the one found, is at least as far from 0 as that
+    one (Efron & Tibshirani 1993, section 16.4; Sakai, SIGIR 2006, for retrieval).
     """
     rng = np.random.default_rng(seed)
-    at_once = max(1, DRAWN_TOGETHER // len(differences))
-    means = np.empty(samples)
+    at_once = max(1, DRAWN_TOGETHER // values.size)
+    differences = np.empty(samples)
     for start in range(0, samples, at_once):
-        part = means[start : start + at_once]
-        part[:] = differences[rng.integers(len(differences), size=(len(part), len(differences)))].mean(axis=1)
-    found = differences.mean()
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    farther = int(np.count_nonzero(np.abs(means - found) >= abs(found)))
+        part = differences[start : start + at_once]
+        part[:] = statistic(values[rng.integers(len(values), size=(len(part), len(values)))])
+    found = statistic(values[None])[0]
+    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    farther = int(np.count_nonzero(np.abs(differences - found) >= abs(found)))
     return float(low), float(high), (1 + farther) / (1 + samples)
 
 
-def show(settings: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+def show(settings: dict[str, Any], rows: list[dict[str, Any]], drawn: str) -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    numbers = (Column(name, justify="right", no_wrap=True) for name in ("queries", "A", "B", "B - A", "95 %", "p"))
+    numbers = (Column(name, justify="right", no_wrap=True) for name in (drawn, "A", "B", "B - A", "95 %", "p"))
     told = [name for name in SAME if name in ("collection", "model") or len({row[name] for row in rows}) > 1]
     table = Table(*told, *numbers, box=None, padding=(0, 1, 0, 0))
     for row in rows:
         means = (f"{row[name]:.4f}" for name in ("a", "b"))
         interval = f"{row['low']:+.4f} to {row['high']:+.4f}"
-        found = (f"{row['queries']:,}", *means, f"{row['difference']:+.4f}", interval, f"{row['p']:.4f}")
+        found = (f"{row[drawn]:,}", *means, f"{row['difference']:+.4f}", interval, f"{row['p']:.4f}")
         table.add_row(*("" if row[name] is None else str(row[name]) for name in told), *found)
     print(f"{settings['metric']}, {settings['samples']:,} samples\nA = {settings['a']}\nB = {settings['b']}")
     Console().print(table)

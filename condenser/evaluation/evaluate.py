@@ -4,9 +4,10 @@
         --baselines --finetune --query "drop rows with missing values"
 
 The result is ``results.json`` in the output folder: settings, a row for each measurement, and the hits of the query;
-``queries/`` has the values of each query, for `condenser evaluate compare`. It is rewritten as each row finishes, and a
-row is computed again only if something it depends on has changed: weights, tokenizer, pooling, length, collection,
-fine-tuning, library versions, or the query that it answers.
+``queries/`` has the values of each query or pair, for `condenser evaluate compare`; ``attention.svg`` is a drawing of
+what ``--attention`` found. The file is rewritten as each row finishes, and a row is computed again only if something it
+depends on has changed: weights, tokenizer, pooling, length, collection, fine-tuning, library versions, or the query
+that it answers. Rows of MTEB stay until the encoder changes.
 """
 
 import statistics
@@ -20,14 +21,10 @@ from typing import Any, Literal
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
 from condenser.evaluation.finetuning import Tuning
-from condenser.evaluation.jobs import compute, in_words, plan, versions
+from condenser.evaluation.jobs import compute, plan, versions
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task
-
-ZERO_SHOT_NOTE = (
-    "Rows that are not fine-tuned say little about pre-training: [CLS] vectors are not trained to be compared. After a "
-    "short pre-training they normally retrieve worse than a random encoder's. Compare the fine-tuned rows."
-)
+from condenser.runs import ZERO_SHOT_NOTE, in_words
 
 
 def evaluate(
@@ -52,6 +49,7 @@ def evaluate(
     whitening: list[int] | None = None,
     max_length: int | None = None,
     index: Literal["exact", "faiss"] = "exact",
+    split: str = "test",
     queries: int | None = None,
     query: str | None = None,
     seeds: list[int] | None = None,
@@ -64,7 +62,7 @@ def evaluate(
     Args:
         model: a folder (such as `condenser export` writes), a checkpoint or run folder, or a model of the hub
         output: folder for results.json; rows that it holds already are not computed again
-        retrieval: folders with corpus.jsonl, queries.jsonl and qrels/test.tsv, each plain or compressed
+        retrieval: folders with corpus.jsonl, queries.jsonl and qrels/test.tsv (see --split), each plain or compressed
         similarity: files of sentence pairs with scores, or folders with a test and a train file
         attention: token store on whose validation split the entropy of [CLS] attention is taken, by layer
         mteb: tasks or benchmarks of the mteb library by name (such as "NanoBEIR"); needs the network
@@ -81,7 +79,8 @@ def evaluate(
         whitening: also with whitened vectors of so many dimensions, 0 for all; fitted on each collection's texts
         max_length: tokens of queries and passages, also in fine-tuning; the model's own setting by default
         index: compare by torch, or by faiss
-        queries: test queries of each collection, drawn with a fixed seed (default: all)
+        split: which file of a collection's qrels is scored, such as dev, which is MS MARCO's
+        queries: so many of each collection, drawn with a fixed seed (default: all of the split)
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
@@ -102,7 +101,7 @@ def evaluate(
         for seed in seeds
     ]
     path = result_path(Path(output))
-    tasks: list[Task] = [Retrieval.read(folder, index, queries) for folder in retrieval or []]
+    tasks: list[Task] = [Retrieval.read(folder, index, queries, split) for folder in retrieval or []]
     tasks += [Similarity.read(file) for file in similarity or []]
     tasks += [Attention(Path(attention))] if attention else []
     if not tasks and not mteb:
@@ -132,8 +131,9 @@ def evaluate(
         if mteb:
             from condenser.evaluation.mteb_tasks import run_mteb
 
-            found["mteb"] = run_mteb(encoder, mteb)
+            found["mteb"] = run_mteb(encoder, mteb, found.get("mteb", []))
             write_json(path, found)
+    draw_attention([row for row in found["rows"] if row["task"] == "attention"], path.with_name("attention.svg"))
     show(found)
     print(f"wrote {path}")
 
@@ -147,7 +147,8 @@ def whole_number(size: str) -> int:
 def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
     path = folder / "results.json"
-    others = {file.name for file in folder.glob("*")} - {path.name, path.with_suffix(".partial").name, "queries"}
+    own = {path.name, path.with_suffix(".partial").name, "queries", "attention.svg"}
+    others = {file.name for file in folder.glob("*")} - own
     if others:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")
     folder.mkdir(parents=True, exist_ok=True)
@@ -167,11 +168,25 @@ def show(found: dict[str, Any]) -> None:
             for row in rows:
                 table.add_row(row["collection"], in_words(row), *(row[metric] for metric in metrics))
             console.print(table)
+    if tasks := found.get("mteb"):
+        table = Table("MTEB's task", "metric", Column("score", justify="right"), box=None, padding=(0, 1, 0, 0))
+        for task in tasks:
+            table.add_row(task["collection"], task["metric"], f"{task['score']:.3f}")
+        console.print(table)
     console.print(ZERO_SHOT_NOTE)
     if answer := found.get("example"):
         print(f"\n{answer['query']}    ({answer['answered_by']})")
         for hit in answer["hits"]:
             print(f"  {hit['rank']}. {hit['score']:.3f}  {hit['id']}\n     {textwrap.shorten(hit['text'], 110)}")
+
+
+def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:
+    """What --attention found as a drawing; without rows no file."""
+    if not rows:
+        return path.unlink(missing_ok=True)
+    from condenser.figures import entropy_figure
+
+    entropy_figure(rows).savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def averaged(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:

@@ -18,12 +18,14 @@ from condenser.evaluation.pooling import with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task
 from condenser.evaluation.whitening import whitened
+from condenser.runs import in_words
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 PACKAGES = ("accelerate", "bm25s", "PyStemmer", "pytrec-eval-terrier", "sentence-transformers", "torch", "transformers")
 RANDOM = "random initialisation"
+OF_A_CALL = ("model", "head_loss", "finetune")  # settings that say nothing about the encoder as it is
 
 
 @dataclass(frozen=True)
@@ -146,9 +148,17 @@ def measurements(candidate: Candidate, task: Task, tasks: Sequence[Task], whiten
 
 
 def compute(plan: list[Job], settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Run the jobs whose row the file lacks, rewriting it after each. -> what it holds at the end"""
+    """Run the jobs whose row the file lacks, rewriting it after each. -> what it is to hold
+
+    The encoder's rows of MTEB stay in it, and all others too if there are no jobs.
+    """
     jobs = {job.fingerprint: job for job in plan}
-    before = json.loads(path.read_text()) if path.exists() else {"rows": [], "fingerprints": []}
+    found: dict[str, Any] = {"settings": settings, "rows": [], "fingerprints": []}
+    before = json.loads(path.read_text()) if path.exists() else found | {"settings": {}}
+    same = all(before["settings"].get(name) == value for name, value in settings.items() if name not in OF_A_CALL)
+    if same and not jobs:
+        return before
+    kept = {"mteb": before["mteb"]} if same and "mteb" in before else {}
     known = dict(zip(before["fingerprints"], before["rows"], strict=True))
     rows = {mark: known[mark] for mark in jobs if mark in known}
     example = before.get("example") if any(jobs[mark].query for mark in rows) else None
@@ -161,23 +171,13 @@ def compute(plan: list[Job], settings: dict[str, Any], path: Path) -> dict[str, 
             rows[mark], hits = job.run(ready[1], path.parent)
             example = {"query": job.query, "answered_by": str(job), "hits": hits} if hits else example
         marks = [mark for mark in jobs if mark in rows]
-        found = {"settings": settings, "rows": [rows[mark] for mark in marks], "fingerprints": marks}
-        write_json(path, found | ({"example": example} if example else {}))
+        found |= {"rows": [rows[mark] for mark in marks], "fingerprints": marks, **kept}
+        found |= {"example": example} if example else {}
+        write_json(path, found)
     for values in (path.parent / "queries").glob("*.json"):
         if values.stem not in rows:
             values.unlink()
-    return json.loads(path.read_text())
-
-
-def in_words(about: dict[str, Any]) -> str:
-    """Which encoder it is, such as 'pre-trained, mean, fine-tuned on 1000 of squad, whitened to 256'."""
-    words = [about["model"], *([about["pooling"]] if about["pooling"] else [])]
-    if about["trained_on"]:
-        size = f"{about['train_size']} of " if about["train_size"] not in (None, "all") else ""
-        words.append(f"fine-tuned on {size}{about['trained_on']}")
-    if about["whitening"] is not None:
-        words.append(f"whitened to {about['whitening']}" if about["whitening"] else "whitened")
-    return ", ".join(words)
+    return found
 
 
 def versions() -> dict[str, str]:

@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def run_mteb(encoder: "SentenceTransformer", names: list[str]) -> list[dict[str, Any]]:
-    """Evaluate on tasks, or on all tasks of benchmarks. -> a row for each with its main score, over splits and subsets
+def run_mteb(encoder: "SentenceTransformer", names: list[str], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Evaluate on tasks, or on all tasks of benchmarks, that are not among the rows ``known``. -> these and the new
+    rows, one for each task with its main score, over splits and subsets
 
     Raises:
         ValueError: a name that mteb does not know, before anything runs; data that cannot be had.
@@ -21,9 +22,11 @@ def run_mteb(encoder: "SentenceTransformer", names: list[str]) -> list[dict[str,
         import mteb
     except ImportError:
         raise ImportError("MTEB's tasks need mteb: pip install 'condenser[mteb]'") from None
-    rows = []
+    rows = {row["collection"]: row for row in known}
     for task in [task for name in names for task in tasks(name)]:
         name = task.metadata.name
+        if rows.get(name, {}).get("mteb") == mteb.__version__:
+            continue
         try:
             found = mteb.evaluate(
                 encoder, [task], cache=None, co2_tracker=False, show_progress_bar=sys.stderr.isatty()
@@ -31,8 +34,8 @@ def run_mteb(encoder: "SentenceTransformer", names: list[str]) -> list[dict[str,
         except OSError as error:
             raise ValueError(f"MTEB's {name} could not be loaded from the Hugging Face hub: {error}") from error
         row = {"collection": name, "metric": task.metadata.main_score, "score": float(found.get_score())}
-        rows.append(row | {"revision": found.dataset_revision, "mteb": mteb.__version__})
-    return rows
+        rows[name] = row | {"revision": found.dataset_revision, "mteb": mteb.__version__}
+    return list(rows.values())
 
 
 def tasks(name: str) -> list[Any]:

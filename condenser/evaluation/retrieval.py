@@ -1,6 +1,6 @@
 """Reading a collection in BEIR's layout:
 
-    corpus.jsonl {_id, title, text}   queries.jsonl {_id, text}   qrels/test.tsv, qrels/train.tsv (optional)
+    corpus.jsonl {_id, title, text}   queries.jsonl {_id, text}   qrels/test.tsv or another, qrels/train.tsv (optional)
 
 each plain or compressed (.gz, .xz, .zst). A title goes before its text, as in BEIR.
 """
@@ -21,7 +21,7 @@ class Collection:
     name: str
     documents: Texts  # title and text
     queries: Texts  # those that `qrels` judges
-    qrels: Qrels  # of test
+    qrels: Qrels  # of the split that is scored
     train_queries: Texts  # those that `train_qrels` judges; none without qrels/train.tsv
     train_qrels: Qrels
 
@@ -40,26 +40,29 @@ class Collection:
         ]
 
 
-def read_collection(folder: Path) -> Collection:
-    """Read a BEIR folder.
+def read_collection(folder: Path, split: str = "test") -> Collection:
+    """Read a BEIR folder; ``qrels/<split>.tsv`` is what will be scored.
 
     Raises:
         ValueError: a missing file, a broken line, or judgements that do not belong to the corpus or the queries.
     """
     if not folder.is_dir():
         raise ValueError(f"no retrieval collection at {folder}: --retrieval takes a folder in BEIR's layout")
+    splits = sorted({path.name.partition(".tsv")[0] for path in folder.glob("qrels/*.tsv*")})
+    if split not in splits:
+        raise ValueError(f"{folder} has no qrels/{split}.tsv: --split can be {', '.join(splits) or 'nothing there'}")
     documents = {i: f"{row.get('title') or ''} {row['text']}".strip() for i, row in read_rows(folder, "corpus.jsonl")}
     queries = {i: row["text"] for i, row in read_rows(folder, "queries.jsonl")}
-    test = read_qrels(folder, "qrels/test.tsv", queries)
-    train = read_qrels(folder, "qrels/train.tsv", queries) if any(folder.glob("qrels/train.tsv*")) else {}
-    if not any(judged.keys() & documents.keys() for judged in test.values()):
-        raise ValueError(f"{folder}: no document of qrels/test.tsv is in corpus.jsonl: do they belong together?")
+    qrels = read_qrels(folder, f"qrels/{split}.tsv", queries)
+    train = read_qrels(folder, "qrels/train.tsv", queries) if "train" in splits else {}
+    if not any(judged.keys() & documents.keys() for judged in qrels.values()):
+        raise ValueError(f"{folder}: no document of qrels/{split}.tsv is in corpus.jsonl: do they belong together?")
     full = folder.resolve()
     return Collection(
         name=full.parent.name if full.name == "beir" else full.name,
         documents=documents,
-        queries={query: queries[query] for query in test},
-        qrels=test,
+        queries={query: queries[query] for query in qrels},
+        qrels=qrels,
         train_queries={query: queries[query] for query in train},
         train_qrels=train,
     )

@@ -37,20 +37,21 @@ class Retrieval:
 
     collection: Collection
     index: Index = "exact"
+    split: str = "test"
 
     kind: ClassVar = "retrieval"
     metrics: ClassVar = tuple(METRICS)
     loss: ClassVar = "MultipleNegativesRankingLoss"
 
     @classmethod
-    def read(cls, folder: str, index: Index, n_queries: int | None = None) -> "Retrieval":
-        """With ``n_queries`` of the test set only, always the same."""
-        collection = read_collection(Path(folder))
+    def read(cls, folder: str, index: Index, n_queries: int | None = None, split: str = "test") -> "Retrieval":
+        """With ``n_queries`` of the split only, always the same."""
+        collection = read_collection(Path(folder), split)
         if n_queries is not None and n_queries < len(collection.queries):
             drawn = random.Random(0).sample(sorted(collection.queries), n_queries)
             queries = {query: collection.queries[query] for query in drawn}
             collection = replace(collection, queries=queries, qrels={query: collection.qrels[query] for query in drawn})
-        return cls(collection, index)
+        return cls(collection, index, split)
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ class Retrieval:
 
     @property
     def trains(self) -> bool:
-        return bool(self.collection.train_pairs)
+        return bool(self.collection.train_pairs) and self.split != "train"
 
     def examples(self, tuning: Tuning) -> dict[str, list]:
         return question_examples(self.collection, tuning)
@@ -84,8 +85,8 @@ class Retrieval:
             {"rank": rank, "id": i, "score": value, "text": textwrap.shorten(collection.documents[i], 300)}
             for rank, (i, value) in enumerate(best, start=1)
         ]
-        sizes = {"queries": len(collection.queries), "documents": len(collection.documents)}
-        return Measured(means(values) | sizes, values, hits)
+        about = {"split": self.split, "queries": len(collection.queries), "documents": len(collection.documents)}
+        return Measured(means(values) | about, values, hits)
 
 
 @dataclass(frozen=True)
