@@ -350,7 +350,6 @@ def test_the_study_is_the_reference_that_comes_with_the_package(tmp_path, monkey
     assert "shipped.csv" in section((tmp_path / "r.html").read_text(), "Is this normal?")
 
 
-@pytest.mark.skipif(not STUDY.is_file(), reason="the study's curves are not in the package yet")
 def test_the_reference_of_the_study_is_small_and_whole():
     assert STUDY.stat().st_size < 100_000
     titles = {title for curves in read_reference(STUDY).values() for title in comparable(curves)}

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -23,16 +24,30 @@ from condenser.runs import METRICS, read_metrics
 
 HERE = Path(__file__).parent
 RUNS, STORE = Path("runs/study"), Path("data/tokens/study")
-ARMS = {  # most telling first: (overlay, seeds)
-    "mlm": (["mlm"], (1, 2)),
-    "condenser": ([], (1, 2)),
-    "no-late-mlm": (["no-late-mlm"], (1,)),
-    "early-skip": (["early-skip"], (1,)),
-    "late-skip": (["late-skip"], (1,)),
-    "one-head-layer": (["one-head-layer"], (1,)),
+ARMS = {  # overlays of study.yaml, which itself is the second; most telling first, with the seeds of pre-training
+    "mlm": (1, 2),
+    "condenser": (1, 2),
+    "no-late-mlm": (1,),
+    "early-skip": (1,),
+    "late-skip": (1,),
+    "one-head-layer": (1,),
 }
 TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-size", "64", "--max-length", "64"]
 FLOOR = ("mlm", 1)  # beside this run's rows: BM25, and the same model with random weights
+ABOUT = ("task", "collection", "model", "trained_on", "seed", "train_size")  # of a row of results.csv
+METRICS_KEPT = ("ndcg@10", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
+FOUND = "metric == 'ndcg@10' and (model == 'BM25' or"
+COLUMNS = {  # of the table
+    "MLM loss": "metric == 'val/mlm_loss_at_mask'",
+    "head's": "metric == 'val/head_mlm_loss_at_mask'",
+    "SQuAD, 1,000": f"{FOUND} size == '1000') and collection == 'squad'",
+    "10,000": f"{FOUND} size == '10000') and collection == 'squad'",
+    "SciFact": f"{FOUND} trained_on == 'scifact') and collection == 'scifact'",
+    "Cranfield": f"{FOUND} trained_on == 'scifact') and collection == 'cranfield'",
+    "STS-B, 500": "metric == 'spearman' and size == '500'",
+    "STS-B, 1,000": "metric == 'spearman' and size == '1000'",
+    "STS-B, all": "metric == 'spearman' and size == 'all'",
+}
 
 
 def study() -> None:
@@ -48,7 +63,7 @@ def study() -> None:
         settings = ["--tokenizer", "train:8192", "--max-length", "64", "--output", str(STORE)]
         run("prepare", "--input", *map(str, options.wikipedia), *settings)
     for arm in options.arms:
-        for seed in ARMS[arm][1]:
+        for seed in ARMS[arm]:
             evaluated(arm, seed, options, end)
     collect()
 
@@ -68,13 +83,13 @@ def evaluated(arm: str, seed: int, options: argparse.Namespace, end: float) -> N
 
 def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
     """Whether the arm has been trained to its end; at the end of the time it is asked to stop, and goes on later."""
-    overlays = [word for name in ARMS[arm][0] for word in ("-c", str(HERE / f"{name}.yaml"))]
+    overlay = [] if arm == "condenser" else ["-c", str(HERE / f"{arm}.yaml")]
     settings = ["--name", folder.name, "--seed_everything", str(seed)]
     if not (folder / "summary.json").is_file() and time.monotonic() < end:
         alarm = threading.Timer(end - time.monotonic(), os.kill, (os.getpid(), signals.STOP))
         alarm.daemon = True
         alarm.start()
-        run("fit", "--config", str(HERE / "study.yaml"), *overlays, *settings)
+        run("fit", "--config", str(HERE / "study.yaml"), *overlay, *settings)
         alarm.cancel()
     return (folder / "summary.json").is_file()
 
@@ -90,48 +105,42 @@ def cells(beir: Path, sts: Path) -> dict[str, list[str]]:
 
 
 def collect() -> None:
-    """The rows of all cells so far in one file, the curves in another, and in one report."""
-    done = {(arm, seed): RUNS / f"{arm}-seed={seed}" for arm in ARMS for seed in ARMS[arm][1]}
-    done = {run: folder for run, folder in done.items() if (folder / "summary.json").is_file()}
-    rows = []
-    for (arm, seed), folder in done.items():
-        rows += [{"arm": arm, "pretrain_seed": seed, **row} for row in pre_training(folder)]
-        for path in sorted(folder.glob("evaluation-*/results.json")):
-            rows += [{"arm": arm, "pretrain_seed": seed, **row} for row in json.loads(path.read_text())["rows"]]
-    results = pd.DataFrame(rows)
+    """All measurements so far in one file, all curves in another and in a report."""
+    runs = {(arm, seed): RUNS / f"{arm}-seed={seed}" for arm in ARMS for seed in ARMS[arm]}
+    done = {run: folder for run, folder in runs.items() if (folder / "summary.json").is_file()}
+    if not done:
+        sys.exit("no arm is trained yet: start again to go on")
+    rows = [(*run, *row) for run, folder in done.items() for row in measurements(folder)]
+    results = pd.DataFrame(rows, columns=["arm", "pretrain_seed", *ABOUT, "metric", "value"])
     results.to_csv(HERE / "results.csv", index=False, float_format="%.5g")
     reference.write_reference(reference.STUDY, {f"{arm}, seed {seed}": folder for (arm, seed), folder in done.items()})
     run("report", *map(str, done.values()), "--output", str(RUNS / "report.html"))
     print(f"\nwrote {HERE / 'results.csv'}: {len(rows)} rows of {len(done)} runs\n\n{table(results)}")
 
 
-def pre_training(folder: Path) -> list[dict[str, object]]:
-    """The last validation losses, and the last probes, as rows."""
-    curves = read_metrics(folder / METRICS)
-    told = {name: values[-1] for name, (_, values) in curves.items() if name.startswith(("val/", "probe/head_loss"))}
-    return [{"task": "pre-training", "metric": name, "value": float(value)} for name, value in told.items()]
+def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
+    """What was measured on (see ABOUT), the metric, and its value: the last of training, and all evaluations."""
+    for name, (_, values) in read_metrics(folder / METRICS).items():
+        if name.startswith(("val/", "probe/head_loss")):
+            yield "pre-training", *[None] * (len(ABOUT) - 1), name, float(values[-1])
+    for path in sorted(folder.glob("evaluation-*/results.json")):
+        for row in json.loads(path.read_text())["rows"]:
+            about = [row[name] for name in ABOUT[:-1]]
+            size = row["train_size"] or ("all" if row["fine_tuned"] else None)
+            entropies = enumerate(row.get("cls_entropy", ()), start=1)
+            found = {f"cls_entropy_layer_{layer}": value for layer, value in entropies}
+            found |= {name: row[name] for name in METRICS_KEPT if name in row}
+            yield from ((*about, size, name, value) for name, value in found.items())
 
 
 def table(results: pd.DataFrame) -> str:
     """Markdown: mean and standard deviation over the seeds of pre-training and of fine-tuning."""
-    columns = {
-        "MLM": "metric == 'val/mlm_loss_at_mask'",
-        "head MLM": "metric == 'val/head_mlm_loss_at_mask'",
-        "SQuAD, 1,000": "collection == 'squad' and train_size == 1000",
-        "SQuAD, 10,000": "collection == 'squad' and train_size == 10000",
-        "SciFact": "collection == 'scifact' and fine_tuned == True",
-        "Cranfield": "collection == 'cranfield' and trained_on == 'scifact'",
-        "STS-B, 500": "task == 'similarity' and train_size == 500",
-        "1,000": "task == 'similarity' and train_size == 1000",
-        "all": "task == 'similarity' and fine_tuned == True and train_size.isna()",
-    }
-    results = results.assign(shown=results["value"].fillna(results["ndcg@10"]).fillna(results["spearman"]))
-    named = results["model"].fillna("pre-trained") == "pre-trained"
-    results["row"] = results["arm"].where(named, results["model"])
-    lines = ["| | " + " | ".join(columns) + " |", "| --- |" + " --- |" * len(columns)]
-    for row in [*dict.fromkeys(results["row"][~named]), *dict.fromkeys(results["row"][named])]:
+    random = results["model"].isin(["BM25", "random initialisation"])
+    results = results.assign(row=results["model"].where(random, results["arm"]), size=results["train_size"].astype(str))
+    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    for row in dict.fromkeys([*results["row"][random], *results["row"][~random]]):
         of_row = results[results["row"] == row]
-        cells = [spread(of_row.query(condition, engine="python")["shown"]) for condition in columns.values()]
+        cells = (spread(of_row.query(condition)["value"]) for condition in COLUMNS.values())
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
