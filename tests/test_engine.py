@@ -352,6 +352,7 @@ def test_a_trace_is_written_where_it_is_asked_for(recipe, tmp_path):
     assert "aten::addmm" in (tmp_path / "t" / "trace.txt").read_text()
 
 
+@pytest.mark.slow
 def test_packed_compiled_and_fused_runs_train_to_the_weights_of_a_plain_one(recipe, tmp_path):
     dry = ["--model.backbone_config.hidden_dropout_prob", "0"]
     assert fit(recipe, tmp_path, "plain", *dry) == 0

@@ -183,7 +183,7 @@ def resident():
 @pytest.mark.parametrize(
     ("n_steps", "save_every", "memory"),
     [
-        pytest.param(10_000, 50, traced, id="10k"),
+        pytest.param(10_000, 50, traced, id="10k", marks=pytest.mark.slow),
         pytest.param(1_000_000, 1000, resident, id="1M", marks=[pytest.mark.slow, pytest.mark.timeout(3600)]),
     ],
 )
