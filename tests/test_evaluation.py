@@ -19,7 +19,7 @@ from conftest import make_documents
 from tokenizers import BertWordPieceTokenizer
 from transformers import BertConfig, BertForMaskedLM, BertTokenizer
 
-from condenser.evaluation import encoders, retrieval, search
+from condenser.evaluation import encoders, finetuning, retrieval, search
 from condenser.evaluation.comparison import read_queries
 from condenser.evaluation.evaluate import draw_attention, evaluate
 from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
@@ -428,6 +428,29 @@ def test_gradient_caching_changes_memory_and_no_weight(model_folder):
     before = vector(encoders.load_encoder(model_folder, 32))
     plain, cached = map(vector, tuned)
     assert (plain - cached).norm() < 0.1 * (plain - before).norm()
+
+
+@pytest.mark.parametrize(("loss", "mini_batch"), [("MultipleNegativesRankingLoss", 0), ("CoSENTLoss", 0), (None, 5)])
+def test_length_groups_save_padding_and_change_no_weight(model_folder, monkeypatch, loss, mini_batch):
+    texts = [" ".join(ANIMALS[: n + 1]) for n in range(len(ANIMALS))]
+    examples = {"sentence1": texts, "sentence2": texts[::-1]}
+    examples |= {"score": np.linspace(0, 1, len(texts)).tolist()} if loss == "CoSENTLoss" else {}
+    start = encoders.load_encoder(model_folder, 32)
+    tuned, computed = [], []
+    for groups in (1, 4):
+        monkeypatch.setattr(finetuning, "LENGTH_GROUPS", groups)
+        encoder = encoders.load_encoder(model_folder, 32)
+        tokens = []
+        encoder[0].register_forward_pre_hook(
+            lambda _, inputs, tokens=tokens: tokens.append(inputs[0]["input_ids"].numel())
+        )
+        tuning = Tuning(steps=3, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
+        fine_tune(encoder, examples, loss or "MultipleNegativesRankingLoss", tuning)
+        assert "forward" not in vars(encoder)
+        tuned.append(vector(encoder))
+        computed.append(sum(tokens))
+    assert computed[1] < 0.8 * computed[0]
+    assert (tuned[0] - tuned[1]).norm() < 0.01 * (tuned[0] - vector(start)).norm()
 
 
 def vector(encoder):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
+LENGTH_GROUPS = 4  # with 8, the products of small matrices cost as much as the padding that is saved
 LAYER_WEIGHTS_RATE = 1e-2  # of the pooling's few weights of layers, which hardly move at an encoder's rate
 
 
@@ -120,7 +121,11 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
             loss, options["mini_batch_size"] = f"Cached{loss}", tuning.mini_batch
     weighted = any("layer_weights" in name and weight.requires_grad for name, weight in encoder.named_parameters())
     steps = tuning.n_steps(len(next(iter(examples.values()))))
-    with one_process(), tempfile.TemporaryDirectory() as folder:  # the trainer wants one; nothing is kept of it
+    with (
+        in_length_groups(encoder),
+        one_process(),
+        tempfile.TemporaryDirectory() as folder,
+    ):  # the trainer wants one; nothing is kept of it
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,
             max_steps=steps,
@@ -150,6 +155,39 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
         trainer.train()
         assert trainer.state.global_step == steps
     encoder.eval()
+
+
+@contextlib.contextmanager
+def in_length_groups(encoder: "SentenceTransformer") -> Iterator[None]:
+    """A batch is computed in groups of like length, each padded to its own longest text. The loss sees the same batch.
+
+    On pairs of the STS benchmark, 64 at a time on one CPU core, a step takes half as long.
+    """
+    import torch
+
+    whole = encoder.forward
+
+    def grouped(features: dict[str, Any], **options: Any) -> dict[str, Any]:
+        mask = features.get("attention_mask")
+        if mask is None or mask.ndim != 2 or not mask[:, 0].all():  # padded on the left
+            return whole(features, **options)
+        lengths = mask.sum(dim=1)
+        order = lengths.argsort()
+        embeddings = []
+        for rows in order.chunk(LENGTH_GROUPS):
+            longest = int(lengths[rows[-1]])
+            group = {
+                name: value[rows, :longest] if isinstance(value, torch.Tensor) and value.shape == mask.shape else value
+                for name, value in features.items()
+            }
+            embeddings.append(whole(group, **options)["sentence_embedding"])
+        return {"sentence_embedding": torch.cat(embeddings)[order.argsort()]}
+
+    encoder.forward = grouped  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        del encoder.forward
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ ARMS = {  # overlays of study.yaml, which itself is the second; most telling fir
     "late-skip": (1,),
     "one-head-layer": (1,),
 }
-TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-size", "64", "--max-length", "64"]
+TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-size", "64"]
+TUNING += ["--finetune-steps", "200", "--max-length", "64"]
 FLOOR = ("mlm", 1)  # beside this run's rows: BM25, and the same model with random weights
 ABOUT = ("task", "collection", "model", "trained_on", "seed", "train_size")  # of a row of results.csv
 METRICS_KEPT = ("ndcg@10", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
@@ -96,11 +97,11 @@ def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
 
 def cells(beir: Path, sts: Path) -> dict[str, list[str]]:
     squad, scifact, cranfield = (str(beir / name) for name in ("squad", "scifact", "cranfield"))
-    few = ["--finetune-steps", "200", "--seeds", "0", "1"]
+    twice = ["--seeds", "0", "1"]
     return {
-        "scifact": ["--retrieval", scifact, cranfield, "--attention", str(STORE), *few],
-        "sts": ["--similarity", str(sts), "--train-sizes", "500", "1000", "all", *few],
-        "squad": ["--retrieval", squad, "--queries", "2000", "--train-sizes", "1000", "10000", "--finetune-steps=300"],
+        "scifact": ["--retrieval", scifact, cranfield, "--attention", str(STORE), *twice],
+        "sts": ["--similarity", str(sts), "--train-sizes", "500", "1000", "all", *twice],
+        "squad": ["--retrieval", squad, "--queries", "2000", "--train-sizes", "1000", "10000"],
     }
 
 
