@@ -259,6 +259,24 @@ def test_rows_are_computed_once_and_again_when_their_settings_change(model_folde
     assert results(tmp_path / "out")["example"]["query"] == "bear"
 
 
+def test_rows_that_are_not_asked_for_wait_beside_the_others(
+    model_folder, collection_folder, pairs_folder, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    retrieval, similarity = {"retrieval": [str(collection_folder)]}, {"similarity": [str(pairs_folder)]}
+    evaluate(model_folder, output=str(out), max_length=32, **retrieval)
+    before, values = results(out), read_queries(out)
+    evaluate(model_folder, output=str(out), max_length=32, **similarity)
+    assert f"kept in {out / 'earlier'}: 1" in capsys.readouterr().out
+    assert (
+        [row["task"] for row in results(out)["rows"]] == [row["task"] for row, _ in read_queries(out)] == ["similarity"]
+    )
+    evaluate(model_folder, output=str(out), max_length=32, **retrieval)
+    assert "as before" in capsys.readouterr().out
+    assert results(out) == before
+    assert read_queries(out) == values
+
+
 @pytest.fixture
 def pairs_folder(tmp_path):
     """Pairs of animals that are alike where both have even or both odd numbers; the same to train on and to test."""

@@ -7,7 +7,8 @@ The result is ``results.json`` in the output folder: settings, a row for each me
 ``queries/`` has the values of each query or pair, for `condenser evaluate compare`; ``attention.svg`` is a drawing of
 what ``--attention`` found. The file is rewritten as each row finishes, and a row is computed again only if something it
 depends on has changed: weights, tokenizer, pooling, length, collection, fine-tuning, library versions, or the query
-that it answers. Rows of MTEB stay until the encoder changes.
+that it answers. Rows that a later call does not ask for wait in ``earlier/`` until one does; those of MTEB stay in the
+file until the encoder changes.
 """
 
 import statistics
@@ -135,7 +136,10 @@ def evaluate(
             write_json(path, found)
     draw_attention([row for row in found["rows"] if row["task"] == "attention"], path.with_name("attention.svg"))
     show(found)
-    print(f"wrote {path}")
+    earlier = len(list(path.parent.glob("earlier/*.json")))
+    print(
+        f"wrote {path}" + (f"; rows of earlier calls, kept in {path.parent / 'earlier'}: {earlier}" if earlier else "")
+    )
 
 
 def whole_number(size: str) -> int:
@@ -147,7 +151,7 @@ def whole_number(size: str) -> int:
 def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
     path = folder / "results.json"
-    own = {path.name, path.with_suffix(".partial").name, "queries", "attention.svg"}
+    own = {path.name, path.with_suffix(".partial").name, "queries", "earlier", "attention.svg"}
     others = {file.name for file in folder.glob("*")} - own
     if others:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")

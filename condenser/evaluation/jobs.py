@@ -4,7 +4,7 @@ import copy
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -94,8 +94,7 @@ class Job:
         measured = self.task.measure(encoder, self.query)
         row = {"task": self.task.kind, "collection": self.task.name, **self.candidate.about}
         row |= {"whitening": self.whitening, **measured.metrics}
-        if measured.values:
-            write_queries(folder, self.fingerprint, row, measured.values)
+        write_queries(folder, self.fingerprint, row, measured.values)
         return row, measured.hits
 
 
@@ -150,7 +149,8 @@ def measurements(candidate: Candidate, task: Task, tasks: Sequence[Task], whiten
 def compute(plan: list[Job], settings: dict[str, Any], path: Path) -> dict[str, Any]:
     """Run the jobs whose row the file lacks, rewriting it after each. -> what it is to hold
 
-    The encoder's rows of MTEB stay in it, and all others too if there are no jobs.
+    The encoder's rows of MTEB stay in it, and all others too if there are no jobs; else what is not among these is kept
+    in ``earlier/`` beside the file.
     """
     jobs = {job.fingerprint: job for job in plan}
     found: dict[str, Any] = {"settings": settings, "rows": [], "fingerprints": []}
@@ -159,7 +159,7 @@ def compute(plan: list[Job], settings: dict[str, Any], path: Path) -> dict[str, 
     if same and not jobs:
         return before
     kept = {"mteb": before["mteb"]} if same and "mteb" in before else {}
-    known = dict(zip(before["fingerprints"], before["rows"], strict=True))
+    known = dict(zip(before["fingerprints"], before["rows"], strict=True)) | set_aside(path.parent, jobs.keys())
     rows = {mark: known[mark] for mark in jobs if mark in known}
     example = before.get("example") if any(jobs[mark].query for mark in rows) else None
     ready: tuple[str, Any] = ("", None)  # a candidate's fingerprint, the encoder
@@ -174,10 +174,18 @@ def compute(plan: list[Job], settings: dict[str, Any], path: Path) -> dict[str, 
         found |= {"rows": [rows[mark] for mark in marks], "fingerprints": marks, **kept}
         found |= {"example": example} if example else {}
         write_json(path, found)
-    for values in (path.parent / "queries").glob("*.json"):
-        if values.stem not in rows:
-            values.unlink()
     return found
+
+
+def set_aside(folder: Path, asked: Collection[str]) -> dict[str, Any]:
+    """Files of ``queries/`` that are not asked for go to ``earlier/``. -> by fingerprint the rows that come back"""
+    queries, earlier = folder / "queries", folder / "earlier"
+    for source, target, here in (queries, earlier, False), (earlier, queries, True):
+        for file in source.glob("*.json"):
+            if (file.stem in asked) == here:
+                target.mkdir(exist_ok=True)
+                file.rename(target / file.name)
+    return {file.stem: json.loads(file.read_text())["row"] for file in queries.glob("*.json")}
 
 
 def versions() -> dict[str, str]:
