@@ -36,6 +36,15 @@ from condenser.runs import (
     read_metrics,
 )
 
+PAGE = Path(__file__).with_name("report.html")
+COMPARISON = Template("""<h2>Is this normal?</h2>
+<p class="key">Grey, without dots: the runs of $file. Losses depend on vocabulary and text; what they are below guessing
+by frequency hardly does. How high a curve gets is a matter of model size and tokens, but its course should be like
+theirs: flat at first, then up, ever slower; a warm start begins high. One that stays at 0 has not left the plateau, and
+a head that predicts as well with another text's [CLS] as with its own does not read it.</p>
+$panels
+""")
+
 
 class Html(str):
     """Text that is HTML already; all other text is escaped."""
@@ -116,7 +125,7 @@ def load_run(folder: Path, name: str, colour: str) -> Run:
 def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]], compared: str) -> str:
     now = datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z")
     versions = ", ".join(f"{package} {version(package)}" for package in ("condenser", "matplotlib"))
-    return PAGE.substitute(
+    return Template(PAGE.read_text(encoding="utf-8")).substitute(
         title=html.escape("Pre-training report: " + ", ".join(run.name for run in runs)),
         made=html.escape(f"{now}, {versions}"),
         warnings="".join(f'<p class="warning">{html.escape(line)}</p>' for run in runs for line in warnings(run)),
@@ -244,59 +253,3 @@ def cell(value: object) -> str:
         digits = ",.0f" if value.is_integer() or abs(value) >= 1000 else ".4f" if abs(value) >= 0.001 else ".4g"
         return format(value, digits)
     return html.escape(str(value))
-
-
-COMPARISON = Template("""<h2>Is this normal?</h2>
-<p class="key">Grey, without dots: the runs of $file. Losses depend on vocabulary and text; what they are below guessing
-by frequency hardly does. How high a curve gets is a matter of model size and tokens, but its course should be like
-theirs: flat at first, then up, ever slower; a warm start begins high. One that stays at 0 has not left the plateau, and
-a head that predicts as well with another text's [CLS] as with its own does not read it.</p>
-$panels
-""")
-
-PAGE = Template("""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>$title</title>
-<style>
-:root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --grid: #dfe3e8; --soft: #5d6772; --warn: #a63c00 }
-@media screen and (prefers-color-scheme: dark) {
-  :root { --ink: #e3e7eb; --paper: #15181c; --grid: #333a42; --soft: #9aa5b1; --warn: #ffa066 } }
-body { font: .94rem/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 1320px;
-  margin: 2rem auto; padding: 0 1.5rem }
-h1 { font-size: 1.6rem; margin: 0 } h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem } h3 { font-size: 1rem }
-small, .key, th { color: var(--soft) } .warning { color: var(--warn) } p { margin: .4rem 0 }
-.table { overflow-x: auto } table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums }
-th, td { text-align: left; vertical-align: top; padding: .3rem .9rem .3rem 0; border-bottom: 1px solid var(--grid) }
-th { font-weight: 600; vertical-align: bottom } td:first-child { white-space: nowrap }
-i { display: inline-block; width: .75em; height: .75em; border-radius: 2px; margin-right: .4em }
-.legend span { margin-right: 1.2rem; font-weight: 600 } .key { font-size: .87rem }
-.panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(390px, 1fr)); gap: 1rem 1.5rem }
-.pair { display: flex; flex-wrap: wrap; gap: 0 5rem }
-figure { margin: 0; break-inside: avoid } figcaption { font-weight: 600 } tr { break-inside: avoid }
-svg { width: 100%; height: auto } svg text { font-family: inherit !important }
-@page { margin: 12mm }
-@media print { :root { font-size: 9.5px } body { margin: 0; padding: 0 } .panels { grid-template-columns: 1fr 1fr }
-  .table { overflow: visible } h2, h3 { break-after: avoid } * { print-color-adjust: exact } }
-</style>
-</head>
-<body>
-<h1>Pre-training report</h1>
-<p><small>$made</small></p>
-$warnings
-<h2>At a glance</h2>
-$glance
-<p class="key">Losses in nats. Less unigram: the loss at [MASK] positions minus that of the word frequencies alone.</p>
-$compared
-<h2>Curves</h2>
-<p class="legend">$legend</p>
-<p class="key">Training: the values as logged, faint, and their moving mean. Validation: dots, hollow for the head.
-Loss axes end where the loss is after 5 % of the run.</p>
-$panels
-$evaluation
-<div class="pair"><section><h2>Final numbers</h2>$numbers</section><section>$settings</section></div>
-</body>
-</html>
-""")
