@@ -18,6 +18,7 @@ from condenser.evaluation.search import bm25_search
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch.nn import Module
 
 
 LENGTH_GROUPS = 4  # with 8, the products of small matrices cost as much as the padding that is saved
@@ -101,9 +102,7 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
-    from sentence_transformers.util import SimilarityFunction
     from torch.nn import Dropout
     from transformers import PrinterCallback
 
@@ -112,20 +111,11 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
     for module in encoder.modules():
         if isinstance(module, Dropout):
             module.p = 0.0
-    options: dict[str, Any] = {}
     ranking = loss == "MultipleNegativesRankingLoss"
-    if ranking:
-        options["similarity_fct"] = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
-        options["scale"] = 20.0 if encoder.similarity_fn_name == "cosine" else 1.0
-        if tuning.mini_batch:
-            loss, options["mini_batch_size"] = f"Cached{loss}", tuning.mini_batch
     weighted = any("layer_weights" in name and weight.requires_grad for name, weight in encoder.named_parameters())
     steps = tuning.n_steps(len(next(iter(examples.values()))))
-    with (
-        in_length_groups(encoder),
-        one_process(),
-        tempfile.TemporaryDirectory() as folder,
-    ):  # the trainer wants one; nothing is kept of it
+    # the trainer wants a folder; nothing is kept of it
+    with in_length_groups(encoder), one_process(), tempfile.TemporaryDirectory() as folder:
         arguments = SentenceTransformerTrainingArguments(
             output_dir=folder,
             max_steps=steps,
@@ -149,12 +139,25 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
             model=encoder,
             args=arguments,
             train_dataset=Dataset.from_dict(dict(examples)),
-            loss=getattr(losses, loss)(encoder, **options),
+            loss=loss_module(encoder, loss, tuning.mini_batch),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         assert trainer.state.global_step == steps
     encoder.eval()
+
+
+def loss_module(encoder: "SentenceTransformer", name: str, mini_batch: int) -> "Module":
+    from sentence_transformers.sentence_transformer import losses
+    from sentence_transformers.util import SimilarityFunction
+
+    options: dict[str, Any] = {}
+    if name == "MultipleNegativesRankingLoss":
+        options["similarity_fct"] = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
+        options["scale"] = 20.0 if encoder.similarity_fn_name == "cosine" else 1.0
+        if mini_batch:
+            name, options["mini_batch_size"] = f"Cached{name}", mini_batch
+    return getattr(losses, name)(encoder, **options)
 
 
 @contextlib.contextmanager
