@@ -33,9 +33,9 @@ ARMS = {  # overlays of study.yaml, which itself is the second; most telling fir
     "one-head-layer": (1,),
 }
 TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-size", "64"]
-TUNING += ["--finetune-steps", "200", "--max-length", "64"]
+TUNING += ["--finetune-steps", "200"]
 FLOOR = ("mlm", 1)  # beside this run's rows: BM25, and the same model with random weights
-ABOUT = ("task", "collection", "model", "trained_on", "seed", "train_size")  # of a row of results.csv
+ABOUT = ("task", "collection", "model", "pooling", "whitening", "trained_on", "seed", "train_size")  # of a row
 METRICS_KEPT = ("ndcg@10", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
 FOUND = "metric == 'ndcg@10' and (model == 'BM25' or"
 COLUMNS = {  # of the table
@@ -79,7 +79,7 @@ def evaluated(arm: str, seed: int, options: argparse.Namespace, end: float) -> N
         if time.monotonic() < end:
             floor = ["--baselines"] if (arm, seed) == FLOOR and name != "sts" else []
             output = ["--output", str(folder / f"evaluation-{name}")]
-            run("evaluate", str(folder / "export"), *output, *cell, *TUNING, *floor)
+            run("evaluate", str(folder / "export"), *output, *cell, "--max-length", "64", *floor)
 
 
 def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
@@ -97,11 +97,12 @@ def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
 
 def cells(beir: Path, sts: Path) -> dict[str, list[str]]:
     squad, scifact, cranfield = (str(beir / name) for name in ("squad", "scifact", "cranfield"))
-    twice = ["--seeds", "0", "1"]
+    twice = [*TUNING, "--seeds", "0", "1"]
     return {
         "scifact": ["--retrieval", scifact, cranfield, "--attention", str(STORE), *twice],
         "sts": ["--similarity", str(sts), "--train-sizes", "500", "1000", "all", *twice],
-        "squad": ["--retrieval", squad, "--queries", "2000", "--train-sizes", "1000", "10000"],
+        "squad": ["--retrieval", squad, "--queries", "2000", "--train-sizes", "1000", "10000", *TUNING],
+        "pooling": ["--retrieval", cranfield, "--pooling", "cls", "mean", "--whitening", "0"],
     }
 
 
