@@ -139,10 +139,10 @@ def table(results: pd.DataFrame) -> str:
     """Markdown: mean and standard deviation over the seeds of pre-training and of fine-tuning."""
     random = results["model"].isin(["BM25", "random initialisation"])
     results = results.assign(row=results["model"].where(random, results["arm"]), size=results["train_size"].astype(str))
-    lines = ["| | " + " | ".join(COLUMNS) + " |", "| --- |" + " --- |" * len(COLUMNS)]
+    measured = {name: found for name, condition in COLUMNS.items() if not (found := results.query(condition)).empty}
+    lines = ["| | " + " | ".join(measured) + " |", "| --- |" + " --- |" * len(measured)]
     for row in dict.fromkeys([*results["row"][random], *results["row"][~random]]):
-        of_row = results[results["row"] == row]
-        cells = (spread(of_row.query(condition)["value"]) for condition in COLUMNS.values())
+        cells = (spread(found["value"][found["row"] == row]) for found in measured.values())
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
