@@ -30,7 +30,7 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 WIKIPEDIA ?= data/raw/wikipedia/*.jsonl.xz
 BEIR ?= data/raw/beir
 STS ?= data/raw/sts-b
-study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEIR=folder STS=folder (10 hours on 2 cores)
+study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEIR=folder STS=folder (12 core-hours)
 	$(BIN)/python configs/study/study.py --wikipedia $(WIKIPEDIA) --beir $(BEIR) --sts $(STS)
 
 test: install  ## the tests, in under 5 minutes on 2 cores

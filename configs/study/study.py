@@ -113,7 +113,7 @@ def collect() -> None:
     if not done:
         sys.exit("no arm is trained yet: start again to go on")
     rows = [(*run, *row) for run, folder in done.items() for row in measurements(folder)]
-    results = pd.DataFrame(rows, columns=["arm", "pretrain_seed", *ABOUT, "metric", "value"])
+    results = pd.DataFrame(rows, columns=["arm", "pretrain_seed", *ABOUT, "metric", "value"]).drop_duplicates()
     results.to_csv(HERE / "results.csv", index=False, float_format="%.5g")
     reference.write_reference(reference.STUDY, {f"{arm}, seed {seed}": folder for (arm, seed), folder in done.items()})
     run("report", *map(str, done.values()), "--output", str(RUNS / "report.html"))
