@@ -9,19 +9,10 @@ from nbclient import NotebookClient
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 
 
-@pytest.fixture(scope="module")
-def kernel():
-    """One for all notebooks: starting one and importing torch takes longer than most of them."""
-    client = NotebookClient(nbformat.v4.new_notebook(), resources={"metadata": {"path": str(NOTEBOOKS[0].parent)}})
-    with client.setup_kernel():
-        yield client.km
-
-
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_runs(path, kernel):
+def test_the_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
-    notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))  # what the one before left
-    NotebookClient(notebook, timeout=240, km=kernel).execute()
+    NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(path.parent)}}).execute()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
