@@ -257,6 +257,8 @@ def test_rows_are_computed_once_and_again_when_their_settings_change(model_folde
     evaluate(model_folder, max_length=16, **run | {"query": "bear"})
     assert capsys.readouterr().out.count("as before") == 2  # all but the one that answers
     assert results(tmp_path / "out")["example"]["query"] == "bear"
+    evaluate(model_folder, max_length=16, **run)
+    assert results(tmp_path / "out")["example"]["query"] == "wolf"
 
 
 def test_rows_that_are_not_asked_for_wait_beside_the_others(

@@ -159,7 +159,9 @@ def compute(plan: list[Job], settings: dict[str, Any], path: Path) -> dict[str, 
     if same and not jobs:
         return before
     kept = {"mteb": before["mteb"]} if same and "mteb" in before else {}
-    known = dict(zip(before["fingerprints"], before["rows"], strict=True)) | set_aside(path.parent, jobs.keys())
+    back = set_aside(path.parent, jobs.keys())
+    back = {mark: row for mark, row in back.items() if not jobs[mark].query}  # its hits were not kept
+    known = back | dict(zip(before["fingerprints"], before["rows"], strict=True))
     rows = {mark: known[mark] for mark in jobs if mark in known}
     example = before.get("example") if any(jobs[mark].query for mark in rows) else None
     ready: tuple[str, Any] = ("", None)  # a candidate's fingerprint, the encoder
