@@ -1,6 +1,7 @@
 """Probes: what they measure against independent computations, and that training does not notice them."""
 
 import json
+import random
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_engine import VOCABULARY, micro_batch, tiny_model
 from test_model import DEVICES
 from test_report import section
 from test_training import assert_same_weights, fit, metrics_of
-from transformers import AutoModel, AutoModelForMaskedLM
+from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from condenser.cli import main
 from condenser.data.synthetic import SyntheticStore
@@ -24,6 +25,8 @@ from condenser.evaluation.retrieval import read_collection
 from condenser.evaluation.search import dense_search, score
 from condenser.figures import panels_for
 from condenser.hub import load_export
+from condenser.models.backbones import prepare_layers
+from condenser.models.condenser import MODEL_INPUTS, Condenser
 
 SHARES = ("perf/probe_fraction", "perf/retrieval_fraction")
 HEAD_LOSSES = [f"probe/head_loss_{cls}" for cls in ("true", "other", "zeros")]
@@ -168,6 +171,46 @@ def test_head_losses_need_a_head_and_another_row():
     model.c_head = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="no head whose loss could be probed"):
         head_losses(model, [micro_batch("padded")[0]])
+
+
+def marked_names(n, seed):
+    """Micro-batch of n rows: names, a mark before one of them, what stands for that one, a full stop. That can be told
+    from the others, in two steps: which name is marked, and what stands for it."""
+    draw, rows = random.Random(seed), []
+    for _ in range(n):
+        names = draw.choices(range(6, 12), k=draw.randint(3, 6))
+        place = draw.randrange(len(names))
+        rows.append(torch.tensor([1, *names[:place], 4, *names[place:], names[place] + 6, 5, 2]))
+    text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    masked = (torch.rand(text.shape, generator=torch.Generator().manual_seed(seed)) < 0.15) & (text > 3)
+    inputs = {"input_ids": text.masked_fill(masked, 3), "attention_mask": (text > 0).long()}
+    labels = text.masked_fill(~masked, -100)
+    return inputs | {"labels": labels, "n_masked": int(masked.sum()), "sample_ids": list(range(n))}
+
+
+def test_a_head_learns_to_read_cls_where_only_late_layers_know_and_not_where_it_can_do_without():
+    """Layers that it starts from either learn what it needs, or stay as they were drawn."""
+    lost = {}
+    for frozen in (0, 2):
+        torch.manual_seed(2)
+        sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+        dropouts = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+        lm = BertForMaskedLM(BertConfig(vocab_size=18, initializer_range=0.1, **sizes, **dropouts))
+        prepare_layers(lm, freeze_embeddings=False, freeze_layers=frozen, reinit_layers=0)
+        model = Condenser.from_masked_lm(lm, skip_from=2, n_head_layers=1)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
+        warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1, 75)
+        for step in range(100):
+            batch = marked_names(64, 1 + step)
+            model(**{name: value for name, value in batch.items() if name in MODEL_INPUTS}).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
+            optimizer.step()
+            optimizer.zero_grad()
+            warm_up.step()
+        found = head_losses(model, [marked_names(512, 0)])
+        lost[frozen] = found["other"] - found["true"]
+    assert abs(lost[0]) < 0.02
+    assert lost[2] > 0.1
 
 
 def test_a_store_is_probed_alike_whenever_and_gives_plain_numbers(tiny_export, store):

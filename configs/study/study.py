@@ -29,6 +29,7 @@ ARMS = {  # overlays of study.yaml, which itself is the second; most telling fir
     "condenser": (1, 2),
     "no-late-mlm": (1,),
     "early-skip": (1,),
+    "frozen-early": (1,),
     "late-skip": (1,),
     "one-head-layer": (1,),
 }
