@@ -78,6 +78,7 @@ def test_an_arm_differs_from_the_first_in_what_its_name_says_and_nothing_else(st
         "mlm": {"n_head_layers": 0},
         "no-late-mlm": {"late_mlm": False},
         "early-skip": {"skip_from": 1},
+        "frozen-early": {"skip_from": 1, "n_head_layers": 1, "freeze_layers": 1},
         "late-skip": {"skip_from": 3},
         "one-head-layer": {"n_head_layers": 1},
     }
