@@ -34,7 +34,7 @@ study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEI
 	$(BIN)/python configs/study/study.py --wikipedia $(WIKIPEDIA) --beir $(BEIR) --sts $(STS)
 
 test: install  ## the tests, in under 5 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist loadscope
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-gpu: install  ## on a machine with a GPU: its tests, and the benchmark of the paper's size at length 128 and 512
 	$(BIN)/python -m pytest -m gpu

@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from condenser.runs import Curves, in_words
 
@@ -203,7 +203,9 @@ def draw_over(title: str, unit: str, theirs: Mapping[str, Curves], ours: Sequenc
             shown = np.isfinite(values) & (x >= start)
             axes.plot(x[shown], values[shown], **style)
         name_lines(axes)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         return to_svg(figure, title)
 
 
