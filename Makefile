@@ -30,11 +30,11 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 WIKIPEDIA ?= data/raw/wikipedia/*.jsonl.xz
 BEIR ?= data/raw/beir
 STS ?= data/raw/sts-b
-study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEIR=folder STS=folder (12 core-hours)
+study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEIR=folder STS=folder (14 core-hours)
 	$(BIN)/python configs/study/study.py --wikipedia $(WIKIPEDIA) --beir $(BEIR) --sts $(STS)
 
 test: install  ## the tests, in under 5 minutes on 2 cores
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-gpu: install  ## on a machine with a GPU: its tests, and the benchmark of the paper's size at length 128 and 512
 	$(BIN)/python -m pytest -m gpu
