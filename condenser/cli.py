@@ -18,15 +18,15 @@ import types
 import typing
 from collections.abc import Callable, Sequence
 
-from condenser import signals
+from condenser.cluster import signals
 
 COMMANDS = {  # name: (module:function, one line)
-    "prepare": ("condenser.data.prepare:prepare", "text -> token store"),
-    "prepare merge": ("condenser.data.merge:merge", "put the shares of several machines together"),
-    "fit": ("condenser.training.cli:fit", "pre-train from a YAML recipe; resumes a run of the same name"),
-    "launch": ("condenser.launch:launch", "pre-train as a SLURM job that goes on where it was stopped"),
-    "validate": ("condenser.training.cli:validate", "validation losses and accuracies of a checkpoint"),
-    "estimate": ("condenser.estimate:estimate", "parameters, memory and hours of a run, before it is started"),
+    "prepare": ("condenser.corpus.prepare:prepare", "text -> token store"),
+    "prepare merge": ("condenser.corpus.merge:merge", "put the shares of several machines together"),
+    "fit": ("condenser.training.fit:fit", "pre-train from a YAML recipe; resumes a run of the same name"),
+    "launch": ("condenser.cluster.launch:launch", "pre-train as a SLURM job that goes on where it was stopped"),
+    "validate": ("condenser.training.fit:validate", "validation losses and accuracies of a checkpoint"),
+    "estimate": ("condenser.reports.estimate:estimate", "parameters, memory and hours of a run, before it is started"),
     "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
     "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval, similarity, [CLS] attention; also fine-tuned"),
     "evaluate compare": (
@@ -34,12 +34,15 @@ COMMANDS = {  # name: (module:function, one line)
         "two evaluations, query by query: paired bootstrap",
     ),
     "inspect": (
-        "condenser.data.inspection:inspect_store",
+        "condenser.reports.inspection:inspect_store",
         "what is in a token store: numbers, samples, masks, padding",
     ),
-    "bench": ("condenser.benchmarks.training:bench", "speed of a training step, from the authors' recipe to ours"),
-    "bench data": ("condenser.benchmarks.data:bench_data", "speed of preparing, masking and batching, beside others"),
-    "report": ("condenser.report:report", "curves and tables of one or several runs in one HTML file"),
+    "bench": ("condenser.reports.bench:bench", "speed of a training step, from the authors' recipe to ours"),
+    "bench data": (
+        "condenser.reports.bench_data:bench_data",
+        "speed of preparing and batching, beside others",
+    ),
+    "report": ("condenser.reports.report:report", "curves and tables of one or several runs in one HTML file"),
 }
 OWN_PARSER = {"fit", "validate", "estimate", "launch"}  # called with the remaining arguments as they are
 

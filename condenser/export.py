@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import save_file
 
 from condenser.hub import HEAD_FILE, load_checkpoint, load_export
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.models.condenser import Condenser
 from condenser.runs import METRICS, RESULTS, checkpoints, flatten, read_mapping, read_metrics
 

@@ -11,9 +11,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from condenser.data.corpus import is_path
 from condenser.data.store import check_file_name, tokenizer_hash
-from condenser.models.backbones import build_masked_lm
+from condenser.data.tokenizers import is_path
+from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
 

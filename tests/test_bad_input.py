@@ -24,8 +24,8 @@ from test_prepare import all_tokens, contents, prepare
 from transformers import AutoTokenizer
 
 from condenser.cli import main
-from condenser.data.corpus import Columns, Source, Unit, units
-from condenser.data.documents import Document, documents
+from condenser.corpus.documents import Document, documents
+from condenser.corpus.readers import Columns, Source, Unit, units
 from condenser.data.store import read_manifest
 
 COLUMNS = Columns("text", None, "id")
@@ -68,7 +68,7 @@ def test_every_document_is_accounted_for_and_bad_ones_are_named(store, tmp_path,
 
 @pytest.mark.parametrize("n_good", [0, 400])
 def test_without_skipping_the_first_bad_line_stops_it_and_is_named(n_good, store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("condenser.data.prepare.UNIT_BYTES", (4000, 4000))
+    monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (4000, 4000))
     source = write_jsonl(tmp_path / "some.jsonl", make_documents(n_good))
     source.write_bytes(source.read_bytes() + b'{"text": "caf\xe9"}\n')
     assert prepare(source, store / "tokenizer", tmp_path / "out") == 1
@@ -164,7 +164,7 @@ def test_a_line_of_many_megabytes_is_one_document_and_nothing_of_it_is_lost(gap,
 
 
 def test_a_file_without_ends_of_documents_is_refused(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("condenser.data.corpus.LONGEST_RECORD", 10_000)
+    monkeypatch.setattr("condenser.corpus.readers.LONGEST_RECORD", 10_000)
     source = tmp_path / "endless.txt"
     source.write_text("one line\n" * 20_000)
     assert prepare(source, store / "tokenizer", tmp_path / "out") == 1
@@ -200,9 +200,8 @@ def test_readers_survive_any_bytes_and_number_every_line(tmp_path_factory, conte
 
 def slow_preparation(corpus, tokenizer, output, workers):
     """The command in a process of its own, with units small enough to be hit in the middle of."""
-    code = (
-        "import sys, condenser.data.prepare as p, condenser.cli as c; p.UNIT_BYTES = 20000, 20000; c.main(sys.argv[1:])"
-    )
+    code = "import sys, condenser.cli as c, condenser.corpus.prepare as p; p.UNIT_BYTES = 20000, 20000; "
+    code += "c.main(sys.argv[1:])"
     arguments = ["prepare", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(output)]
     return [sys.executable, "-c", code, *arguments, "--max-length", "32", "--workers", str(workers)]
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
-from condenser.data.blocks import Blocks, block_spans, cut_documents
-from condenser.data.documents import Document
-from condenser.data.encoding import Encoder, sentence_bounds
+from condenser.corpus.blocks import Blocks, block_spans, cut_documents
+from condenser.corpus.documents import Document
+from condenser.corpus.encoding import Encoder, sentence_bounds
 from condenser.data.hashing import hash_ints
 
 
@@ -183,7 +183,7 @@ def test_a_very_long_text_is_tokenized_in_pieces_with_the_same_tokens(bert, sent
     for tokenizer in (bert, sentencepiece):
         whole = Encoder(tokenizer).as_a_whole(text)
         with monkeypatch.context() as patch:
-            patch.setattr("condenser.data.encoding.PIECE", 100)
+            patch.setattr("condenser.corpus.encoding.PIECE", 100)
             in_pieces = Encoder(tokenizer).as_a_whole(text)
         assert whole.ids.tolist() == in_pieces.ids.tolist()
         assert whole.word_starts.tolist() == in_pieces.word_starts.tolist()

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from test_training import assert_same_weights, final_state, metrics_of, tiny_condenser
 
 from condenser.cli import main
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.runs import SEAL, SEAL_LENGTH, checkpoints, is_whole
 from condenser.training.sharding import shard, whole
 
@@ -49,7 +49,7 @@ def start_ranks(world_size, fits, log, environment=()):
     os.environ["OMP_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["condenser.training.cli", "transformers.models.bert.modeling_bert", "pandas", "pytest"]
+        ["condenser.training.fit", "transformers.models.bert.modeling_bert", "pandas", "pytest"]
     )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
-from condenser.benchmarks.trial import full_loss_sum
 from condenser.cli import main
 from condenser.data.collate import Masking, Vocabulary, make_micro_batch
 from condenser.data.synthetic import SyntheticStore
@@ -24,6 +23,7 @@ from condenser.models.attention import attend_packed
 from condenser.models.condenser import MODEL_INPUTS, Condenser
 from condenser.models.flops import Work, bf16_peak, training_flops
 from condenser.models.losses import predicted_right, token_losses
+from condenser.reports.trial import full_loss_sum
 from condenser.training.module import CondenserModule
 
 VOCABULARY = Vocabulary(cls_id=2, sep_id=3, pad_id=1, mask_id=4, random_ids=np.arange(5, 90))

@@ -14,16 +14,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from condenser import estimate as estimating
 from condenser.cli import main
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.store import TokenStore
 from condenser.data.synthetic import SyntheticStore
-from condenser.models.backbones import build_masked_lm
+from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.flops import bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
-from condenser.rehearsal import Rehearsal, Setting, micro_batch
+from condenser.reports import estimate as estimating
+from condenser.reports.rehearsal import Rehearsal, Setting, micro_batch
 from condenser.training.module import CondenserModule
 from condenser.training.optim import Optimization, build_optimizer
 

@@ -13,7 +13,7 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 from test_devices import write_recipe
 
-from condenser import signals
+from condenser.cluster import signals
 from condenser.runs import checkpoints
 
 CAMPAIGN = Path(__file__).parent / "faults" / "campaign.py"

@@ -15,7 +15,7 @@ from condenser import hub
 from condenser.cli import main
 from condenser.export import model_card
 from condenser.hub import load_authors_checkpoint, load_checkpoint, load_export
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.runs import checkpoints
 
 REFERENCE = Path(__file__).parent / "golden" / "reference-checkpoint"

@@ -13,7 +13,7 @@ from test_devices import write_recipe
 
 import condenser
 from condenser.cli import main
-from condenser.launch import seconds_of
+from condenser.cluster.launch import seconds_of
 
 ON_CPUS = ["--gpus", "0", "--tasks", "2", "--cpus", "1"]
 

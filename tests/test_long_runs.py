@@ -19,9 +19,9 @@ from condenser.data.batching import BucketedBatches
 from condenser.data.datamodule import StepLoader
 from condenser.data.mixing import Mixture
 from condenser.runs import read_metrics
-from condenser.training.callbacks import MetricsCSV, Speed
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles
 from condenser.training.guard import Guard
+from condenser.training.logs import MetricsCSV, Speed
 from condenser.training.optim import Optimization, build_schedule
 
 STREAMS = [f"train/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "grad_norm")]

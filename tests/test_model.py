@@ -10,7 +10,7 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForM
 
 from condenser.data.collate import pack
 from condenser.models.attention import flat_positions
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
 

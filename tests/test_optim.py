@@ -9,7 +9,7 @@ from conftest import TINY_MODEL
 from test_training import final_state, fit, tiny_condenser
 from torch import nn
 
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.training.optim import Optimization, build_optimizer, build_schedule
 
 

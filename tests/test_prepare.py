@@ -110,7 +110,7 @@ def test_the_store_is_what_datasets_reads(store):
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, store, tmp_path, monkeypatch):
-    monkeypatch.setattr("condenser.data.prepare.UNIT_BYTES", (20_000, 20_000))
+    monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (20_000, 20_000))
     for workers in ("1", "3"):
         assert prepare(corpus, store / "tokenizer", tmp_path / workers, "--workers", workers) == 0
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
@@ -119,7 +119,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, store, tmp_pat
 
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(corpus, store, tmp_path):
     small_units = (
-        "import sys, condenser.data.prepare as p, condenser.cli as c; p.UNIT_BYTES = 3000, 3000; c.main(sys.argv[1:])"
+        "import sys, condenser.corpus.prepare as p, condenser.cli as c; p.UNIT_BYTES = 3000, 3000; c.main(sys.argv[1:])"
     )
     command = [
         sys.executable,

@@ -23,10 +23,10 @@ from condenser.evaluation.encoders import load_encoder
 from condenser.evaluation.probes import cls_attention_entropy, head_losses, probe, probe_store, unmasked
 from condenser.evaluation.retrieval import read_collection
 from condenser.evaluation.search import dense_search, score
-from condenser.figures import panels_for
 from condenser.hub import load_export
-from condenser.models.backbones import prepare_layers
+from condenser.models.backbones.base import prepare_layers
 from condenser.models.condenser import MODEL_INPUTS, Condenser
+from condenser.reports.figures import panels_for
 
 SHARES = ("perf/probe_fraction", "perf/retrieval_fraction")
 HEAD_LOSSES = [f"probe/head_loss_{cls}" for cls in ("true", "other", "zeros")]

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from condenser.cli import main
-from condenser.figures import moving_mean, short, thinned
-from condenser.reference import KEPT, PANELS, STUDY, comparable, over_tokens, read_reference, write_reference
-from condenser.report import report
+from condenser.reports.figures import moving_mean, short, thinned
+from condenser.reports.reference import KEPT, PANELS, STUDY, comparable, over_tokens, read_reference, write_reference
+from condenser.reports.report import report
 from condenser.runs import read_metrics
 
 TRAIN = ["train/mlm_loss", "train/lr", "train/tokens_seen", "perf/tokens_per_second"]
@@ -342,10 +342,10 @@ def test_broken_reference_files_are_refused_by_line_and_column(tmp_path, old, ne
 
 def test_the_study_is_the_reference_that_comes_with_the_package(tmp_path, monkeypatch):
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert STUDY.name in project["tool"]["setuptools"]["package-data"]["condenser"]
+    assert STUDY.name in project["tool"]["setuptools"]["package-data"]["condenser.reports"]
     run = make_curves(tmp_path / "a")
     write_reference(tmp_path / "shipped.csv", {"mlm, seed 1": run})
-    monkeypatch.setattr("condenser.report.STUDY", tmp_path / "shipped.csv")
+    monkeypatch.setattr("condenser.reports.report.STUDY", tmp_path / "shipped.csv")
     assert main(["report", str(run), "--output", str(tmp_path / "r.html"), "--reference", "study"]) == 0
     assert "shipped.csv" in section((tmp_path / "r.html").read_text(), "Is this normal?")
 

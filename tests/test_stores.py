@@ -23,7 +23,7 @@ from condenser.data.tokenizers import load_tokenizer
 
 @pytest.fixture
 def small_units(monkeypatch):
-    monkeypatch.setattr("condenser.data.prepare.UNIT_BYTES", (4000, 4000))
+    monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (4000, 4000))
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from condenser.reference import read_reference
+from condenser.reports.reference import read_reference
 
 FOLDER = Path(__file__).parents[1] / "configs" / "study"
 

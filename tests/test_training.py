@@ -25,7 +25,7 @@ from condenser.hub import load_checkpoint, load_export
 from condenser.models.attention import flat_positions
 from condenser.models.condenser import Condenser
 from condenser.runs import changed_keys, checkpoints, newest_valid_checkpoint
-from condenser.training.callbacks import MetricsCSV
+from condenser.training.logs import MetricsCSV
 from condenser.training.optim import Optimization, build_optimizer, build_schedule
 
 METRICS = {

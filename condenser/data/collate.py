@@ -13,8 +13,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.masking import IGNORED, Unit, mask_tokens
+from condenser.data.store import SPECIAL_TOKENS
 
 Layout = Literal["padded", "packed"]
 

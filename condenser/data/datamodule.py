@@ -5,6 +5,7 @@ hold and how these are masked depends on (seed, step) alone, so the loader's who
 handed out, the same on every rank and for any number of workers.
 """
 
+import signal
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -15,13 +16,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from condenser import signals
 from condenser.data.batching import BucketedBatches
-from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Layout, Masking, Vocabulary, make_micro_batch
 from condenser.data.masking import Unit
 from condenser.data.mixing import Mixture
-from condenser.data.store import SPLITS, TokenStore, load_array, read_manifest, tokenizer_hash
+from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, load_array, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
 
@@ -231,7 +230,8 @@ class StepLoader(DataLoader):
 
 
 def ends_with_its_parent(worker: int) -> None:
-    signals.ignore()  # which ask the run to stop: it still needs its loader then
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # which ask the run to stop: it still needs its loader then
+        signal.signal(number, signal.SIG_IGN)
 
 
 def as_it_is(item: Any) -> Any:

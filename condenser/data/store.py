@@ -25,6 +25,7 @@ import pyarrow as pa
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
+SPECIAL_TOKENS = 2  # [CLS] and [SEP], which a row gets when it is fed
 
 
 class TokenStore:

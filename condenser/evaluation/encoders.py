@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from condenser.data.corpus import is_path
 from condenser.data.store import tokenizer_hash
+from condenser.data.tokenizers import is_path
 from condenser.evaluation.probes import probe_store
 from condenser.export import export
 from condenser.hub import HEAD_FILE, load_export

@@ -188,7 +188,7 @@ def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:
     """What --attention found as a drawing; without rows no file."""
     if not rows:
         return path.unlink(missing_ok=True)
-    from condenser.figures import entropy_figure
+    from condenser.reports.figures import entropy_figure
 
     entropy_figure(rows).savefig(path, bbox_inches="tight", metadata={"Date": None})
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from condenser.data.corpus import COMPRESSED, opened
+from condenser.corpus.readers import COMPRESSED, opened
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".json")
 SEMEVAL = "STS.input."

@@ -25,7 +25,7 @@ from condenser.data.masking import IGNORED
 from condenser.data.mixing import Mixture
 from condenser.data.store import TokenStore
 from condenser.data.tokenizers import load_tokenizer
-from condenser.models.backbones import FAMILIES
+from condenser.models.backbones.base import FAMILIES
 from condenser.models.condenser import MODEL_INPUTS, Condenser, identity
 
 BATCH_SIZE = 32  # at most: attention weights are [B, A, L, L]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from condenser.data.corpus import COMPRESSED, opened
+from condenser.corpus.readers import COMPRESSED, opened
 from condenser.evaluation.search import Qrels, Texts
 
 

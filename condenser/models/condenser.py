@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from condenser.models.attention import PACKED, Sequences, flat_positions, padding_mask, run_layer
-from condenser.models.backbones import embed, parts
+from condenser.models.backbones.base import embed, parts
 from condenser.models.losses import FUSED_AVAILABLE, predicted_right, token_losses
 
 

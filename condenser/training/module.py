@@ -15,9 +15,10 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
-from condenser import hub, signals
+from condenser import hub
+from condenser.cluster import signals
 from condenser.data.hashing import hash_ints
-from condenser.models.backbones import prepare_layers
+from condenser.models.backbones.base import prepare_layers
 from condenser.models.condenser import MODEL_INPUTS, Condenser, CondenserOutput
 from condenser.models.flops import Work, training_flops
 from condenser.training import sharding

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from condenser.models.backbones import depths
+from condenser.models.backbones.base import depths
 
 ADAMW = "torch.optim.AdamW"
 

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor
 
 from condenser.models.attention import layer_at
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
 

@@ -16,11 +16,11 @@ import yaml
 from lightning.pytorch.loggers import WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from condenser import signals
+from condenser.cluster import signals
 from condenser.data.store import MANIFEST
 from condenser.export import export, sha256
 from condenser.runs import CONFIG
-from condenser.training.callbacks import LoggedOnce
+from condenser.training.logs import LoggedOnce
 
 PATIENCE = {"init_timeout": 30.0, "finish_timeout": 30.0}  # seconds; WANDB_INIT_TIMEOUT sets the first
 

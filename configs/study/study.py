@@ -3,7 +3,7 @@
     python configs/study/study.py --wikipedia good.jsonl.xz featured.jsonl.xz --beir FOLDER --sts FOLDER [--minutes 10]
 
 FOLDER of --beir holds squad, scifact and cranfield. Every cell's rows are in runs/study/ARM-seed=S/evaluation-*; at the
-end the rows of all cells go to results.csv beside this file, the curves to condenser/reference.csv and
+end the rows of all cells go to results.csv beside this file, the curves to condenser/reports/reference.csv and
 runs/study/report.html, and the README's table is printed. Arms may run side by side (--arms mlm, --arms condenser).
 """
 
@@ -18,8 +18,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from condenser import reference, signals
 from condenser.cli import main
+from condenser.cluster import signals
+from condenser.reports import reference
 from condenser.runs import METRICS, read_metrics
 
 HERE = Path(__file__).parent

@@ -32,8 +32,8 @@ from conftest import make_documents, write_jsonl
 from subject import EVERY, N_STEPS, Subject
 from test_training import final_state, metrics_of
 
-from condenser import signals
 from condenser.cli import main
+from condenser.cluster import signals
 
 CODES = {
     0,

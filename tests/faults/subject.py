@@ -23,8 +23,8 @@ import yaml
 from conftest import TINY_MODEL
 from lightning.pytorch.utilities import rank_zero_only
 
-from condenser import signals
 from condenser.cli import main
+from condenser.cluster import signals
 
 N_STEPS, EVERY = 40, 4  # a checkpoint is saved every so many
 TIMEOUT = 15  # seconds after which processes give each other up
@@ -151,7 +151,7 @@ class Subject:
     def start(self):
         """Two processes, forked from one that has imported everything."""
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["subject", "condenser.training.cli", "transformers.models.bert.modeling_bert"])
+        context.set_forkserver_preload(["subject", "condenser.training.fit", "transformers.models.bert.modeling_bert"])
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-from condenser.data.work import Job, do_share
+from condenser.corpus.work import Job, do_share
 
 
 def do_all(job: Job, shares: int | None = None) -> None:

@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.data.masking import IGNORED, Unit
-from condenser.data.store import read_manifest
+from condenser.data.store import SPECIAL_TOKENS, read_manifest
 from condenser.data.store import verify as verify_files
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from condenser.data.corpus import Columns, Source, Unit, missing_column, units
+from condenser.corpus.readers import Columns, Source, Unit, missing_column, units
 
 
 class Document(NamedTuple):

@@ -15,15 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from condenser.benchmarks.tables import Measured, show, timed
+from condenser.corpus.documents import Document, documents
+from condenser.corpus.readers import Columns, resolve, units
+from condenser.corpus.work import available_cores
 from condenser.data.batching import BucketedBatches
-from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Masking, Vocabulary, make_micro_batch
-from condenser.data.corpus import Columns, resolve, units
-from condenser.data.documents import Document, documents
-from condenser.data.store import TokenStore, read_manifest, write_json
+from condenser.data.store import SPECIAL_TOKENS, TokenStore, read_manifest, write_json
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
-from condenser.data.work import available_cores
+from condenser.reports.tables import Measured, show, timed
 
 
 def bench_data(
@@ -168,7 +167,7 @@ def order_of_batches(rows: int, batch_size: int, micro_batches_per_step: int, ro
 
 def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
     """Million tokens a second of `condenser prepare`, and of nothing but tokenizing the same texts in memory."""
-    from condenser.data.prepare import prepare
+    from condenser.corpus.prepare import prepare
     from condenser.data.tokenizers import load_tokenizer
 
     columns = Columns("text", None, "id")

@@ -38,9 +38,3 @@ def listening() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def ignore() -> None:
-    """For processes that end with the one that started them."""
-    for number in (STOP, REQUEUE):
-        signal.signal(number, signal.SIG_IGN)

@@ -12,16 +12,15 @@ from typing import Any
 
 import torch
 
-from condenser.benchmarks.trial import Precision, Recipe, Trial, matmul_rate
 from condenser.data.batching import BucketedBatches
-from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Vocabulary
-from condenser.data.store import TokenStore, read_manifest, write_json
+from condenser.data.store import SPECIAL_TOKENS, TokenStore, read_manifest, write_json
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
-from condenser.models.backbones import build_masked_lm, changed_config
+from condenser.models.backbones.base import build_masked_lm, changed_config
 from condenser.models.condenser import Condenser
 from condenser.models.flops import bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
+from condenser.reports.trial import Precision, Recipe, Trial, matmul_rate
 from condenser.runs import read_mapping
 
 

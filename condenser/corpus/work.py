@@ -20,12 +20,12 @@ from typing import Any
 
 import numpy as np
 
-from condenser.data.blocks import Blocks, cut_documents
-from condenser.data.corpus import Columns, Source, Unit, units
-from condenser.data.documents import Document, documents
-from condenser.data.encoding import Encoder
+from condenser.corpus.blocks import Blocks, cut_documents
+from condenser.corpus.documents import Document, documents
+from condenser.corpus.encoding import Encoder
+from condenser.corpus.readers import Columns, Source, Unit, units
+from condenser.corpus.words import load_segmenter
 from condenser.data.store import SPLITS, missing_files, read_json, save_array, write_json, write_shard
-from condenser.data.words import load_segmenter
 
 UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest says the same
 BAD_NAMED = 20  # records that could not be used and are named in the manifest; all are counted

@@ -30,9 +30,9 @@ import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.store import read_manifest
 from condenser.runs import COMMIT, CONFIG, changed_keys, is_finished, newest_valid_checkpoint, output, read_mapping
-from condenser.training.cli import DryCLI, run_cli
+from condenser.training.fit import DryCLI, run_cli
 
-TEMPLATE = Path(__file__).parents[1] / "configs" / "cluster" / "slurm.sh"
+TEMPLATE = Path(__file__).parents[2] / "configs" / "cluster" / "slurm.sh"
 UNLIMITED = ("0", "infinite", "unlimited")  # as sbatch's --time
 LARGEST_FILE = 5_000_000  # bytes; larger ones beside the code are not taken along
 

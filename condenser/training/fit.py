@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
-from condenser import signals
+from condenser.cluster import signals
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.store import written
 from condenser.runs import (
@@ -31,9 +31,9 @@ from condenser.runs import (
     step_of,
 )
 from condenser.training import tracking
-from condenser.training.callbacks import Listening, MetricsCSV, Speed, Summary, Trace, versions
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
 from condenser.training.failures import explained
+from condenser.training.logs import Listening, MetricsCSV, Speed, Summary, Trace, versions
 from condenser.training.module import CondenserModule
 from condenser.training.tracking import is_first_rank
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from condenser.corpus.work import BAD_NAMED, UNFINISHED, read_record
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -21,7 +22,6 @@ from condenser.data.store import (
     write_json,
 )
 from condenser.data.tokenizers import load_tokenizer
-from condenser.data.work import BAD_NAMED, UNFINISHED, read_record
 
 
 class EmptyStoreError(ValueError):

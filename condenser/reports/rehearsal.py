@@ -23,7 +23,7 @@ from condenser.data.collate import Layout, make_micro_batch
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.attention import run_layer
-from condenser.models.backbones import build_masked_lm, changed_config, prepare_layers
+from condenser.models.backbones.base import build_masked_lm, changed_config, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.training.module import CondenserModule
 from condenser.training.optim import build_optimizer

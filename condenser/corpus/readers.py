@@ -22,6 +22,7 @@ from typing import Any, BinaryIO, NamedTuple, cast
 import pyarrow as pa
 
 from condenser.data.store import check_file_name
+from condenser.data.tokenizers import is_path
 
 COMPRESSED = (".gz", ".xz", ".zst")
 READERS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet"}
@@ -115,13 +116,6 @@ def hub_source(name: str) -> Source:
     if glob.has_magic(name) or is_path(name) or Path(name).suffix.lower() in (*READERS, *COMPRESSED):
         raise ValueError(f"no such file: {name}")
     return Source(name, "hub")
-
-
-def is_path(name: str) -> bool:
-    """Whether a name that a folder or the hub may answer to is meant as a path: ``NAME`` and ``OWNER/NAME`` are not,
-    unless a folder OWNER is here."""
-    parent = Path(name).parent
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or (parent != Path() and parent.is_dir())
 
 
 def units(source: Source, columns: Columns, size: int) -> Iterator[Unit]:

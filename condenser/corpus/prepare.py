@@ -13,13 +13,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from condenser.data.blocks import Blocks
-from condenser.data.corpus import Columns, resolve, units
-from condenser.data.documents import Document, check, documents
-from condenser.data.merge import EmptyStoreError, merge
+from condenser.corpus.blocks import Blocks
+from condenser.corpus.documents import Document, check, documents
+from condenser.corpus.merge import EmptyStoreError, merge
+from condenser.corpus.readers import Columns, resolve, units
+from condenser.corpus.tokenizers import obtain_tokenizer
+from condenser.corpus.work import UNFINISHED, Job, available_cores, do_share, reading
 from condenser.data.store import MANIFEST, missing_files, read_json, read_manifest, tokenizer_hash, write_json
-from condenser.data.tokenizers import load_tokenizer, obtain_tokenizer
-from condenser.data.work import UNFINISHED, Job, available_cores, do_share, reading
+from condenser.data.tokenizers import load_tokenizer
 
 UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit; in between, there are 512 units
 
@@ -106,7 +107,7 @@ def prepare(
     try:
         store_tokenizer(folder, tokenizer, job)
         if engine == "ray":
-            from condenser.data.ray_engine import do_all
+            from condenser.corpus.ray_engine import do_all
 
             do_all(job, workers)
         else:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from condenser.data.batching import BucketedBatches
-from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.collate import Masking, Vocabulary, make_micro_batch
+from condenser.data.store import SPECIAL_TOKENS
 from condenser.models.attention import padding_mask, run_layer
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.models.condenser import MODEL_INPUTS, Condenser
 from condenser.models.flops import Work, training_flops
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from condenser.figures import CLS_READ, ENTROPY, UNIGRAM, name_of
+from condenser.reports.figures import CLS_READ, ENTROPY, UNIGRAM, name_of
 from condenser.runs import METRICS, Curves, in_order, read_metrics
 
 STUDY = Path(__file__).with_name("reference.csv")

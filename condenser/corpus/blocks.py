@@ -10,13 +10,12 @@ from typing import Literal
 
 import numpy as np
 
-from condenser.data.documents import Document, hash64
-from condenser.data.encoding import Encoder
+from condenser.corpus.documents import Document, hash64
+from condenser.corpus.encoding import Encoder
+from condenser.corpus.words import load_segmenter
 from condenser.data.hashing import hash_ints, uniform
-from condenser.data.store import SPLITS
-from condenser.data.words import load_segmenter
+from condenser.data.store import SPECIAL_TOKENS, SPLITS
 
-SPECIAL_TOKENS = 2  # [CLS] and [SEP]
 SPLIT, TARGET = range(2)  # independent draws for one document
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from condenser import signals
+from condenser.cluster import signals
 from condenser.data.store import write_json, written
 from condenser.models.flops import bf16_peak
 from condenser.runs import COMMIT, METRICS, SUMMARY, output

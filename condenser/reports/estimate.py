@@ -16,16 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from condenser.data.batching import BucketedBatches
-from condenser.data.blocks import SPECIAL_TOKENS
 from condenser.data.datamodule import CondenserDataModule
-from condenser.data.store import write_json
+from condenser.data.store import SPECIAL_TOKENS, write_json
 from condenser.data.synthetic import SyntheticStore
-from condenser.models.backbones import parts
+from condenser.models.backbones.base import parts
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, bf16_peak, training_flops
 from condenser.models.losses import FUSED_AVAILABLE
-from condenser.rehearsal import KINDS, Rehearsal, Setting, micro_batch
-from condenser.training.cli import DryCLI, run_cli
+from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, micro_batch
+from condenser.training.fit import DryCLI, run_cli
 from condenser.training.module import CondenserModule
 
 GPUS = {"RTX 4090": 24, "A100 40GB": 40, "L40S": 48, "A100 80GB": 80, "H100": 80, "H200": 141}  # GB, 1e9 bytes

@@ -22,8 +22,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from condenser.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_over, draw_panels, run_colours, short
-from condenser.reference import PANELS, STUDY, comparable, over_tokens, read_reference
+from condenser.reports.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_over, draw_panels, run_colours, short
+from condenser.reports.reference import PANELS, STUDY, comparable, over_tokens, read_reference
 from condenser.runs import (
     CONFIG,
     METRICS,

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from condenser.data.words import Segmenter, unspaced, word_starts
+from condenser.corpus.words import Segmenter, unspaced, word_starts
 
 PIECE = 1 << 20  # characters that are tokenized at a time
 

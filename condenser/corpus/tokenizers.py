@@ -1,0 +1,62 @@
+"""The tokenizer of a store: loaded from a folder or the hub, or trained on the corpus itself (``train:8192``)."""
+
+import itertools
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from condenser.data.collate import Vocabulary
+from condenser.data.tokenizers import load_tokenizer
+
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def obtain_tokenizer(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
+    """A fast tokenizer from a folder, a hub name, or ``train:SIZE`` (lower-casing WordPiece trained on ``texts()``).
+
+    Raises:
+        ValueError: none there, one without [MASK] or [CLS], or a bad size.
+    """
+    tokenizer = train_wordpiece(spec, texts) if spec.startswith("train:") else load_tokenizer(spec)
+    Vocabulary.of(tokenizer)
+    return tokenizer
+
+
+def train_wordpiece(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
+    """The same vocabulary every time: the trainer numbers continuing characters (##a) in the order of a hash map, and
+    breaks ties by number, so these are given to it first, as if they were special tokens."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import BertTokenizer
+
+    size = spec.removeprefix("train:")
+    if not size.isdigit() or int(size) < 100:
+        raise ValueError(f"--tokenizer {spec}: the vocabulary size after 'train:' must be a whole number, at least 100")
+    wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)
+    wordpiece.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    alphabet = frequent_characters(map(wordpiece.normalizer.normalize_str, texts()), at_most=int(size) // 4)
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=int(size),
+        special_tokens=[*SPECIAL_TOKENS, *(f"##{character}" for character in alphabet)],
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+    )
+    wordpiece.train_from_iterator(texts(), trainer)
+    trained = Tokenizer(models.WordPiece(vocab=wordpiece.get_vocab(), unk_token="[UNK]"))
+    trained.normalizer, trained.pre_tokenizer = wordpiece.normalizer, wordpiece.pre_tokenizer
+    trained.decoder = decoders.WordPiece()
+    sep, cls = (SPECIAL_TOKENS.index(token) for token in ("[SEP]", "[CLS]"))
+    trained.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
+    return BertTokenizer(tokenizer_object=trained, model_max_length=512)
+
+
+def frequent_characters(texts: Iterator[str], at_most: int) -> list[str]:
+    """The most frequent characters, up to 99.99 % of all occurrences, in code point order."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:at_most]
+    covered_before = itertools.accumulate((counts[c] for c in ranked), initial=0)
+    enough = 0.9999 * sum(counts[c] for c in counts if not c.isspace())
+    return sorted(c for c, covered in zip(ranked, covered_before, strict=False) if covered < enough)
