@@ -18,7 +18,6 @@ import yaml
 from safetensors.torch import save_file
 
 from condenser.hub import HEAD_FILE, load_checkpoint, load_export
-from condenser.models.backbones.base import parts
 from condenser.models.condenser import Condenser
 from condenser.runs import METRICS, RESULTS, checkpoints, flatten, read_mapping, read_metrics
 
@@ -205,13 +204,13 @@ def compare_with_live(folder: Path, model: Condenser) -> None:
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     with torch.inference_mode():
         again = load_export(folder)
-        expected, found = model(**batch, labels=labels), again(**batch, labels=labels)
-        pairs = {"load_export": (torch.stack(expected.streams()), torch.stack(found.streams()))}
+        live, loaded = (each(**batch, labels=labels) for each in (model, again))
+        pairs = {"load_export": tuple(torch.stack([*out.means.values()]) for out in (live, loaded))}
         encoder = getattr(model.lm, model.lm.base_model_prefix)
         states = AutoModel.from_pretrained(folder, trust_remote_code=False)(**batch).last_hidden_state
         pairs["AutoModel"] = encoder(**batch).last_hidden_state, states
         logits = AutoModelForMaskedLM.from_pretrained(folder, trust_remote_code=False)(**batch).logits
-        pairs["AutoModelForMaskedLM"] = parts(model.lm).mlm_head(encoder(**batch).last_hidden_state), logits
+        pairs["AutoModelForMaskedLM"] = model.backbone.mlm_head(encoder(**batch).last_hidden_state), logits
     for loader, (live, loaded) in pairs.items():
         if not torch.allclose(live, loaded, rtol=1e-4, atol=1e-5):
             raise ValueError(

@@ -21,7 +21,13 @@ HEAD_FILE = "condenser_head.safetensors"
 AUTHORS_FILE = "model.pt"
 
 
-def warm_start(backbone: str | None, settings: dict[str, Any], tokenizer: Any, **head: Any) -> Condenser:
+def warm_start(
+    backbone: str | None,
+    settings: dict[str, Any],
+    tokenizer: Any,
+    objective: type[Condenser] = Condenser,
+    **head: Any,
+) -> Condenser:
     """The model that training starts from: see `build_masked_lm`; a head found beside the weights is loaded too.
 
     Args:
@@ -40,7 +46,7 @@ def warm_start(backbone: str | None, settings: dict[str, Any], tokenizer: Any, *
         raise ValueError(
             f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({len(tokenizer)})"
         )
-    model = Condenser.from_masked_lm(lm, **head)
+    model = objective.from_masked_lm(lm, **head)
     weights = saved_head(Path(backbone)) if backbone is not None else None
     if weights and len(model.c_head):
         load_head(model, weights, backbone or "")

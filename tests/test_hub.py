@@ -15,7 +15,7 @@ from condenser import hub
 from condenser.cli import main
 from condenser.export import model_card
 from condenser.hub import load_authors_checkpoint, load_checkpoint, load_export
-from condenser.models.backbones.base import parts
+from condenser.models.backbones.base import backbone_of
 from condenser.runs import checkpoints
 
 REFERENCE = Path(__file__).parent / "golden" / "reference-checkpoint"
@@ -44,7 +44,7 @@ def test_the_export_loads_in_four_ways_and_equals_the_live_model(tiny_export, li
         states = live.lm.bert(**batch).last_hidden_state
         torch.testing.assert_close(AutoModel.from_pretrained(tiny_export)(**batch).last_hidden_state, states)
         logits = AutoModelForMaskedLM.from_pretrained(tiny_export)(**batch).logits
-        torch.testing.assert_close(logits, parts(live.lm).mlm_head(states))
+        torch.testing.assert_close(logits, backbone_of(live.lm).mlm_head(states))
         labels = torch.where(torch.arange(batch["input_ids"].shape[1]) == 2, batch["input_ids"], -100)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
         torch.testing.assert_close(load_export(tiny_export)(**inputs).head_mlm_loss, live(**inputs).head_mlm_loss)

@@ -87,10 +87,10 @@ def test_gpus_are_asked_for_with_a_process_for_each(recipe, project):
 
 
 def test_the_settings_are_complete_and_find_the_run_folder_from_anywhere(recipe, project):
-    assert launch(recipe, "--name", "N", "--data.window", "4", "--runs_dir", "here") == 0
+    assert launch(recipe, "--name", "N", "--data.batch_size", "4", "--runs_dir", "here") == 0
     settings = yaml.safe_load((project / "here/N/launch/settings.yaml").read_text())
     assert settings["runs_dir"] == str(project / "here")
-    assert settings["data"]["window"] == 4
+    assert settings["data"]["batch_size"] == 4
     assert settings["model"]["init_args"]["late_mlm"] is True
     assert (settings["name"], settings["seed_everything"]) == ("N", 1)
 
@@ -113,11 +113,11 @@ def test_a_job_that_is_still_in_the_queue_keeps_its_code_and_settings(recipe, pr
     commands("squeue", "echo '16 '", "echo '16 /another/job.sh'", f"echo '17 {folder}/job.sh'")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for dry in (False, True):
-        assert launch(recipe, "--name", "N", "--data.window", "4", dry=dry) == 1
+        assert launch(recipe, "--name", "N", "--data.batch_size", "4", dry=dry) == 1
         assert "N is in the queue already, as job 17: scancel it first" in capsys.readouterr().err
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     commands("squeue")
-    assert launch(recipe, "--name", "N", "--data.window", "4") == 0
+    assert launch(recipe, "--name", "N", "--data.batch_size", "4") == 0
     assert before != {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -279,8 +279,8 @@ def test_a_run_that_is_finished_or_was_started_otherwise_is_refused(run, recipe,
     there = ["--runs_dir", str(run.parent), "--name", run.name]
     assert launch(recipe, *there) == 1
     assert "is finished: there is nothing to do" in capsys.readouterr().err
-    assert launch(recipe, *there, "--data.window", "4") == 1
-    assert "was started with another data.window" in capsys.readouterr().err
+    assert launch(recipe, *there, "--data.batch_size", "4") == 1
+    assert "was started with another data.batch_size" in capsys.readouterr().err
     assert not (run / "launch").exists()
 
 

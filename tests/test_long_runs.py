@@ -16,6 +16,7 @@ import torch
 from test_training import metrics_of
 
 from condenser.data.batching import BucketedBatches
+from condenser.data.collate import StepBatch
 from condenser.data.datamodule import StepLoader
 from condenser.data.mixing import Mixture
 from condenser.runs import read_metrics
@@ -46,14 +47,14 @@ class Steps:
     def __init__(self, n_steps, epochs):
         n = n_steps // epochs
         self.mixture = Mixture([Store(n), Store(n)], [1.0, 2.0], seed=3)
-        settings = {"batch_size": 4, "micro_batches_per_step": 1, "window": 64, "multiple_of": 128}
+        settings = {"batch_size": 4, "micro_batches_per_step": 1, "window": 64}
         self.batches = BucketedBatches(self.mixture.lengths, seed=3, mixture=self.mixture, **settings)
 
     def __getitem__(self, step):
         epoch, numbers = step // self.batches.steps_per_epoch, self.batches.step(step)
-        return [
-            {"sample_ids": self.mixture.samples(epoch, each).ids, "micro_batch": i} for i, each in enumerate(numbers)
-        ]
+        return StepBatch.of(
+            [{"sample_ids": self.mixture.samples(epoch, each).ids, "micro_batch": i} for i, each in enumerate(numbers)]
+        )
 
 
 class Run:
@@ -68,11 +69,11 @@ class Run:
         self.metrics.begin_at(0)
         self.files, self.guard, self.speed = WholeFiles(before=self.metrics.flush), Guard(folder), Speed()
         self.checkpoints = Checkpoints(folder / "checkpoints", Checkpointing(**saving))
-        self.loader = StepLoader(Steps(n_steps, epochs), training=True, num_workers=0)
+        self.loader = self.train_dataloader = StepLoader(Steps(n_steps, epochs), training=True, num_workers=0)
         weight = torch.nn.Parameter(torch.ones(4))
         self.optimizer = torch.optim.AdamW([{"params": [weight], "leads": False}], lr=1e-3, fused=True)
         self.schedule = build_schedule(self.optimizer, Optimization(learning_rate=1e-3), n_steps)
-        self.global_step, self.tokens_seen, self.flops_needed = 0, torch.zeros((), dtype=torch.int64), 0.0
+        self.global_step, self.tokens_seen, self.flops_needed = 0, 0, 0.0
         self.samples, self.logged, self.callback_metrics = 0, {}, {}
         self.strategy = SimpleNamespace(
             broadcast=lambda value: value, barrier=lambda name: None, reduce_boolean_decision=lambda value: value
@@ -102,7 +103,6 @@ class Run:
             callback.on_train_start(self, self)
         while True:
             for micro_batches in self.loader:
-                self.speed.on_train_batch_start(self, self, micro_batches, 0)
                 self.training_step(micro_batches)
                 self.speed.on_train_batch_end(self, self, None, micro_batches, 0)
                 self.checkpoints.on_train_batch_end(self, self)
@@ -119,7 +119,7 @@ class Run:
 
     def training_step(self, micro_batches):
         one, asked = torch.ones(()), torch.zeros(2)
-        not_finite = self.guard.watch(self.global_step + 1, micro_batches, [one for _ in micro_batches], one, asked)
+        not_finite = self.guard.watch(self.global_step + 1, micro_batches, torch.ones(len(micro_batches)), one, asked)
         self.optimizer.found_inf = not_finite
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -128,7 +128,7 @@ class Run:
         self.samples += sum(len(batch["sample_ids"]) for batch in micro_batches)
         if self.is_logging_step(self.global_step):
             self.logged |= dict.fromkeys(STREAMS, 1 / 3)
-            self.logged |= {"train/lr": self.schedule.get_last_lr()[0], "train/tokens_seen": self.tokens_seen.double()}
+            self.logged |= {"train/lr": self.schedule.get_last_lr()[0], "train/tokens_seen": float(self.tokens_seen)}
         self.schedule.step()
 
 

@@ -1,5 +1,6 @@
 """Masking: rates, whole words, budgets, and that masks depend on (seed, epoch, sample id) alone."""
 
+import hashlib
 import itertools
 import random
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from condenser.data.hashing import hash_ints, permuted, uniform
-from condenser.data.masking import IGNORED, choose_words, mask_tokens, span_of_word
+from condenser.data.masking import IGNORED, choose_words, mask_flat, mask_tokens, span_of_word
 
 MASK = 4
 ORDINARY = np.arange(5, 1000)
@@ -76,7 +77,9 @@ def test_words_are_chosen_as_the_authors_greedy_loop_does():
     sizes = rng.integers(0, 5, (200, 40))
     keys = hash_ints(3, np.arange(200 * 40)).reshape(200, 40)
     budget = rng.integers(0, 20, 200)
-    chosen = choose_words(sizes, keys, budget)
+    rows, columns = sizes.nonzero()
+    chosen = np.zeros(sizes.shape, bool)
+    chosen[rows, columns] = choose_words(sizes[rows, columns], rows, keys[rows, columns], budget)
     for row in range(200):
         left, expected = budget[row], np.zeros(40, bool)
         for word in sorted(range(40), key=lambda word: keys[row, word]):
@@ -116,8 +119,7 @@ def test_random_replacements_are_spread_over_the_ordinary_tokens_only():
 
 
 def test_span_lengths_are_spanberts_geometric_ones_cut_at_ten():
-    starts = np.ones((500, 2000), bool)
-    spans = span_of_word(starts, hash_ints(1, np.arange(500))[:, None])
+    spans = span_of_word(np.repeat(np.arange(500), 2000), hash_ints(1, np.arange(500))).reshape(500, 2000)
     lengths = np.concatenate([np.bincount(row)[:300] for row in spans])  # the first 300 spans of each row are whole
     counts, n = np.bincount(lengths, minlength=11)[1:], len(lengths)
     expected = 0.8 ** np.arange(10) / np.sum(0.8 ** np.arange(10))
@@ -152,7 +154,9 @@ def test_the_tokens_of_a_span_have_one_fate_together():
     chosen = labels != IGNORED
     fate = np.where(inputs == MASK, 0, np.where(inputs == 3, 1, 2))
     starts = word_starts | (np.arange(60) == 0)
-    spans = span_of_word(starts & (np.arange(60) < lengths[:, None]), hash_ints(7, 0, np.arange(4000))[:, None])
+    starts &= np.arange(60) < lengths[:, None]
+    of_word = span_of_word(starts.nonzero()[0], hash_ints(7, 0, np.arange(4000)))
+    spans = of_word[starts.cumsum().reshape(starts.shape) - 1]
     together = chosen[:, 1:] & chosen[:, :-1] & (spans[:, 1:] == spans[:, :-1])
     assert together.sum() > 10_000
     assert (fate[:, 1:][together] == fate[:, :-1][together]).all()
@@ -201,3 +205,31 @@ def test_hashes_are_uniform():
     values = uniform(hash_ints(1, np.arange(100_000)))
     counts, _ = np.histogram(values, bins=50, range=(0, 1))
     assert (abs(counts - 2000) < 4.5 * np.sqrt(2000)).all()
+
+
+# What the first version, which went over rows, gave for these: inputs, labels and sample ids are hashed
+MASKS_OF_ROWS = {
+    "word": "a472cf7739f28337",
+    "token": "ad501ecd169b7672",
+    "span": "bd41f052ee42c377",
+}
+
+
+@pytest.mark.parametrize("unit", MASKS_OF_ROWS)
+def test_masks_are_those_that_runs_were_begun_with(unit):
+    """A run that goes on, or is repeated, sees the same masks whatever version of this code draws them."""
+    input_ids, word_starts, lengths = batch(rows=300, width=90)
+    inputs, labels = masked(input_ids, word_starts, lengths, unit=unit)
+    inputs[np.arange(90) >= lengths[:, None]] = 0
+    assert hashlib.sha256(inputs.tobytes() + labels.tobytes()).hexdigest()[:16] == MASKS_OF_ROWS[unit]
+
+
+@pytest.mark.parametrize("unit", ["word", "span"])
+def test_a_batch_of_more_than_131072_samples_is_masked_like_its_parts(unit):
+    rows = (1 << 17) + 3
+    tokens, lengths = np.tile(np.arange(5, 9), rows), np.full(rows, 4)
+    options = {"seed": 1, "epoch": 0, "mask_id": MASK, "random_ids": ORDINARY, "unit": unit, "probability": 0.5}
+    starts = tokens != 6
+    whole = mask_flat(tokens, starts, lengths, sample_ids=np.arange(rows), **options)[0].reshape(rows, 4)
+    part = mask_flat(tokens[-40:], starts[-40:], lengths[-10:], sample_ids=np.arange(rows)[-10:], **options)[0]
+    assert (whole[-10:] == part.reshape(10, 4)).all()

@@ -8,9 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
-from condenser.data.collate import pack
-from condenser.models.attention import flat_positions
-from condenser.models.backbones.base import parts
+from condenser.models.backbones.base import backbone_of
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
 
@@ -18,7 +16,7 @@ GOLDEN = sorted((Path(__file__).parent / "golden").glob("condenser-*.safetensors
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-WAYS = ["whole", "pruned", "packed", "fused", "recomputed"]  # each of ours beside the authors'; the last four pruned
+WAYS = ["whole", "pruned", "fused", "recomputed"]  # each of ours beside the authors'; the last three pruned
 
 
 def load_case(path, pruned):
@@ -49,15 +47,11 @@ def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, way):
     model, meta, tensors = load_case(path, pruned)
     model.fused_loss = way == "fused"
     batch = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
-    inputs = batch
-    if way == "packed":
-        model.pack()
-        inputs = packed(batch)
     if way == "recomputed":
         model.train().gradient_checkpointing = True
         for module in model.modules():
             module.p = 0.0  # of dropout
-    out = model(**inputs)
+    out = model(**batch)
     assert out.loss.item() == pytest.approx(float(meta["loss"]), rel=1e-4)
     assert out.head_mlm_loss.item() == pytest.approx(float(meta["head_mlm_loss"]), rel=1e-4)
     if meta["late_mlm"] == "True":
@@ -82,15 +76,6 @@ def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, way):
             assert (gradient - reference).norm() <= 1e-3 * reference.norm() + 1e-4, key
             checked += 1
     assert checked >= len(gradients)
-
-
-def packed(batch):
-    """The real tokens of a padded batch, one row after the other."""
-    arrays = (batch[name].numpy() for name in ("input_ids", "labels", "attention_mask"))
-    input_ids, labels, real = arrays
-    fields = {name: torch.from_numpy(array) for name, array in pack(input_ids, labels, real.astype(bool)).items()}
-    longest = {"max_seqlen": input_ids.shape[1], "max_query": input_ids.shape[1]}  # bounds suffice
-    return fields | longest
 
 
 def tiny_config(config_class=BertConfig, **settings):
@@ -124,16 +109,13 @@ def tiny_batch(device="cpu", rows=5, length=17):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize(
     ("model_class", "config_class"), [(BertForMaskedLM, BertConfig), (RobertaForMaskedLM, RobertaConfig)]
 )
 @pytest.mark.parametrize("n_head_layers", [0, 1, 2])
-def test_pruned_layers_give_the_loss_and_gradients_of_whole_layers(
-    device, attention, model_class, config_class, n_head_layers
-):
+def test_pruned_layers_give_the_loss_and_gradients_of_whole_layers(device, model_class, config_class, n_head_layers):
     torch.manual_seed(0)
-    lm = model_class(tiny_config(config_class, attn_implementation=attention))
+    lm = model_class(tiny_config(config_class))
     model = Condenser.from_masked_lm(lm, skip_from=2, n_head_layers=n_head_layers).to(device).eval()
     results = []
     for model.pruned in (True, False):
@@ -157,29 +139,29 @@ def test_the_backbone_is_kept_and_each_head_layer_has_its_own_draw():
     lm = BertForMaskedLM(tiny_config(hidden_size=128, intermediate_size=256, num_attention_heads=4))
     model = Condenser.from_masked_lm(lm, skip_from=2, n_head_layers=2)
     assert model.lm is lm
-    assert all(type(layer) is type(parts(lm).layers[0]) for layer in model.c_head)
+    assert all(type(layer) is type(backbone_of(lm).layers[0]) for layer in model.c_head)
     first, second = (layer.intermediate.dense.weight for layer in model.c_head)
     assert not torch.equal(first, second)
     assert abs(first.std().item() - 0.02) < 0.001  # 32,768 draws: 3 sigma is 0.0003
     assert all(layer.intermediate.dense.bias.abs().sum() == 0 for layer in model.c_head)
 
 
-def test_the_head_sees_the_last_layers_other_tokens_only_through_cls():
-    lm = BertForMaskedLM(tiny_config()).eval()
-    model = Condenser.from_masked_lm(lm, skip_from=2, pruned=False)
-    batch = tiny_batch()
+def test_the_head_sees_the_last_layers_other_tokens_only_through_cls(monkeypatch):
+    model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()).eval(), skip_from=2, pruned=False)
+    batch, run = tiny_batch(), model.backbone.run
+
+    def disturbed(layer, hidden, where, at_queries):
+        output = run(layer, hidden, where, at_queries)
+        if layer is not at:
+            return output
+        return output + torch.ones(len(output)).index_fill(0, where.keys.cu_seqlens[:-1].long(), 0.0)[:, None]
+
     before = model(**batch).head_hidden_state
-
-    def disturb(layer, args, output):
-        return torch.cat([output[:, :1], output[:, 1:] + 1], dim=1)
-
-    with torch.no_grad():
-        hook = parts(lm).layers[-1].register_forward_hook(disturb)
-        torch.testing.assert_close(model(**batch).head_hidden_state, before)
-        hook.remove()
-        hook = parts(lm).layers[1].register_forward_hook(disturb)
-        assert not torch.allclose(model(**batch).head_hidden_state, before)
-        hook.remove()
+    monkeypatch.setattr(model.backbone, "run", disturbed)
+    at = model.backbone.layers[-1]
+    torch.testing.assert_close(model(**batch).head_hidden_state, before)
+    at = model.backbone.layers[1]
+    assert not torch.allclose(model(**batch).head_hidden_state, before)
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -188,8 +170,8 @@ def test_gradient_checkpointing_recomputes_every_layer_once_and_keeps_the_dropou
     model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2, pruned=pruned).train()
     batch = tiny_batch()
     calls = []
-    for layer in [*parts(model.lm).layers, *model.c_head]:
-        layer.intermediate.register_forward_hook(lambda *_: calls.append(1))
+    for layer in [*backbone_of(model.lm).layers, *model.c_head]:
+        layer.output.dropout.register_forward_hook(lambda *_: calls.append(1))
 
     def gradients():
         model.zero_grad()
@@ -205,13 +187,31 @@ def test_gradient_checkpointing_recomputes_every_layer_once_and_keeps_the_dropou
     torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
 
 
-def test_flat_positions_point_at_the_masked_tokens_in_the_padded_and_in_the_pruned_layout():
-    labels = tiny_batch()["labels"]
-    masked_index, query_index, masked_slot = flat_positions(labels)
-    assert torch.equal(masked_index, (labels.flatten() != -100).nonzero().flatten())
-    assert (query_index[:, 0] == 0).all()
-    flat = torch.arange(labels.numel()).view(labels.shape).gather(1, query_index).flatten()
-    assert torch.equal(flat[masked_slot], masked_index)
+@pytest.mark.parametrize(
+    ("model_class", "config_class"), [(BertForMaskedLM, BertConfig), (RobertaForMaskedLM, RobertaConfig)]
+)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_states_are_hugging_faces_own_wherever_the_padding_is(side, model_class, config_class):
+    torch.manual_seed(0)
+    lm = model_class(tiny_config(config_class)).eval()
+    batch = tiny_batch()
+    if side == "left":
+        batch = {name: value.flip(1) for name, value in batch.items()}
+    types = torch.ones_like(batch["input_ids"]) if config_class is BertConfig else None
+    out = Condenser.from_masked_lm(lm, skip_from=2, pruned=False)(**batch, token_type_ids=types)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = lm(**inputs, token_type_ids=types, output_hidden_states=True).hidden_states
+    real = batch["attention_mask"].bool()
+    for ours, theirs in ((out.last_hidden_state, expected[-1]), (out.skip_hidden_state, expected[2])):
+        torch.testing.assert_close(ours[real], theirs[real], rtol=1e-4, atol=1e-5)
+        assert (ours[~real] == 0).all()
+
+
+def test_a_row_without_a_token_is_refused():
+    batch = tiny_batch()
+    batch["attention_mask"][3] = 0
+    with pytest.raises(ValueError, match="row 3 of attention_mask has no token"):
+        Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2)(**batch)
 
 
 @pytest.mark.parametrize("skip_from", [0, 4, -1, 7])

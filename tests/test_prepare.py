@@ -38,8 +38,7 @@ def all_tokens(folder):
     for split in ("train", "validation"):
         store = TokenStore(folder, split)
         for index in range(len(store)):
-            input_ids, _, lengths = store.rows(np.array([index]))
-            rows.append(input_ids[0, : lengths[0]].tolist())
+            rows.append(store.rows(np.array([index])).tokens.tolist())
     return rows
 
 
@@ -102,10 +101,10 @@ def test_the_store_is_what_datasets_reads(store):
     dataset = datasets.load_from_disk(str(store / "train"))
     ours = TokenStore(store, "train")
     assert len(dataset) == len(ours)
-    input_ids, word_starts, lengths = ours.rows(np.array([7, 0]))
-    assert input_ids[0, : lengths[0]].tolist() == dataset[7]["input_ids"]
+    tokens, word_starts, lengths = ours.rows(np.array([7, 0]))
+    assert tokens.tolist() == dataset[7]["input_ids"] + dataset[0]["input_ids"]
     bits = np.unpackbits(np.array(dataset[7]["word_starts"], np.uint8), bitorder="little")[: lengths[0]]
-    assert word_starts[0, : lengths[0]].tolist() == bits.astype(bool).tolist()
+    assert word_starts[: lengths[0]].tolist() == bits.astype(bool).tolist()
     assert lengths[0] == dataset[7]["length"]
 
 

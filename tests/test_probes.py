@@ -9,13 +9,14 @@ import pytest
 import torch
 import yaml
 from test_devices import DDP, SHARDED, start_ranks, wait_for, write_recipe
-from test_engine import VOCABULARY, micro_batch, tiny_model
+from test_engine import VOCABULARY, flat_pass, inputs, loss_of, padded, step_batch, tiny_model
 from test_model import DEVICES
 from test_report import section
 from test_training import assert_same_weights, fit, metrics_of
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from condenser.cli import main
+from condenser.data.collate import StepBatch
 from condenser.data.synthetic import SyntheticStore
 from condenser.evaluation import callbacks
 from condenser.evaluation.callbacks import RETRIEVED, Probes, part_of, whole_copy
@@ -25,7 +26,9 @@ from condenser.evaluation.retrieval import read_collection
 from condenser.evaluation.search import dense_search, score
 from condenser.hub import load_export
 from condenser.models.backbones.base import prepare_layers
-from condenser.models.condenser import MODEL_INPUTS, Condenser
+from condenser.models.backbones.bert import Bert
+from condenser.models.condenser import Condenser
+from condenser.models.objective import flattened
 from condenser.reports.figures import panels_for
 
 SHARES = ("perf/probe_fraction", "perf/retrieval_fraction")
@@ -47,8 +50,7 @@ def expressive(family="bert"):
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_entropy_equals_that_of_the_weights_that_the_library_gives_out(family):
-    lm, (batch, _) = expressive(family).lm, micro_batch("padded")
-    text, real = unmasked(batch), batch["attention_mask"]
+    lm, (text, real) = expressive(family).lm, unmasked(step_batch(flat_pass()))
     nats, normalised = cls_attention_entropy(lm, text, real)
     lm.eval().set_attn_implementation("eager")
     weights = lm(input_ids=text, attention_mask=real, output_attentions=True).attentions
@@ -66,8 +68,7 @@ def test_entropy_equals_that_of_the_weights_that_the_library_gives_out(family):
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
 def test_padding_has_no_part_in_entropy(family):
-    lm, (batch, _) = expressive(family).lm, micro_batch("padded")
-    text, real = unmasked(batch), batch["attention_mask"]
+    lm, (text, real) = expressive(family).lm, unmasked(step_batch(flat_pass()))
     together = torch.stack(cls_attention_entropy(lm, text, real))
     alone = [
         torch.stack(cls_attention_entropy(lm, text[i : i + 1, :n], real[i : i + 1, :n]))
@@ -78,36 +79,37 @@ def test_padding_has_no_part_in_entropy(family):
 
 
 def test_entropy_is_of_the_text_before_it_was_masked():
-    batch, (tokens, _, lengths) = micro_batch("padded")[0], SyntheticStore(1000, max_length=36).rows(np.arange(9))
-    assert (batch["input_ids"] == VOCABULARY.mask_id).any()
-    for text, ids, n in zip(unmasked(batch), tokens, lengths, strict=True):
-        assert text[: n + 2].tolist() == [VOCABULARY.cls_id, *(5 + ids[:n] % 85), VOCABULARY.sep_id]
+    tokens, _, lengths = SyntheticStore(1000, max_length=36).rows(np.arange(9))
+    assert (flat_pass()["input_ids"] == VOCABULARY.mask_id).any()
+    texts, real = unmasked(step_batch(flat_pass()))
+    assert real.sum(1).tolist() == [n + 2 for n in lengths]
+    for text, ids in zip(texts, np.split(tokens, lengths.cumsum()[:-1]), strict=True):
+        assert text[: len(ids) + 2].tolist() == [VOCABULARY.cls_id, *(5 + ids % 85), VOCABULARY.sep_id]
 
 
 def test_a_model_that_attends_to_all_alike_has_normalised_entropy_one():
-    lm, (batch, _) = tiny_model().lm, micro_batch("padded")
+    lm = tiny_model().lm
     for layer in lm.bert.encoder.layer:
         layer.attention.self.query.weight.data.zero_()
-    _, normalised = cls_attention_entropy(lm, unmasked(batch), batch["attention_mask"])
+    _, normalised = cls_attention_entropy(lm, *unmasked(step_batch(flat_pass())))
     torch.testing.assert_close(normalised, torch.ones(4))
 
 
 def test_entropy_leaves_the_encoder_as_it_was():
-    model, (batch, _) = tiny_model(), micro_batch("padded")
-    model.pack()
+    model = tiny_model()
     model.train().lm.bert.embeddings.eval()
-    modes = [module.training for module in model.modules()]
-    cls_attention_entropy(model.lm, unmasked(batch), batch["attention_mask"])
-    assert model.lm.config._attn_implementation == model.lm.bert.config._attn_implementation == "condenser_packed"
+    modes, before = [module.training for module in model.modules()], model.lm.config._attn_implementation
+    cls_attention_entropy(model.lm, *unmasked(step_batch(flat_pass())))
+    assert model.lm.config._attn_implementation == model.lm.bert.config._attn_implementation == before
     assert [module.training for module in model.modules()] == modes
     assert not any(module._forward_hooks for module in model.modules())
 
 
 def test_an_encoder_of_another_architecture_is_refused():
-    lm, (batch, _) = tiny_model().lm, micro_batch("padded")
+    lm = tiny_model().lm
     lm.config.model_type = "gpt2"
-    with pytest.raises(ValueError, match="'gpt2' cannot be probed; of these it can: bert, roberta"):
-        cls_attention_entropy(lm, batch["input_ids"], batch["attention_mask"])
+    with pytest.raises(ValueError, match=r"'gpt2' cannot be probed; of these it can: .*bert, .*roberta"):
+        cls_attention_entropy(lm, *unmasked(step_batch(flat_pass())))
 
 
 # --- what the head reads
@@ -118,12 +120,11 @@ def test_an_encoder_of_another_architecture_is_refused():
 def test_with_the_true_cls_the_head_loss_is_the_models_own(family, pruned):
     model = expressive(family)
     model.pruned = pruned
-    batches = [micro_batch("padded", rows=rows, first=rows) for rows in (9, 4)]
-    found = head_losses(model, [batch for batch, _ in batches])
+    found = head_losses(model, [step_batch(flat_pass(rows, rows)) for rows in (9, 4)])
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     model.eval()
-    own = torch.cat([model(**inputs).head_mlm_token_losses for _, inputs in batches])
+    own = torch.cat([model.losses(inputs(rows, rows), score=True)["head_mlm"].losses for rows in (9, 4)])
     assert found["true"] == pytest.approx(own.mean().item(), rel=1e-6)
     assert len({round(value, 3) for value in found.values()}) == 3
 
@@ -131,11 +132,10 @@ def test_with_the_true_cls_the_head_loss_is_the_models_own(family, pruned):
 def test_the_other_cls_is_the_one_of_the_row_before_and_zeros_are_zeros():
     model = expressive().eval()
     model.pruned = False
-    batch, inputs = micro_batch("padded")
-    found = head_losses(model, [batch])
-    last = model(**inputs).last_hidden_state[:, 0]
+    found, batch = head_losses(model, [step_batch(flat_pass())]), padded(inputs())
+    last = model(**batch).last_hidden_state[:, 0]
     for name, cls in (("other", last[[-1, *range(8)]]), ("zeros", torch.zeros_like(last))):
-        head = model(**inputs).skip_hidden_state.clone()
+        head = model(**batch).skip_hidden_state.clone()
         head[:, 0] = cls
         mask = batch["attention_mask"][:, None, None].bool()
         for layer in model.c_head:
@@ -146,31 +146,28 @@ def test_the_other_cls_is_the_one_of_the_row_before_and_zeros_are_zeros():
 
 
 def test_a_head_that_cannot_look_at_cls_has_one_loss():
-    model, (batch, _) = expressive(), micro_batch("padded")
+    model = expressive()
     for layer in model.c_head:
         layer.attention.self.value.weight.data.zero_()  # nothing moves between positions
-    found = head_losses(model, [batch])
+    found = head_losses(model, [step_batch(flat_pass())])
     assert found["true"] == found["other"] == found["zeros"]
 
 
-def test_the_hook_reaches_the_packed_layout_too():
-    model, losses = expressive().eval(), []
-    model.pack()
+def test_what_the_head_reads_can_be_set_for_padded_rows_too():
+    model = expressive().eval()
     model.condensed = torch.zeros_like
-    for layout in ("padded", "packed"):
-        losses.append(model(**micro_batch(layout)[1]).head_mlm_loss)
-    torch.testing.assert_close(losses[0], losses[1])
-    assert losses[0].item() == pytest.approx(head_losses(model, [micro_batch("padded")[0]])["zeros"], rel=1e-5)
+    loss = model(**padded(inputs())).head_mlm_loss
+    assert loss.item() == pytest.approx(head_losses(model, [step_batch(flat_pass())])["zeros"], rel=1e-5)
     assert model.condensed is torch.zeros_like
 
 
 def test_head_losses_need_a_head_and_another_row():
     with pytest.raises(ValueError, match="two rows or more"):
-        head_losses(tiny_model(), [micro_batch("padded", rows=1)[0]])
+        head_losses(tiny_model(), [step_batch(flat_pass(1))])
     model = tiny_model()
     model.c_head = torch.nn.ModuleList()
     with pytest.raises(ValueError, match="no head whose loss could be probed"):
-        head_losses(model, [micro_batch("padded")[0]])
+        head_losses(model, [step_batch(flat_pass())])
 
 
 def marked_names(n, seed):
@@ -183,9 +180,11 @@ def marked_names(n, seed):
         rows.append(torch.tensor([1, *names[:place], 4, *names[place:], names[place] + 6, 5, 2]))
     text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     masked = (torch.rand(text.shape, generator=torch.Generator().manual_seed(seed)) < 0.15) & (text > 3)
-    inputs = {"input_ids": text.masked_fill(masked, 3), "attention_mask": (text > 0).long()}
-    labels = text.masked_fill(~masked, -100)
-    return inputs | {"labels": labels, "n_masked": int(masked.sum()), "sample_ids": list(range(n))}
+    found = flattened(
+        Bert.__new__(Bert), text.masked_fill(masked, 3), (text > 0).long(), text.masked_fill(~masked, -100)
+    )
+    arrays = {name: value.numpy() for name, value in found.items() if torch.is_tensor(value)}
+    return StepBatch.of([arrays | {name: value for name, value in found.items() if isinstance(value, int)}])
 
 
 def test_a_head_learns_to_read_cls_where_only_late_layers_know_and_not_where_it_can_do_without():
@@ -201,8 +200,8 @@ def test_a_head_learns_to_read_cls_where_only_late_layers_know_and_not_where_it_
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=4e-3)
         warm_up = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, 1, 75)
         for step in range(100):
-            batch = marked_names(64, 1 + step)
-            model(**{name: value for name, value in batch.items() if name in MODEL_INPUTS}).loss.backward()
+            (fields,) = marked_names(64, 1 + step)
+            (loss_of(model, fields) / fields["n_masked"]).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1)
             optimizer.step()
             optimizer.zero_grad()
@@ -363,16 +362,14 @@ def test_plain_mlm_has_no_head_to_probe(probing, tmp_path):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_copy_has_the_weights_and_shares_none_of_them(device):
-    model, (batch, inputs) = expressive("roberta").to(device), micro_batch("padded", device=device)
-    model.pack()
-    model.train()
+    model, batch = expressive("roberta").to(device).train(), step_batch(flat_pass(), device=device)
+    (fields,) = batch
     before = torch.get_rng_state()
     copy = whole_copy(model)
     assert torch.equal(torch.get_rng_state(), before)
-    assert model.lm.config._attn_implementation == "condenser_packed"
-    torch.testing.assert_close(copy(**inputs).loss, model.eval()(**inputs).loss)
+    torch.testing.assert_close(loss_of(copy, fields), loss_of(model.eval(), fields))
     assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in model.parameters()}
-    on_cpu = micro_batch("padded")[0]
+    on_cpu = step_batch(flat_pass())
     found, same = probe(copy, copy.lm, [batch]), probe(model.cpu(), model.lm, [on_cpu])
     for key in ("true", "other", "zeros"):
         assert found["head_loss"][key] == pytest.approx(same["head_loss"][key], rel=1e-4)

@@ -4,21 +4,24 @@ import itertools
 import json
 import re
 import shutil
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_documents, write_jsonl
+from conftest import make_documents, numpy_calls, write_jsonl
 from test_prepare import all_tokens, contents, prepare
 
 from condenser.cli import main
 from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Masking, Vocabulary, make_micro_batch
-from condenser.data.datamodule import CondenserDataModule
+from condenser.data.collate import Masking, Vocabulary, collate
+from condenser.data.datamodule import CondenserDataModule, StepLoader, Steps
 from condenser.data.mixing import Mixture
 from condenser.data.spans import span_pairs
 from condenser.data.store import TokenStore, read_manifest
 from condenser.data.tokenizers import load_tokenizer
+from condenser.training.failures import explained
 
 
 @pytest.fixture
@@ -296,16 +299,16 @@ def test_a_mixture_reads_what_its_stores_hold_and_its_ids_tell_the_stores_apart(
     mixture = Mixture(stores, seed=1)
     rows, _, ids = mixture.samples(0, np.arange(len(mixture)))
     some = np.array([0, len(stores[0]), 5, len(rows) - 1])
-    input_ids, word_starts, lengths = mixture.read(rows[some])
+    tokens, word_starts, lengths = mixture.read(rows[some])
+    ends = lengths.cumsum()
     for place, row in enumerate(some):
         number = int(row >= len(stores[0]))
         local = row - number * len(stores[0])
         assert ids[row] == (number << 40) + local
-        theirs = stores[number].rows(np.array([local]))
-        assert lengths[place] == theirs[2][0]
-        assert (input_ids[place, : lengths[place]] == theirs[0][0]).all()
-        assert (word_starts[place, : lengths[place]] == theirs[1][0]).all()
-        assert not input_ids[place, lengths[place] :].any()
+        theirs, here = stores[number].rows(np.array([local])), slice(ends[place] - lengths[place], ends[place])
+        assert lengths[place] == theirs.lengths[0]
+        assert (tokens[here] == theirs.tokens).all()
+        assert (word_starts[here] == theirs.word_starts).all()
 
 
 def test_stores_are_mixed_by_name_or_folder_and_their_shares_are_kept_in_the_checkpoint(
@@ -343,38 +346,55 @@ def test_stores_of_different_tokenizers_do_not_mix(store, files, tmp_path):
         CondenserDataModule(stores={str(store): 1.0, str(tmp_path / "other"): 1.0}).setup("fit")
 
 
-# --- layouts
+# --- batches
 
 
 @pytest.mark.parametrize("unit", ["word", "span"])
-@pytest.mark.parametrize("multiple_of", [1, 8])
-def test_a_packed_micro_batch_holds_what_the_padded_one_holds(unit, multiple_of, store):
+def test_samples_are_masked_alike_alone_and_together(unit, store):
     data, index = TokenStore(store, "train"), np.array([3, 50, 7, 21, 4])
-    arguments = data.rows(index), index, 2, Vocabulary.of(load_tokenizer(store / "tokenizer")), Masking(5, unit=unit)
-    padded = make_micro_batch(*arguments, "padded", multiple_of)
-    packed = make_micro_batch(*arguments, "packed", multiple_of)
-    real = padded["attention_mask"].bool()
-    assert padded["input_ids"].shape[1] % multiple_of == 0
-    for name in ("input_ids", "labels"):
-        assert (padded[name][real] == packed[name]).all()
-    lengths, cu_seqlens = real.sum(1), packed["cu_seqlens"]
-    assert cu_seqlens.dtype == packed["cu_seqlens_query"].dtype == torch.int32
-    assert (cu_seqlens.diff() == lengths).all()
-    assert packed["max_seqlen"] == lengths.max()
-    assert packed["position_ids"].tolist() == [place for length in lengths for place in range(length)]
-    assert (packed["input_ids"][cu_seqlens[:-1]] == arguments[3].cls_id).all()
-    for name in ("n_masked", "n_tokens", "sample_ids"):
-        assert torch.equal(torch.as_tensor(padded[name]), torch.as_tensor(packed[name]))
-    masked = packed["labels"] != -100
-    assert packed["masked_index"].tolist() == masked.nonzero().flatten().tolist()
-    queries = packed["query_index"]
-    is_cls = torch.isin(queries, cu_seqlens[:-1].long())
-    assert is_cls.sum() == len(index)
-    assert masked[queries[~is_cls]].all()
-    assert len(queries) == len(index) + packed["n_masked"] == packed["cu_seqlens_query"][-1]
-    assert (queries[packed["cu_seqlens_query"][:-1].long()] == cu_seqlens[:-1]).all()
-    assert packed["max_query"] == packed["cu_seqlens_query"].diff().max()
-    assert (queries[packed["masked_slot"]] == packed["masked_index"]).all()
+    vocabulary, masking = Vocabulary.of(load_tokenizer(store / "tokenizer")), Masking(5, unit=unit)
+    together = collate(data.rows(index), index, 2, vocabulary, masking)
+    alone = [collate(data.rows(index[i : i + 1]), index[i : i + 1], 2, vocabulary, masking) for i in range(5)]
+    for name in ("input_ids", "position_ids", "labels", "sample_ids"):
+        assert together[name].tolist() == np.concatenate([each[name] for each in alone]).tolist()
+    for name in ("n_masked", "n_tokens", "pairs", "query_pairs"):
+        assert together[name] == sum(each[name] for each in alone)
+
+
+def test_a_step_crosses_processes_as_one_file_descriptor(store):
+    """A loader of many small tensors hangs without a word at the usual limit of 1,024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    data = CondenserDataModule(str(store), batch_size=256, micro_batches_per_step=64, num_workers=4)
+    data.setup("fit")
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, hard))
+    try:
+        steps = [*data.train_dataloader()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert [len(step) for step in steps] == [64] * len(steps)
+
+
+def test_a_loader_that_gives_nothing_becomes_an_error(store, monkeypatch):
+    monkeypatch.setattr(StepLoader, "PATIENCE", 0.5)
+    monkeypatch.setattr(Steps, "__getitem__", lambda self, step: time.sleep(30))
+    data = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4, num_workers=1)
+    data.setup("fit")
+    with pytest.raises(ConnectionError, match="give nothing any more"), explained():
+        next(iter(data.train_dataloader()))
+
+
+def test_reading_does_not_slow_down_with_the_number_of_shards(files, store, tmp_path, monkeypatch):
+    """Counted: array operations of a read, over one shard and over many."""
+    monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (2000, 2000))
+    assert prepare(files, store / "tokenizer", tmp_path / "many") == 0
+    one, many = (TokenStore(folder, "train") for folder in (store, tmp_path / "many"))
+    assert len(many.shards) > 20 * len(one.shards)
+    names = "concatenate", "unpackbits", "searchsorted", "repeat", "arange"
+    index = np.random.default_rng(0).permutation(len(many))[:64]
+    assert numpy_calls(lambda: one.rows(index % len(one)), *names) == numpy_calls(lambda: many.rows(index), *names)
 
 
 # --- spans

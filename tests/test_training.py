@@ -22,7 +22,6 @@ from condenser.cli import main
 from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
-from condenser.models.attention import flat_positions
 from condenser.models.condenser import Condenser
 from condenser.runs import changed_keys, checkpoints, newest_valid_checkpoint
 from condenser.training.logs import MetricsCSV
@@ -191,7 +190,7 @@ def test_batches_do_not_depend_on_workers_or_on_where_the_loader_began(store):
 def test_the_ranks_together_get_the_micro_batches_of_one(world_size, store):
     alone = loader_of(store).dataset
     ranks = [
-        Steps(alone.mixture, alone.batches, alone.vocabulary, alone.masking, r, world_size) for r in range(world_size)
+        Steps(alone.mixture, alone.batches, alone.vocabulary, alone.masking, (r, world_size)) for r in range(world_size)
     ]
     for step in (0, 7, alone.batches.steps_per_epoch + 2):
         shared = [batch for batches in zip(*(rank[step] for rank in ranks), strict=True) for batch in batches]
@@ -204,9 +203,11 @@ def test_masks_are_drawn_anew_each_epoch_and_validation_keeps_its_own(store):
 
     def labels(loader):
         found = {}
-        for batch in (batch for step in loader for batch in step):
-            for sample, row in zip(batch["sample_ids"].tolist(), batch["labels"], strict=True):
-                found[sample] = (row != -100).nonzero().flatten().tolist()
+        for fields in (fields for step in loader for fields in step):
+            bounds = fields["cu_seqlens"].tolist()
+            masked = np.split(fields["masked_index"].numpy(), np.searchsorted(fields["masked_index"], bounds[1:-1]))
+            for sample, first, places in zip(fields["sample_ids"].tolist(), bounds, masked, strict=False):
+                found[sample] = (places - first).tolist()
         return found
 
     training, validation = module.train_dataloader(), module.val_dataloader()
@@ -217,45 +218,48 @@ def test_masks_are_drawn_anew_each_epoch_and_validation_keeps_its_own(store):
     assert labels(validation).keys() == set(range(len(module.validation)))
 
 
-def test_a_micro_batch_is_what_the_design_says(store):
+def test_a_pass_is_what_the_design_says(store):
     loader = loader_of(store)
     vocabulary = loader.dataset.vocabulary
-    batch = next(iter(loader))[1]
-    ids, mask, labels = batch["input_ids"], batch["attention_mask"].bool(), batch["labels"]
-    lengths = mask.sum(1)
-    assert (ids[:, 0] == vocabulary.cls_id).all()
-    assert (ids[torch.arange(len(ids)), lengths - 1] == vocabulary.sep_id).all()
-    assert (ids[~mask] == vocabulary.pad_id).all()
-    special = torch.isin(torch.where(labels == -100, ids, labels), torch.tensor([0, 2, 3]))
-    assert (labels[special | ~mask] == -100).all()
-    assert (batch["n_masked"], batch["n_tokens"], batch["area"]) == ((labels != -100).sum(), mask.sum(), ids.numel())
-    assert (batch["epoch"], batch["step"], batch["micro_batch"]) == (0, 0, 1)
-    names = ("masked_index", "query_index", "masked_slot")
-    for name, reference in zip(names, flat_positions(labels), strict=True):
-        assert (batch[name] == reference).all()
+    step = next(iter(loader))
+    fields = [*step][1]
+    ids, bounds, masked = fields["input_ids"], fields["cu_seqlens"], fields["masked_index"]
+    lengths = bounds.diff()
+    assert (ids[bounds[:-1]] == vocabulary.cls_id).all()
+    assert (ids[bounds[1:] - 1] == vocabulary.sep_id).all()
+    assert (ids.bincount(minlength=5)[[2, 3]] == len(lengths)).all()
+    assert torch.equal(fields["position_ids"], torch.cat([torch.arange(n) for n in lengths]))
+    whole = ids.index_copy(0, masked, fields["labels"])
+    assert not torch.isin(fields["labels"], torch.tensor([0, 2, 3])).any()
+    rows = loader.dataset.mixture.samples(0, loader.dataset.batches.step(0)[1]).rows
+    inner = torch.ones(len(ids), dtype=torch.bool).index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), False)
+    assert whole[inner].tolist() == loader.dataset.mixture.read(rows).tokens.tolist()
+    assert (fields["n_masked"], fields["n_tokens"], fields["n_sequences"]) == (len(masked), len(ids), len(lengths))
+    assert (fields["epoch"], fields["step"], fields["micro_batch"]) == (0, 0, 1)
+    query, begins = fields["query_index"], fields["cu_seqlens_query"]
+    assert torch.equal(query[begins[:-1]], bounds[:-1])
+    assert torch.equal(query[fields["masked_slot"]], masked)
+    assert sorted(query.tolist()) == sorted([*masked.tolist(), *bounds[:-1].tolist()])
+    assert (fields["max_seqlen"], fields["max_query"]) == (lengths.max(), begins.diff().max())
+    assert step.buffer.numel() == sum(value.numel() for f in step for value in f.values() if torch.is_tensor(value))
 
 
 def test_accumulated_micro_batches_give_the_gradient_of_the_mean_over_all_masked_tokens(store):
     """Their masked counts differ, so a mean of means would not."""
-    step = next(iter(loader_of(store)))
+    apart = next(iter(loader_of(store)))
+    (together,) = next(iter(loader_of(store, tokens_per_pass=10**6)))
     torch.manual_seed(0)
     config = BertConfig(vocab_size=200, **TINY_MODEL)
     model = Condenser.from_masked_lm(BertForMaskedLM(config), skip_from=1).eval()
-    inputs = ("input_ids", "attention_mask", "labels")
-    total = sum(batch["n_masked"] for batch in step)
-    assert len({batch["n_masked"] for batch in step}) > 1
-    for batch in step:
-        (model(**{key: batch[key] for key in inputs}).loss_sum / total).backward()
-    accumulated = [parameter.grad.clone() for parameter in model.parameters()]
-
-    model.zero_grad()
-    width = max(batch["input_ids"].shape[1] for batch in step)
-    whole = {
-        key: torch.cat([torch.nn.functional.pad(b[key], (0, width - b[key].shape[1]), value=fill) for b in step])
-        for key, fill in (("input_ids", 0), ("attention_mask", 0), ("labels", -100))
-    }
-    model(**whole).loss.backward()
-    torch.testing.assert_close(accumulated, [parameter.grad for parameter in model.parameters()], rtol=1e-4, atol=1e-7)
+    assert len({fields["n_masked"] for fields in apart}) > 1
+    gradients = []
+    for passes in (apart, [together]):
+        model.zero_grad()
+        for fields in passes:
+            terms = model.losses(fields).values()
+            (sum(term.sum for term in terms) / together["n_masked"]).backward()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
 
 
 def tiny_condenser():
@@ -348,17 +352,17 @@ def test_validation_is_the_global_mean_over_masked_tokens(run, store):
     module.setup("fit")
     losses, at_mask, nats = [], [], []
     with torch.no_grad():
-        for batch in (batch for step in module.val_dataloader() for batch in step):
-            out = model(batch["input_ids"], batch["attention_mask"], batch["labels"])
-            scored = batch["labels"] != -100
-            losses.append(out.mlm_token_losses)
-            at_mask.append(batch["input_ids"][scored] == 4)
-            nats.append(module.unigram_nats[batch["labels"][scored]])
+        for fields in (fields for step in module.val_dataloader() for fields in step):
+            losses.append(model.losses(fields, score=True)["mlm"].losses)
+            at_mask.append(fields["input_ids"][fields["masked_index"]] == 4)
+            nats.append(module.unigram_nats[fields["labels"]])
     losses, at_mask, nats = map(torch.cat, (losses, at_mask, nats))
     last = metrics_of(run)[-1]
     assert float(last["val/mlm_loss"]) == pytest.approx(losses.mean().item(), rel=1e-4)
     assert float(last["val/mlm_loss_at_mask"]) == pytest.approx(losses[at_mask].mean().item(), rel=1e-4)
     assert float(last["val/unigram_loss_at_mask"]) == pytest.approx(nats[at_mask].mean().item(), rel=1e-4)
+    both = float(last["val/mlm_loss"]) + float(last["val/head_mlm_loss"])
+    assert float(last["val/loss"]) == pytest.approx(both, rel=1e-6)
 
 
 def test_a_resumed_csv_drops_what_was_logged_after_the_checkpoint(tmp_path):

@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from condenser.data.collate import Vocabulary
 from condenser.data.tokenizers import load_tokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -17,6 +16,8 @@ def obtain_tokenizer(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
     Raises:
         ValueError: none there, one without [MASK] or [CLS], or a bad size.
     """
+    from condenser.data.collate import Vocabulary
+
     tokenizer = train_wordpiece(spec, texts) if spec.startswith("train:") else load_tokenizer(spec)
     Vocabulary.of(tokenizer)
     return tokenizer

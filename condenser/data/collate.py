@@ -1,22 +1,25 @@
-"""From sample indices to a masked micro-batch of tensors, padded ``[B, L]`` or packed ``[T]``.
+"""From samples to what a step computes: masked sequences in flat arrays, one after the other, in one buffer a step.
 
-Everything a step needs on the host (lengths, counts, the positions that the loss reads) is computed here, so that the
-training step never waits for the device.
+A *micro-batch* is the unit of order and accounting, a *pass* what is computed at once: one micro-batch, or several put
+together, which changes no mask and no loss. Everything that a step needs on the host (lengths, counts, the positions
+that the loss reads) is computed here, so that it never waits for the device. Where passes are to have few shapes, dummy
+sequences fill them up; they stand at the end, nothing of them is scored, and they are counted nowhere.
 
-Legend: B samples, L padded length, T tokens, M masked tokens, Q queries ([CLS] and the masked tokens): of a sample,
-padded, in the padded layout; of all samples in the packed one.
+Legend: B sequences, T tokens, Q positions read in the last layers ([CLS] and the masked tokens), M masked tokens.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from condenser.data.masking import IGNORED, Unit, mask_tokens
-from condenser.data.store import SPECIAL_TOKENS
+from condenser.data.masking import IGNORED, Unit, mask_flat
+from condenser.data.store import SPECIAL_TOKENS, Rows
 
-Layout = Literal["padded", "packed"]
+Fields = dict[str, Any]  # of a pass: arrays (or tensors) and host ints
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are masked; see `mask_tokens`."""
+    """How tokens are masked; see `mask_flat`."""
 
     seed: int
     probability: float = 0.15
@@ -59,27 +62,25 @@ class Masking:
             raise ValueError(f"mask_rates={list(self.rates)} must be three shares (mask, random, keep) that sum to 1")
 
 
-def make_micro_batch(
-    tokens: tuple[np.ndarray, np.ndarray, np.ndarray],
-    sample_ids: np.ndarray,
-    visits: int | np.ndarray,
-    vocabulary: Vocabulary,
-    masking: Masking,
-    layout: Layout = "padded",
-    multiple_of: int = 1,
-) -> dict[str, Any]:
-    """Mask samples, add special tokens, and lay them out.
+def collate(
+    rows: Rows, sample_ids: np.ndarray, visits: int | np.ndarray, vocabulary: Vocabulary, masking: Masking
+) -> Fields:
+    """Mask samples and add special tokens: a pass.
 
     Args:
-        tokens: input_ids and word_starts ``[B, L-2]``, lengths ``[B]``, as `TokenStore.rows` gives them.
         sample_ids: ``[B]``.
         visits: how often each sample was seen before (the epoch, for a single store); its masks depend on it.
-        layout: "padded" ``[B, L]`` or "packed" ``[T]``.
-        multiple_of: L is rounded up to a multiple of this.
+
+    Returns:
+        Arrays: ``input_ids, position_ids [T]``; ``cu_seqlens [B + 1]``, where each sequence begins; of masked tokens
+        ``masked_index [M]`` and ``labels [M]``; ``query_index [Q]``, every [CLS] and masked position in order,
+        ``cu_seqlens_query [B + 1]``, and where the masked ones are in it, ``masked_slot [M]``; ``sample_ids [B]``.
+        Host ints: ``max_seqlen, max_query``; ``n_sequences, n_tokens, n_masked``; and how many pairs of a query and a
+        key attention has in a whole layer (``pairs``) and in a last one (``query_pairs``).
     """
-    input_ids, word_starts, lengths = tokens
-    inputs, labels = mask_tokens(
-        input_ids,
+    tokens, word_starts, lengths = rows
+    inputs, masked = mask_flat(
+        tokens,
         word_starts,
         lengths,
         seed=masking.seed,
@@ -91,72 +92,164 @@ def make_micro_batch(
         rates=masking.rates,
         unit=masking.unit,
     )
-    inputs, labels, real = with_special_tokens(inputs, labels, lengths, vocabulary, multiple_of)
-    arrays = pad(inputs, labels, real) if layout == "padded" else pack(inputs, labels, real)
-    per_row, masked_per_row = real.sum(axis=1), (labels != IGNORED).sum(axis=1)
-    counts = {"n_masked": len(arrays["masked_index"]), "n_tokens": int(per_row.sum()), "area": arrays["input_ids"].size}
-    counts["pairs"] = int((per_row**2).sum())  # of tokens that attend to each other
-    counts["query_pairs"] = int((per_row * (1 + masked_per_row)).sum())  # of [CLS] and masked tokens with all
-    if layout == "packed":
-        counts |= {"max_seqlen": int(per_row.max()), "max_query": int(masked_per_row.max()) + 1}
-    arrays = {"sample_ids": sample_ids, **arrays}
-    return {name: torch.from_numpy(array) for name, array in arrays.items()} | counts
-
-
-def with_special_tokens(
-    inputs: np.ndarray, labels: np.ndarray, lengths: np.ndarray, vocabulary: Vocabulary, multiple_of: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows ``[B, L-2]`` -> [CLS] row [SEP] and padding: ids, labels, and which are real ``[B, L]``."""
-    n_rows, width = inputs.shape
-    ends = lengths[:, None] + 1  # where [SEP] stands
-    positions = np.arange(-(-(width + SPECIAL_TOKENS) // multiple_of) * multiple_of)
-    input_ids = np.full((n_rows, len(positions)), vocabulary.pad_id, np.int64)
-    input_ids[:, 1 : width + 1] = np.where(positions[1 : width + 1] < ends, inputs, vocabulary.pad_id)
-    input_ids[:, 0] = vocabulary.cls_id
-    np.put_along_axis(input_ids, ends, vocabulary.sep_id, axis=1)
-    framed_labels = np.full(input_ids.shape, IGNORED, np.int64)
-    framed_labels[:, 1 : width + 1] = labels
-    return input_ids, framed_labels, positions <= ends
-
-
-def pad(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields of a padded micro-batch. ``query_index`` ``[B, Q]`` is [CLS] and a row's masked positions, padded with
-    0; ``masked_slot`` ``[M]`` where the masked positions are in ``[B * Q]``."""
-    masked = labels != IGNORED
-    rows, columns = masked.nonzero()
-    rank = masked.cumsum(axis=1)[rows, columns]  # 1 for a row's first masked position: slot 0 is [CLS]
-    n_queries = int(masked.sum(axis=1).max()) + 1
-    query_index = np.zeros((len(labels), n_queries), np.int64)
-    query_index[rows, rank] = columns
+    n_samples = np.arange(len(lengths))
+    sample_of_token = np.repeat(n_samples, lengths)
+    place = (
+        np.arange(len(tokens)) + SPECIAL_TOKENS * sample_of_token + 1
+    )  # of each token, once [CLS] and [SEP] are there
+    framed = lengths + SPECIAL_TOKENS
+    begins = np.append(0, framed.cumsum())
+    input_ids = np.empty(begins[-1], np.int64)
+    input_ids[begins[:-1]], input_ids[begins[1:] - 1], input_ids[place] = vocabulary.cls_id, vocabulary.sep_id, inputs
+    sample_of_masked = sample_of_token[masked]
+    n_read = 1 + np.bincount(sample_of_masked, minlength=len(lengths))  # of each sequence: [CLS] and the masked tokens
+    begins_query = np.append(0, n_read.cumsum())
+    masked_slot = np.arange(len(masked)) + sample_of_masked + 1
+    query_index = np.empty(begins_query[-1], np.int64)
+    query_index[begins_query[:-1]], query_index[masked_slot] = begins[:-1], place[masked]
     return {
         "input_ids": input_ids,
-        "attention_mask": real.astype(np.int64),
-        "labels": labels,
-        "masked_index": rows * labels.shape[1] + columns,
+        "position_ids": np.arange(len(input_ids)) - np.repeat(begins[:-1], framed),
+        "cu_seqlens": begins,
+        "masked_index": place[masked],
+        "labels": tokens[masked].astype(np.int64),
         "query_index": query_index,
-        "masked_slot": rows * n_queries + rank,
+        "cu_seqlens_query": begins_query,
+        "masked_slot": masked_slot,
+        "sample_ids": sample_ids,
+        "max_seqlen": int(framed.max()),
+        "max_query": int(n_read.max()),
+        "n_sequences": len(lengths),
+        "n_tokens": len(input_ids),
+        "n_masked": len(masked),
+        "pairs": int((framed**2).sum()),
+        "query_pairs": int((framed * n_read).sum()),
     }
 
 
-def pack(input_ids: np.ndarray, labels: np.ndarray, real: np.ndarray) -> dict[str, np.ndarray]:
-    """The fields of a packed micro-batch: the real tokens, row after row. ``query_index`` ``[Q]`` is every [CLS]
-    (``cu_seqlens[:-1]``) and masked position in order; ``masked_slot`` ``[M]`` where the masked ones are in it."""
-    read = labels != IGNORED
-    read[:, 0] = True
-    flat_labels, flat_read = labels[real], read[real]
-    query_index = flat_read.nonzero()[0]
-    return {
-        "input_ids": input_ids[real],
-        "position_ids": real.nonzero()[1],
-        "labels": flat_labels,
-        "cu_seqlens": bounds(real),
-        "masked_index": (flat_labels != IGNORED).nonzero()[0],
-        "query_index": query_index,
-        "cu_seqlens_query": bounds(read),
-        "masked_slot": (flat_labels[query_index] != IGNORED).nonzero()[0],
+class Shape(NamedTuple):
+    tokens: int  # T
+    sequences: int  # B
+    masked: int  # M
+    longest: int  # at least max_seqlen and max_query
+
+    @property
+    def queries(self) -> int:
+        return self.sequences + self.masked
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """The few shapes that passes are filled up to, for compilers: T grows in steps of at most 1/32, and all else goes
+    with it, by what the corpus holds of it on average.
+
+    Args:
+        tokens: special ones included; masked: tokens to predict; both of a sequence, on average.
+        longest: tokens of the longest sequence.
+    """
+
+    tokens: float
+    masked: float
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: np.ndarray, probability: float) -> "Shapes":
+        """Of samples of these ``lengths``, without special tokens."""
+        counts = np.bincount(lengths)
+        values = np.arange(len(counts))
+        masked = np.maximum(1, np.round(probability * values))
+        tokens, masked = ((counts * of_each).sum() / counts.sum() for of_each in (values + SPECIAL_TOKENS, masked))
+        return cls(float(tokens), float(masked), up(len(counts) - 1 + SPECIAL_TOKENS, 8))
+
+    def fitting(self, fields: Fields) -> Shape:
+        """The smallest that holds a pass and the dummy sequences which fill it up."""
+        n_tokens = fields["n_tokens"]
+        while True:
+            n_tokens = up(n_tokens + 1, max(8, 1 << (n_tokens.bit_length() - 6)))
+            n = n_tokens / self.tokens  # sequences, on average
+            n_sequences = up(1.125 * n + 4 * n**0.5 + 8, 32)
+            n_masked = up(1.01 * self.masked * n + 2 * n**0.5 + 8, 64)
+            shape = Shape(n_tokens, n_sequences, n_masked, self.longest)
+            fits = fields["n_masked"] <= n_masked and fields["n_sequences"] + n_dummies(fields, shape) <= n_sequences
+            if fits and fields["n_tokens"] + n_dummies(fields, shape) <= n_tokens:
+                return shape
+
+
+def up(value: float, multiple: int) -> int:
+    return -int(-value // multiple) * multiple
+
+
+def n_dummies(fields: Fields, shape: Shape) -> int:
+    """Dummy sequences that have tokens: none longer, or with more queries, than ``shape.longest``."""
+    left = shape.tokens - fields["n_tokens"], shape.queries - len(fields["query_index"])
+    return max(1, *(-(-n // shape.longest) for n in left))
+
+
+def filled(fields: Fields, shape: Shape) -> Fields:
+    """A pass filled up to a shape by dummy sequences: first some without tokens, so that each of them begins at a token
+    that there is, then some that share out the tokens and queries which are left."""
+    n_tokens, n_queries, n = fields["n_tokens"], len(fields["query_index"]), n_dummies(fields, shape)
+    n_empty = shape.sequences - fields["n_sequences"] - n
+    lengths, n_read = evenly(shape.tokens - n_tokens, n), evenly(shape.queries - n_queries, n)
+    ends = n_tokens + lengths.cumsum()
+    n_masked = shape.masked - fields["n_masked"]
+    more = {
+        "input_ids": np.zeros(ends[-1] - n_tokens, np.int64),
+        "position_ids": np.arange(n_tokens, ends[-1]) - np.repeat(ends - lengths, lengths),
+        "cu_seqlens": np.append(np.full(n_empty, n_tokens), ends),
+        "masked_index": np.full(n_masked, shape.tokens - 1),
+        "labels": np.full(n_masked, IGNORED),
+        "query_index": np.repeat(ends - lengths, n_read),
+        "cu_seqlens_query": np.append(np.full(n_empty, n_queries), n_queries + n_read.cumsum()),
+        "masked_slot": np.full(n_masked, shape.queries - 1),
     }
+    arrays = {name: np.concatenate([fields[name], values]) for name, values in more.items()}
+    return {**fields, **arrays, "max_seqlen": shape.longest, "max_query": shape.longest}
 
 
-def bounds(of_row: np.ndarray) -> np.ndarray:
-    """``[B, L]`` booleans -> where each row's true ones begin when they are put one after the other ``[B + 1]``."""
-    return np.append(0, of_row.sum(axis=1).cumsum()).astype(np.int32)
+def evenly(n: int, n_parts: int) -> np.ndarray:
+    return np.diff(np.arange(n_parts + 1) * n // n_parts)
+
+
+class StepBatch:
+    """The passes of one optimizer step of one rank. Their arrays lie in one buffer, which crosses processes (as one
+    file descriptor) and goes to a device (as one copy) in one piece."""
+
+    def __init__(self, buffer: Tensor, layout: list[Fields]):
+        self.buffer, self.layout = buffer, layout  # layout: of each pass (first, end) in the buffer, and host ints
+
+    @classmethod
+    def of(cls, passes: list[Fields]) -> "StepBatch":
+        layout, arrays, end = [], [], 0
+        for fields in passes:
+            placed = {}
+            for name, value in fields.items():
+                if isinstance(value, np.ndarray):
+                    arrays.append(value)
+                    value = (end, end := end + len(value))
+                placed[name] = value
+            layout.append(placed)
+        return cls(torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False)), layout)
+
+    def __len__(self) -> int:
+        return len(self.layout)
+
+    def __iter__(self) -> Iterator[Fields]:
+        """Each pass: views of the buffer, and host ints."""
+        for placed in self.layout:
+            yield {n: self.buffer[v[0] : v[1]] if isinstance(v, tuple) else v for n, v in placed.items()}
+
+    def total(self, name: str) -> int:
+        """Of a host int, the sum over passes."""
+        return sum(placed[name] for placed in self.layout)
+
+    @property
+    def n_positions(self) -> int:
+        """Tokens that are computed, those of dummies too."""
+        return sum(end - first for first, end in (placed["input_ids"] for placed in self.layout))
+
+    def to(self, device: Any, non_blocking: bool = True) -> "StepBatch":
+        return StepBatch(self.buffer.to(device, non_blocking=non_blocking), self.layout)
+
+    def pin_memory(self) -> "StepBatch":
+        return StepBatch(self.buffer.pin_memory(), self.layout)

@@ -1,15 +1,16 @@
 """Token store -> optimizer steps, for Lightning.
 
-One item of the training loader is one optimizer step of one rank: the list of its micro-batches. Which samples they
-hold and how these are masked depends on (seed, step) alone, so the loader's whole state is the number of steps it has
-handed out, the same on every rank and for any number of workers.
+One item of the training loader is one optimizer step of one rank: its passes. Which samples they hold and how these are
+masked depends on (seed, step) alone, so the loader's whole state is the number of steps it has handed out, the same on
+every rank and for any number of workers.
 """
 
 import signal
+import time
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -17,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Layout, Masking, Vocabulary, make_micro_batch
+from condenser.data.collate import Fields, Masking, Shapes, StepBatch, Vocabulary, collate, filled
 from condenser.data.masking import Unit
 from condenser.data.mixing import Mixture
 from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, load_array, read_manifest, tokenizer_hash
@@ -31,15 +32,13 @@ class CondenserDataModule(L.LightningDataModule):
         store: folder that `condenser prepare` wrote.
         stores: instead of one store, several with the passes over each in an epoch; a folder, or a name in data/tokens.
         batch_size: sequences per optimizer step over all devices, on average (steps have equal area).
-        micro_batches_per_step: micro-batches of a step over all devices; a multiple of their number. Memory goes with
-            batch_size / micro_batches_per_step.
-        window: steps whose sequences are sorted by length together; more means less padding.
+        micro_batches_per_step: micro-batches of a step over all devices; a multiple of their number. The least memory
+            that a step needs goes with batch_size / micro_batches_per_step.
         mask_unit: mask whole words, single tokens, or spans of words.
         mask_probability: share of the tokens to predict.
         mask_rates: shares of these that become [MASK], a random token, or stay as they are.
-        layout: padded rows, or packed tokens without any padding; auto packs where a kernel for it is at hand (a GPU in
-            bf16, with attention dropout 0).
-        pad_to_multiple_of: padded lengths are rounded up to a multiple of this; fewer shapes for compilers.
+        tokens_per_pass: tokens that a device computes at once, as whole micro-batches, of which there is at least one;
+            by default one micro-batch on a CPU, and on a GPU 65,536 tokens, or as many as its memory surely holds.
         num_workers: loader processes per device; the batches do not depend on it.
         seed: seed of order and masks; follows seed_everything.
     """
@@ -50,12 +49,10 @@ class CondenserDataModule(L.LightningDataModule):
         stores: dict[str, float] | None = None,
         batch_size: int = 1024,
         micro_batches_per_step: int = 8,
-        window: int = 8,
         mask_unit: Unit = "word",
         mask_probability: float = 0.15,
         mask_rates: tuple[float, float, float] = (0.8, 0.1, 0.1),
-        layout: Literal["auto", "padded", "packed"] = "auto",
-        pad_to_multiple_of: int = 1,
+        tokens_per_pass: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
     ):
@@ -65,8 +62,10 @@ class CondenserDataModule(L.LightningDataModule):
         self.weights = {
             store_folder(name): weight for name, weight in ({store: 1.0} if store else stores or {}).items()
         }
-        self.layout, self.pad_to_multiple_of = layout, pad_to_multiple_of
-        self.batch_size, self.micro_batches_per_step, self.window = batch_size, micro_batches_per_step, window
+        if tokens_per_pass is not None and tokens_per_pass < 1:
+            raise ValueError(f"data.tokens_per_pass={tokens_per_pass} must be at least 1; leave it out for the default")
+        self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step
+        self.tokens_per_pass, self.few_shapes = tokens_per_pass, False  # the module settles what depends on the device
         self.num_workers, self.seed = num_workers, seed
         self.masking = Masking(seed, mask_probability, mask_rates, mask_unit)
 
@@ -132,15 +131,20 @@ class CondenserDataModule(L.LightningDataModule):
             mixture.lengths,
             batch_size=batch_size,
             micro_batches_per_step=micro_batches_per_step,
-            window=self.window,
             seed=self.seed,
             added=SPECIAL_TOKENS,
-            multiple_of=self.pad_to_multiple_of,
             mixture=mixture,
         )
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        layout: Layout = "packed" if self.layout == "packed" else "padded"  # the module has settled "auto"
-        steps = Steps(mixture, batches, Vocabulary.of(self.tokenizer), self.masking, rank, world_size, layout)
+        steps = Steps(
+            mixture,
+            batches,
+            Vocabulary.of(self.tokenizer),
+            self.masking,
+            (rank, world_size),
+            self.tokens_per_pass or 1,
+            few_shapes=self.few_shapes and training,
+        )
         return StepLoader(steps, training, self.num_workers if training else 0)
 
 
@@ -151,7 +155,13 @@ def store_folder(name: str) -> Path:
 
 
 class Steps(Dataset):
-    """Item i: the micro-batches of optimizer step i on this rank."""
+    """Item i: the passes of optimizer step i on this rank.
+
+    Args:
+        device: rank and world size.
+        tokens_per_pass: as many micro-batches as have so many tokens on average, and at least one, make up a pass.
+        few_shapes: fill passes up.
+    """
 
     def __init__(
         self,
@@ -159,26 +169,43 @@ class Steps(Dataset):
         batches: BucketedBatches,
         vocabulary: Vocabulary,
         masking: Masking,
-        rank: int = 0,
-        world_size: int = 1,
-        layout: Layout = "padded",
+        device: tuple[int, int] = (0, 1),
+        tokens_per_pass: int = 1,
+        few_shapes: bool = False,
     ):
         self.mixture, self.batches, self.vocabulary, self.masking = mixture, batches, vocabulary, masking
-        self.rank, self.world_size, self.layout = rank, world_size, layout
+        self.device = device
+        shapes = Shapes.of(mixture.lengths, masking.probability)
+        self.shapes = shapes if few_shapes else None
+        micro_batch = shapes.tokens * batches.n / batches.steps_per_epoch / batches.micro_batches_per_step  # tokens
+        n_micro_batches = -(-batches.micro_batches_per_step // device[1])
+        self.n_passes = -(-n_micro_batches // max(1, int(tokens_per_pass / micro_batch)))
 
-    def __getitem__(self, step: int) -> list[dict[str, Any]]:
+    def __getitem__(self, step: int) -> StepBatch:
+        rank, world_size = self.device
         epoch = step // self.batches.steps_per_epoch
-        numbers = self.batches.step(step, self.rank, self.world_size)
-        return [
-            self.micro_batch(epoch, samples)
-            | {"epoch": epoch, "step": step, "micro_batch": self.rank + place * self.world_size}
-            for place, samples in enumerate(numbers)
+        passes = [
+            self.one_pass(epoch, numbers)
+            | {"epoch": epoch, "step": step, "micro_batch": rank + place * world_size}  # of several the first
+            for place, numbers in enumerate(self.parts(step))
         ]
+        return StepBatch.of(passes)
 
-    def micro_batch(self, epoch: int, numbers: np.ndarray, layout: Layout | None = None) -> dict[str, Any]:
+    def parts(self, step: int) -> list[np.ndarray]:
+        """The numbers of the samples in each pass."""
+        micro_batches, n = self.batches.step(step, *self.device), self.n_passes
+        if self.shapes:  # sequences are dealt out, the longest first, so that passes are alike
+            longest_first = np.concatenate(micro_batches)
+            return [longest_first[first::n] for first in range(n)]
+        if n < len(micro_batches):
+            return [np.concatenate(micro_batches[first::n]) for first in range(n)]
+        return micro_batches
+
+    def one_pass(self, epoch: int, numbers: np.ndarray) -> Fields:
+        """The samples with these ``numbers`` ``[B]`` of an epoch."""
         rows, visits, ids = self.mixture.samples(epoch, numbers)
-        tokens, multiple_of = self.mixture.read(rows), self.batches.multiple_of
-        return make_micro_batch(tokens, ids, visits, self.vocabulary, self.masking, layout or self.layout, multiple_of)
+        fields = collate(self.mixture.read(rows), ids, visits, self.vocabulary, self.masking)
+        return filled(fields, self.shapes.fitting(fields)) if self.shapes else fields
 
 
 class Upcoming(Sampler):
@@ -199,7 +226,11 @@ class StepLoader(DataLoader):
     """Loads steps in order; its state, which Lightning keeps in checkpoints, is the number of steps handed out.
 
     Workers run ahead of that number, so it is counted where steps leave the loader. Validation begins at step 0 always.
+    ``waited`` are the seconds that somebody waited for a step. Workers that give none for ``PATIENCE`` seconds are an
+    error.
     """
+
+    PATIENCE = 1800.0
 
     def __init__(self, steps: Steps, training: bool, num_workers: int):
         super().__init__(
@@ -210,17 +241,21 @@ class StepLoader(DataLoader):
             num_workers=num_workers,
             worker_init_fn=ends_with_its_parent,
             pin_memory=torch.cuda.is_available(),
+            timeout=self.PATIENCE if num_workers else 0,
         )
-        self.training = training
+        self.training, self.waited = training, 0.0
         self.progress = {"position": 0}  # no attribute: after a failed start Lightning keeps a list of all assignments
 
-    def __iter__(self) -> Iterator[list[dict[str, Any]]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
         if not self.training:
             self.progress["position"] = 0
         self.sampler.position = self.progress["position"]  # type: ignore[attr-defined]
-        for item in super().__iter__():
+        began, items = time.perf_counter(), super().__iter__()
+        for item in items:
+            self.waited += time.perf_counter() - began
             self.progress["position"] += 1
             yield item
+            began = time.perf_counter()
 
     def state_dict(self) -> dict[str, int]:
         return dict(self.progress)

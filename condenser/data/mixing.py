@@ -9,12 +9,12 @@ Legend: n samples of an epoch, N rows of all stores, B samples asked for.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from condenser.data.hashing import permuted
-from condenser.data.store import TokenStore
+from condenser.data.store import Rows, TokenStore, joined
 
 PASS = 7  # tells this draw from those of batching.py
 STORE_BITS = 40  # a sample id is a row's number in its store; the store's own number stands above these bits
@@ -71,16 +71,15 @@ class Mixture:
                 row[here] = permuted(row[here], int(self.sizes[number]), self.seed, PASS, int(number), int(visit))
         return Samples(self.first_rows[store] + row, visits, (store << STORE_BITS) | row)
 
-    def read(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """input_ids and word_starts ``[B, L]`` (0 past a row's end), lengths ``[B]``, as `TokenStore.rows`."""
+    def read(self, rows: np.ndarray) -> Rows:
+        """These rows ``[B]``, as `TokenStore.rows`."""
         if len(self.stores) == 1:
             return self.stores[0].rows(rows)
-        lengths = self.lengths[rows].astype(np.int64)
-        input_ids = np.zeros((len(rows), lengths.max()), np.int64)
-        word_starts = np.zeros(input_ids.shape, bool)
         store_of = np.searchsorted(self.first_rows, rows, side="right") - 1
+        slices: list[Any] = [None] * len(rows)
         for number in np.unique(store_of):
-            here = store_of == number
-            ids, starts, _ = self.stores[number].rows(rows[here] - self.first_rows[number])
-            input_ids[here, : ids.shape[1]], word_starts[here, : ids.shape[1]] = ids, starts
-        return input_ids, word_starts, lengths
+            here = np.flatnonzero(store_of == number)
+            found = self.stores[number].slices(rows[here] - self.first_rows[number])
+            for place, piece in zip(here.tolist(), found, strict=True):
+                slices[place] = piece
+        return joined(slices, self.lengths[rows])

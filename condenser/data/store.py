@@ -7,7 +7,7 @@
                        stores of spans also document, the number of a row's document in its shard
     units/             what is known of each unit of the input, shard by shard; kept so that input can be appended
 
-Legend: B samples, L longest length among them.
+Legend: B samples, T tokens of all of them.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -63,19 +63,32 @@ class TokenStore:
         ]
         return np.unique(np.concatenate([self.first_rows, *changes, [len(self)]])).astype(np.int64)
 
-    def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Samples ``index`` ``[B]`` -> input_ids and word_starts ``[B, L]`` (0 past a row's end), lengths ``[B]``."""
-        lengths = self.lengths[index].astype(np.int64)
-        positions = np.arange(lengths.max())
-        input_ids = np.zeros((len(index), len(positions)), np.int64)
-        word_starts = np.zeros(input_ids.shape, bool)
+    def rows(self, index: np.ndarray) -> "Rows":
+        """The samples ``index`` ``[B]``, one after the other."""
+        return joined(self.slices(index), self.lengths[index])
+
+    def slices(self, index: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Of each sample its tokens and the bytes of its word starts, not copied yet."""
         shard_of = np.searchsorted(self.first_rows, index, side="right") - 1
-        for number in np.unique(shard_of):
-            here = shard_of == number
-            local = index[here] - self.first_rows[number]
-            input_ids[here], word_starts[here] = self.shards[number].read(local, positions)
-        real = positions < lengths[:, None]
-        return input_ids * real, word_starts & real, lengths
+        local = index - self.first_rows[shard_of]
+        return [self.shards[number].row(row) for number, row in zip(shard_of.tolist(), local.tolist(), strict=True)]
+
+
+class Rows(NamedTuple):
+    """Samples one after the other, without special tokens."""
+
+    tokens: np.ndarray  # [T], of the type they are stored in
+    word_starts: np.ndarray  # [T] bool
+    lengths: np.ndarray  # [B] int64
+
+
+def joined(slices: list[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> Rows:
+    lengths = lengths.astype(np.int64)
+    tokens, packed = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+    bits = np.unpackbits(packed, bitorder="little")
+    n_bits = -(-lengths // 8) * 8  # of each sample, which begins with a byte of its own
+    skipped = (n_bits.cumsum() - n_bits) - (lengths.cumsum() - lengths)
+    return Rows(tokens, bits[np.arange(len(tokens)) + np.repeat(skipped, lengths)].astype(bool), lengths)
 
 
 class Shard:
@@ -98,13 +111,10 @@ class Shard:
         self.lengths = table["length"].to_numpy()
         self.documents = table["document"].to_numpy() if "document" in table.column_names else None
 
-    def read(self, rows: np.ndarray, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens and word starts at ``positions`` of ``rows``; past a row's end they are its neighbours'."""
-        at = self.token_offsets[rows].astype(np.int64)[:, None] + positions
-        byte = self.bit_offsets[rows].astype(np.int64)[:, None] + (positions >> 3)
-        tokens = self.tokens.take(at, mode="clip")
-        starts = self.bits.take(byte, mode="clip") >> (positions & 7).astype(np.uint8) & 1
-        return tokens, starts.astype(bool)
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """A row's tokens and the bytes of its word starts."""
+        tokens, bits = self.token_offsets, self.bit_offsets
+        return self.tokens[tokens[number] : tokens[number + 1]], self.bits[bits[number] : bits[number + 1]]
 
 
 def write_shard(

@@ -4,6 +4,7 @@ import numpy as np
 
 from condenser.data.collate import Vocabulary
 from condenser.data.hashing import hash_ints, permuted
+from condenser.data.store import Rows
 
 # Lengths of the rows of a Wikipedia store (good articles of 2019, --max-length 128), per thousand in sixteen equal bins
 LENGTHS_OF_REAL_ROWS = (1, 2, 7, 13, 15, 16, 16, 17, 20, 29, 44, 74, 118, 175, 215, 238)
@@ -25,11 +26,10 @@ class SyntheticStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def rows(self, index: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def rows(self, index: np.ndarray) -> Rows:
         """As `TokenStore.rows`."""
         lengths = self.lengths[index].astype(np.int64)
-        positions = np.arange(lengths.max())
-        real = positions < lengths[:, None]
-        drawn = hash_ints(index[:, None], positions) % np.uint64(len(VOCABULARY.random_ids))
-        input_ids = VOCABULARY.random_ids[drawn] * real
-        return input_ids, (input_ids % 11 != 0) & real, lengths
+        positions = np.arange(lengths.sum()) - np.repeat(lengths.cumsum() - lengths, lengths)
+        drawn = hash_ints(np.repeat(index, lengths), positions) % np.uint64(len(VOCABULARY.random_ids))
+        tokens = VOCABULARY.random_ids[drawn]
+        return Rows(tokens, tokens % 11 != 0, lengths)

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from condenser.data.collate import Masking, Vocabulary, make_micro_batch
-from condenser.data.masking import IGNORED
+from condenser.data.collate import Masking, StepBatch, Vocabulary, collate
 from condenser.data.mixing import Mixture
 from condenser.data.store import TokenStore
 from condenser.data.tokenizers import load_tokenizer
-from condenser.models.backbones.base import FAMILIES
-from condenser.models.condenser import MODEL_INPUTS, Condenser, identity
+from condenser.models.backbones.base import families
+from condenser.models.condenser import Condenser, identity
 
 BATCH_SIZE = 32  # at most: attention weights are [B, A, L, L]
 READ_BY_HEAD = {  # in place of the last [CLS] states [B, H]
@@ -53,21 +53,19 @@ def probe_store(
     return probe(model, encoder, sample_batches(validation, vocabulary, Masking(seed), n_sequences))
 
 
-def probe(model: Condenser | None, encoder: PreTrainedModel, batches: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Plain numbers on padded micro-batches: ``sequences``; ``cls_entropy_nats`` and ``cls_entropy`` (normalised), a
+def probe(model: Condenser | None, encoder: PreTrainedModel, batches: Sequence[StepBatch]) -> dict[str, Any]:
+    """Plain numbers on batches of a pass each: ``sequences``; ``cls_entropy_nats`` and ``cls_entropy`` (normalised), a
     list by layer each; and of a ``model`` that has a head ``head_loss``, with ``true``, ``other`` and ``zeros``."""
-    rows = torch.tensor([float(len(batch["input_ids"])) for batch in batches])
-    means = [torch.stack(cls_attention_entropy(encoder, unmasked(b), b["attention_mask"])).cpu() for b in batches]
+    rows = torch.tensor([float(batch.total("n_sequences")) for batch in batches])
+    means = [torch.stack(cls_attention_entropy(encoder, *unmasked(batch))).cpu() for batch in batches]
     nats, normalised = (torch.stack(means, dim=-1) @ rows / rows.sum()).tolist()
     found = {"sequences": int(rows.sum()), "cls_entropy_nats": nats, "cls_entropy": normalised}
     return found | ({"head_loss": head_losses(model, batches)} if model is not None and len(model.c_head) else {})
 
 
-def sample_batches(
-    validation: Mixture, vocabulary: Vocabulary, masking: Masking, n_sequences: int
-) -> list[dict[str, Any]]:
-    """Padded micro-batches of ``n_sequences``, always the same: spread evenly over the split, so that neighbours are of
-    different documents, and masked as in epoch 0."""
+def sample_batches(validation: Mixture, vocabulary: Vocabulary, masking: Masking, n_sequences: int) -> list[StepBatch]:
+    """``n_sequences`` in batches of a pass each, always the same: spread evenly over the split, so that neighbours are
+    of different documents, and masked as in epoch 0."""
     n_sequences = min(n_sequences, len(validation))
     if n_sequences < 2:
         where = ", ".join(str(store.folder) for store in validation.stores)
@@ -79,16 +77,20 @@ def sample_batches(
     batches = []
     for some in np.array_split(numbers, -(-n_sequences // BATCH_SIZE)):
         rows, visits, ids = validation.samples(0, some)
-        batches.append(make_micro_batch(validation.read(rows), ids, visits, vocabulary, masking))
+        batches.append(StepBatch.of([collate(validation.read(rows), ids, visits, vocabulary, masking)]))
     return batches
 
 
-def unmasked(batch: dict[str, Any]) -> Tensor:
-    """The text of a micro-batch before it was masked ``[B, L]``."""
-    return torch.where(batch["labels"] == IGNORED, batch["input_ids"], batch["labels"])
+def unmasked(batch: StepBatch) -> tuple[Tensor, Tensor]:
+    """The text of a pass before it was masked, in padded rows ``[B, L]``: ids, and which are real."""
+    (fields,) = batch
+    texts = fields["input_ids"].index_copy(0, fields["masked_index"], fields["labels"])
+    rows = texts.split(fields["cu_seqlens"].diff().tolist())
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    return pad_sequence(rows, batch_first=True), mask
 
 
-def head_losses(model: Condenser, batches: Sequence[dict[str, Any]]) -> dict[str, float]:
+def head_losses(model: Condenser, batches: Sequence[StepBatch]) -> dict[str, float]:
     """The head's loss in nats per masked token, by what it reads in place of the last [CLS]: the sample's own (true),
     that of the row before in its batch (other), or zeros.
 
@@ -97,17 +99,18 @@ def head_losses(model: Condenser, batches: Sequence[dict[str, Any]]) -> dict[str
     """
     if not len(model.c_head):
         raise ValueError("n_head_layers=0: there is no head whose loss could be probed")
-    if min(len(batch["sample_ids"]) for batch in batches) < 2:
+    if min(batch.total("n_sequences") for batch in batches) < 2:
         raise ValueError("head losses need batches of two rows or more: one reads the [CLS] of the other")
     device, before = next(model.parameters()).device, model.condensed
-    sums, n_masked = dict.fromkeys(READ_BY_HEAD, 0.0), sum(batch["n_masked"] for batch in batches)
+    sums, n_masked = dict.fromkeys(READ_BY_HEAD, 0.0), sum(batch.total("n_masked") for batch in batches)
     try:
         with at_rest(model):
             for batch in batches:
-                inputs = {n: v.to(device) if torch.is_tensor(v) else v for n, v in batch.items() if n in MODEL_INPUTS}
-                for name, model.condensed in READ_BY_HEAD.items():
-                    losses = model(**inputs).head_mlm_token_losses
-                    sums[name] += losses.double().sum().item()
+                for fields in batch.to(device):
+                    for name, model.condensed in READ_BY_HEAD.items():
+                        losses = model.losses(fields, score=True)["head_mlm"].losses
+                        assert losses is not None
+                        sums[name] += losses.double().sum().item()
     finally:
         model.condensed = before
     return {name: value / n_masked for name, value in sums.items()}
@@ -124,9 +127,9 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
     Raises:
         ValueError: an encoder of another architecture.
     """
-    if encoder.config.model_type not in FAMILIES:
+    if encoder.config.model_type not in (known := families()):
         raise ValueError(
-            f"attention of a {encoder.config.model_type!r} cannot be probed; of these it can: {', '.join(FAMILIES)}"
+            f"attention of a {encoder.config.model_type!r} cannot be probed; of these it can: {', '.join(known)}"
         )
     of_layers: list[Tensor] = []  # [B] each
 

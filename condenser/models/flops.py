@@ -28,6 +28,9 @@ BF16_PEAKS = {  # dense bf16 TFLOP/s of data sheets, by what the device's name c
 }
 
 
+TOKENS_AT_ONCE = 65_536  # of a pass, which keep any GPU busy
+
+
 class Work(NamedTuple):
     """What a batch makes the model compute; all real positions for what is needed, padding too for what is done."""
 
@@ -38,10 +41,10 @@ class Work(NamedTuple):
     masked: int  # positions at which the vocabulary is scored, per stream
 
     @classmethod
-    def needed(cls, batch: dict[str, Any]) -> "Work":
-        """The least that the losses of a micro-batch need: no padding, last layers at the queries alone."""
-        queries = batch["n_masked"] + len(batch["sample_ids"])
-        return cls(batch["n_tokens"], batch["pairs"], queries, batch["query_pairs"], batch["n_masked"])
+    def needed(cls, batch: Any) -> "Work":
+        """The least that the losses of a `StepBatch` need: last layers at the queries alone, no dummies."""
+        n = {name: batch.total(name) for name in ("n_tokens", "pairs", "n_sequences", "n_masked", "query_pairs")}
+        return cls(n["n_tokens"], n["pairs"], n["n_sequences"] + n["n_masked"], n["query_pairs"], n["n_masked"])
 
 
 def training_flops(config: Any, n_head_layers: int, late_mlm: bool, work: Work) -> float:
@@ -59,3 +62,15 @@ def training_flops(config: Any, n_head_layers: int, late_mlm: bool, work: Work) 
 def bf16_peak(device_name: str) -> float | None:
     """Operations per second at most, None where the device is not known."""
     return next((peak * 1e12 for part, peak in BF16_PEAKS.items() if part in device_name), None)
+
+
+def affordable_tokens(config: Any, n_layers: int, memory: float, checkpointing: bool) -> int:
+    """Tokens of a pass that surely fit into a GPU's ``memory`` (bytes), up to `TOKENS_AT_ONCE`.
+
+    Counted are, of each token, what a layer keeps for the backward pass (in bf16; its input alone with
+    ``checkpointing``), and logits of 30 % of the tokens (two streams); of each weight, 20 bytes.
+    """
+    h, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    layer, weights = 24 * h + 6 * i, n_layers * (4 * h * h + 2 * h * i) + v * h
+    kept = 2 * h * n_layers + layer if checkpointing else n_layers * layer
+    return int(max(1, min(TOKENS_AT_ONCE, (0.8 * memory - 20 * weights) / (kept + 0.3 * v * 10))))

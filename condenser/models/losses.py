@@ -8,20 +8,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 FUSED_AVAILABLE = hasattr(F, "linear_cross_entropy")  # torch 2.13
+IGNORED = -100
+ROWS_AT_ONCE = 2048  # of logits, where they are not all kept; with fewer a GPU waits for the host
+MULTIPLE = 64  # GPUs multiply matrices whose sizes are no multiple of 8 by slower kernels; BERT's 30,522 is none
 
 
-def token_losses(hidden: Tensor, decoder: nn.Linear, targets: Tensor, fused: bool = False) -> Tensor:
-    """Cross-entropies ``[M]`` in fp32 of ``hidden`` ``[M, H]`` with ``targets`` ``[M]``.
+def token_losses(
+    hidden: Tensor, decoder: nn.Linear, targets: Tensor, fused: bool = False, score: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Cross-entropies in fp32 of ``hidden`` ``[M, H]`` with ``targets`` ``[M]``, 0 where these are -100.
 
     Args:
         fused: compute the logits ``[M, V]`` in parts and keep none of them: less memory, the same gradients. Losses are
-            then rounded to the precision of the logits (bf16 under autocast).
+            then rounded to the precision of the logits (bf16 under autocast), and more than one product is computed.
+        score: say too whether each target has the largest logit.
+
+    Returns:
+        losses ``[M]``; right predictions ``[M]`` bool, or None.
 
     Raises:
         ValueError: ``fused`` with a torch that has no ``linear_cross_entropy``.
     """
-    if not fused:
-        return F.cross_entropy(decoder(hidden).float(), targets, reduction="none")
+    if fused:
+        correct = predicted_right(hidden, decoder, targets) if score else None
+        return fused_losses(hidden, decoder, targets), correct
+    weight: Tensor = decoder.weight
+    bias: Tensor = decoder.bias
+    if hidden.is_cuda and (left := -len(bias) % MULTIPLE):
+        weight, bias = F.pad(weight, (0, 0, 0, left)), F.pad(bias, (0, left), value=-1e4)  # no probability in fp32
+    logits = F.linear(hidden, weight, bias)
+    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORED)
+    return losses, logits.detach().argmax(-1) == targets if score else None
+
+
+def fused_losses(hidden: Tensor, decoder: nn.Linear, targets: Tensor) -> Tensor:
     if not FUSED_AVAILABLE:
         raise ValueError("fused_loss needs torch 2.13 or newer; leave the setting out to use plain logits")
     device = hidden.device.type
@@ -30,17 +50,13 @@ def token_losses(hidden: Tensor, decoder: nn.Linear, targets: Tensor, fused: boo
     if torch.is_autocast_enabled(device):  # which the function does not know of
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
-    options = torch.nn.LinearCrossEntropyOptions()
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=min(ROWS_AT_ONCE, len(targets)))
     losses = F.linear_cross_entropy(hidden, weight, targets, linear_bias=bias, reduction="none", options=options)
     return losses.float()
 
 
 @torch.no_grad()
-def predicted_right(hidden: Tensor, decoder: nn.Linear, targets: Tensor, chunk: int = 2048) -> Tensor:
-    """Whether each of ``targets`` ``[M]`` has the largest logit, with ``chunk`` rows of logits at a time: ``[M]``."""
-    return torch.cat(
-        [
-            decoder(part).argmax(-1) == wanted
-            for part, wanted in zip(hidden.split(chunk), targets.split(chunk), strict=True)
-        ]
-    )
+def predicted_right(hidden: Tensor, decoder: nn.Linear, targets: Tensor) -> Tensor:
+    """Whether each of ``targets`` ``[M]`` has the largest logit, with some rows of logits at a time: ``[M]``."""
+    parts = zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
+    return torch.cat([decoder(part).argmax(-1) == wanted for part, wanted in parts])

@@ -1,46 +1,102 @@
-"""`condenser bench`: the speed of a training step, from the authors' recipe to everything that is done here.
+"""`condenser bench`: the speed of a training step, from the authors' recipe to ours.
 
-Each row of the table adds one thing to the row before. All run in one process on one model, in turn, round after round,
-over the same samples: machines are shared and noisy, ratios are not. Weights are random; speed does not depend on them.
+Each row of the table adds to the row before. All run in one process on one model, in turn, round after round, over the
+same samples, by the step that `condenser fit` takes: machines are shared and noisy, ratios are not. Weights are random;
+speed does not depend on them.
 """
 
+import contextlib
 import os
-from dataclasses import replace
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Vocabulary
+from condenser.data.collate import Masking, StepBatch, Vocabulary
+from condenser.data.datamodule import StepLoader, Steps
+from condenser.data.mixing import Mixture
 from condenser.data.store import SPECIAL_TOKENS, TokenStore, read_manifest, write_json
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
+from condenser.models.attention import put
 from condenser.models.backbones.base import build_masked_lm, changed_config
 from condenser.models.condenser import Condenser
-from condenser.models.flops import bf16_peak
-from condenser.models.losses import FUSED_AVAILABLE
-from condenser.reports.trial import Precision, Recipe, Trial, matmul_rate
+from condenser.models.flops import Work, bf16_peak
+from condenser.models.objective import COUNTS, Term
 from condenser.runs import read_mapping
+from condenser.training.step import TrainingStep
+
+Precision = Literal["32-true", "bf16-mixed"]
+Figures = dict[str, list[float]]  # of each round
+KINDS = {  # of GPU kernels, by what their names contain; the first match counts
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "xmma", "cublas"),
+    "attention": ("flash", "fmha", "attention"),
+    "optimizer": ("FusedAdam", "fused_adam", "multi_tensor", "foreach"),
+    "copies": ("Memcpy", "Memset", "copy_kernel"),
+}
 
 
-def recipes(on_gpu: bool, precision: Precision) -> list[Recipe]:
-    """The authors' recipe, and each step of ours added in turn."""
-    found = [Recipe("authors' recipe", masked_only=False, bucketed=False, pruned=False, fused_optimizer=False)]
+@dataclass(frozen=True)
+class Recipe:
+    """What is done in a step."""
 
-    def add(name: str, **more: bool) -> None:
-        found.append(replace(found[-1], name=f"+ {name}", **more))
+    name: str
+    authors: bool = False  # padded to the longest row of all, whole layers, all logits, one micro-batch at a time
+    compiled: bool = False
+    replayed: bool = False
 
-    add("masked tokens only", masked_only=True)
-    add("batches by length", bucketed=True)
-    add("pruned last layers", pruned=True)
-    add("fused optimizer", fused_optimizer=True)
-    if on_gpu and precision == "bf16-mixed":
-        add("packed", packed=True)
-    if on_gpu and FUSED_AVAILABLE:
-        add("fused loss", fused_loss=True)
-    add("compiled layers", compiled=True)
-    return found
+
+RECIPES = (
+    Recipe("authors' recipe", authors=True),
+    Recipe("flat, pruned"),
+    Recipe("+ compiled", compiled=True),
+    Recipe("+ replayed", compiled=True, replayed=True),
+)
+
+
+class Authors(Condenser):
+    """The loss as the published code computes it: Hugging Face's layers over padded rows, every position scored."""
+
+    longest = 0  # tokens of the longest row of all
+
+    def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
+        bounds = batch["cu_seqlens"]
+        n, length = len(bounds) - 1, self.longest
+        row = torch.bucketize(torch.arange(len(batch["input_ids"]), device=bounds.device), bounds, right=True) - 1
+        slots = row * length + batch["position_ids"]
+        ids, real = (
+            put(each, slots, n * length).view(n, length) for each in (batch["input_ids"], row.new_ones(len(row)))
+        )
+        labels = put(batch["labels"] + 100, slots[batch["masked_index"]], n * length) - 100
+        embeddings, layers = self.backbone.embeddings, self.backbone.layers
+        early = late = embeddings(ids)
+        mask = real[:, None, None, :].bool()
+        for depth, layer in enumerate(layers, start=1):
+            late = layer(late, mask)
+            early = late if depth == self.skip_from else early
+        head = torch.cat([late[:, :1], early[:, 1:]], dim=1)
+        for layer in self.c_head:
+            head = layer(head, mask)
+        logits = {name: self.backbone.mlm_head({"mlm": late, "head_mlm": head}[name]) for name in self.terms}
+        return {
+            name: Term(F.cross_entropy(each.flatten(0, 1).float(), labels, reduction="sum"))
+            for name, each in logits.items()
+        }
+
+
+class Mixed(Steps):
+    """The same samples in the same steps, but micro-batches of any lengths, each a pass."""
+
+    def parts(self, step: int) -> list[np.ndarray]:
+        parts = self.batches.step(step)
+        return np.array_split(np.random.default_rng(step).permutation(np.concatenate(parts)), len(parts))
 
 
 def bench(
@@ -50,17 +106,20 @@ def bench(
     max_length: int = 128,
     sequences: int | None = None,
     micro_batches: int | None = None,
+    tokens_per_pass: int | None = None,
     precision: Precision | None = None,
+    compile: bool | None = None,
     steps: int | None = None,
     rounds: int = 5,
     workers: int | None = None,
     json: str | None = None,
 ) -> None:
-    """Measure training steps: the authors' recipe, each of our steps added to it, and everything.
+    """Measure training steps: by the authors' recipe, by ours, and by ours compiled and replayed.
 
     Shown are medians over the rounds, with half the range, and the ratio to the authors' recipe. FLOPs are those done,
-    padding included; MFU counts only those that the real tokens need, against the rate of large matrix products.
-    `condenser bench data` measures what comes before training.
+    padding included; MFU counts only those that the real tokens need, against the rate of large matrix products. The
+    host's time is what a step takes it until it can begin the next, launches are kernels on a GPU and operations on a
+    CPU. `condenser bench data` measures what comes before training.
 
     Args:
         config: recipe whose model is built, with random weights; BERT-base with the paper's head by default.
@@ -68,7 +127,9 @@ def bench(
         max_length: of the rows in memory.
         sequences: of an optimizer step; 32 on the CPU and 1024 on a GPU by default.
         micro_batches: parts of a step; 2 on the CPU and 8 on a GPU by default.
+        tokens_per_pass: tokens computed at once by ours; one micro-batch on the CPU and 65,536 on a GPU by default.
         precision: 32-true on the CPU and bf16-mixed on a GPU by default.
+        compile: measure ours compiled too; by default on a GPU.
         steps: optimizer steps per row and round; 1 on the CPU and 10 on a GPU by default.
         rounds: repetitions of everything.
         workers: processes that load; 0 on the CPU and 8 on a GPU by default.
@@ -81,34 +142,52 @@ def bench(
 
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
-    precision = precision or ("bf16-mixed" if on_gpu else "32-true")
     sequences, micro_batches = sequences or (1024 if on_gpu else 32), micro_batches or (8 if on_gpu else 2)
     steps, workers = steps or (10 if on_gpu else 1), (8 if on_gpu else 0) if workers is None else workers
     samples, vocabulary, n_tokens = open_store(store, max_length, 64 * sequences)
+    mixture = Mixture([samples], seed=0)
     batches = BucketedBatches(
-        samples.lengths, batch_size=sequences, micro_batches_per_step=micro_batches, seed=0, added=SPECIAL_TOKENS
+        samples.lengths,
+        batch_size=sequences,
+        micro_batches_per_step=micro_batches,
+        seed=0,
+        added=SPECIAL_TOKENS,
+        mixture=mixture,
     )
-    if batches.steps_per_epoch < steps * rounds + 1:
+    if batches.steps_per_epoch < steps * rounds + 2:
         raise ValueError(
-            f"{steps} steps in each of {rounds} rounds need {steps * rounds + 1} steps of {sequences} sequences; "
+            f"{steps} steps in each of {rounds} rounds need {steps * rounds + 2} steps of {sequences} sequences; "
             f"{store or 'the rows in memory'} have {batches.steps_per_epoch}. Lower --steps, --rounds or --sequences"
         )
     torch.manual_seed(0)
     model = build_model(config, n_tokens, int(samples.lengths.max()) + SPECIAL_TOKENS).to(device)
-    trial = Trial(model, precision, steps, workers, samples, vocabulary, batches)
+    trial = Trial(
+        model=model,
+        precision=precision or ("bf16-mixed" if on_gpu else "32-true"),
+        steps=steps,
+        workers=workers,
+        tokens_per_pass=tokens_per_pass or (65536 if on_gpu else 1),
+        data=(mixture, batches, vocabulary),
+    )
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
-    console, about = Console(), setting(trial, sequences, micro_batches)
+    console, about = Console(), setting(trial)
     console.print(about, highlight=False)
-    compared = recipes(on_gpu, precision)
-    found = trial.run(compared, rounds, console)
-    rate = matmul_rate(device, torch.bfloat16 if precision == "bf16-mixed" else torch.float32)
-    peak = bf16_peak(torch.cuda.get_device_name()) if on_gpu and precision == "bf16-mixed" else None
+    wanted = [
+        recipe
+        for recipe in RECIPES
+        if (not recipe.compiled or (on_gpu if compile is None else compile)) and (on_gpu or not recipe.replayed)
+    ]
+    found = trial.run(wanted, rounds, console)
+    rate = matmul_rate(device, trial.dtype)
     console.print(table(found, rate))
     console.print(f"MFU is of {rate / 1e12:.3g} TFLOP/s, measured with large matrix products", highlight=False)
+    if trial.kernels:
+        console.print(table_of_kernels(trial.kernels))
     if json:
+        peak = bf16_peak(torch.cuda.get_device_name()) if on_gpu and trial.precision == "bf16-mixed" else None
         rates = {"matmul_flops_per_second": rate, "data_sheet_flops_per_second": peak}
-        write_json(Path(json), {"setting": about, **rates, "recipes": found})
+        write_json(Path(json), {"setting": about, **rates, "recipes": found, "kernels": trial.kernels})
 
 
 def open_store(store: str | None, max_length: int, n_synthetic: int) -> tuple[Any, Vocabulary, int]:
@@ -143,29 +222,196 @@ def build_model(config: str | None, n_tokens: int, longest: int) -> Condenser:
     for name, needed in (("vocab_size", n_tokens), ("max_position_embeddings", longest)):
         if getattr(lm.config, name) < needed:
             raise ValueError(f"the model has {name}={getattr(lm.config, name)}; the rows need {needed}")
+    Authors.longest = longest
     return Condenser.from_masked_lm(lm, **head).train()
 
 
-def setting(trial: Trial, sequences: int, micro_batches: int) -> str:
-    lengths, config = trial.samples.lengths, trial.model.lm.config
-    longest = int(lengths.max()) + SPECIAL_TOKENS
-    real = (lengths.mean() + SPECIAL_TOKENS) / longest
+@dataclass
+class Trial:
+    """A model, and the rows that it is trained on."""
+
+    model: Condenser
+    precision: Precision
+    steps: int  # of a recipe in a round
+    workers: int
+    tokens_per_pass: int
+    data: tuple[Mixture, BucketedBatches, Vocabulary]
+
+    def __post_init__(self) -> None:
+        self.device = next(self.model.parameters()).device
+        self.dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
+        self.kernels: dict[str, dict[str, float]] = {}  # milliseconds a step by kind, of each recipe, on a GPU
+
+    def run(self, recipes: list[Recipe], rounds: int, console: Any) -> dict[str, Figures]:
+        """Figures of each round by recipe. Two steps of each that do not count come first."""
+        from rich.progress import Progress
+
+        found: dict[str, Figures] = {recipe.name: {} for recipe in recipes}
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("", total=len(recipes) * (rounds + 1))
+            steps = {}
+            for recipe in recipes:
+                progress.update(task, description=f"first steps: {recipe.name}", advance=1)
+                steps[recipe.name] = self.step_of(recipe)
+                found[recipe.name] |= self.profile(recipe, steps[recipe.name])
+            for number in range(rounds):
+                first = 2 + number * self.steps
+                for recipe in recipes:
+                    progress.update(task, description=f"round {number + 1}: {recipe.name}", advance=1)
+                    for name, value in self.measure(recipe, steps[recipe.name], first).items():
+                        found[recipe.name].setdefault(name, []).append(value)
+        return found
+
+    def step_of(self, recipe: Recipe) -> TrainingStep:
+        model = self.model
+        objective = Authors(model.lm, model.c_head, model.skip_from, model.late_mlm, False) if recipe.authors else model
+        fused = None if recipe.authors else True
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
+        return TrainingStep(objective, optimizer, clip=1.0, compiled=recipe.compiled, replayed=recipe.replayed)
+
+    def loader(self, recipe: Recipe, first: int) -> StepLoader:
+        mixture, batches, vocabulary = self.data
+        kind, n = (Mixed, 1) if recipe.authors else (Steps, self.tokens_per_pass)
+        steps = kind(mixture, batches, vocabulary, Masking(0), (0, 1), n, few_shapes=recipe.compiled)
+        loader = StepLoader(steps, training=True, num_workers=self.workers)
+        loader.load_state_dict({"position": first})
+        return loader
+
+    def take(self, step: TrainingStep, batch: StepBatch) -> None:
+        counts = torch.tensor([batch.total(name) for name in COUNTS], dtype=torch.float32)
+        batch, scale = batch.to(self.device), (1 / counts).to(self.device, non_blocking=True)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            step.take(batch, scale)
+
+    def measure(self, recipe: Recipe, step: TrainingStep, first: int) -> dict[str, float]:
+        step.gradients[0].zero_()
+        loader, compiled = self.loader(recipe, first), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        items = iter(loader)
+        batch, tokens, needed, done, positions, host = next(items), 0, 0.0, 0.0, 0, 0.0
+        if self.workers:
+            time.sleep(1.0)  # until they are ahead, as they are in training
+        loader.waited, start = 0.0, time.perf_counter()
+        for number in range(self.steps):
+            began = time.perf_counter()
+            self.take(step, batch)
+            host += time.perf_counter() - began
+            tokens += batch.total("n_tokens")
+            positions += self.positions(recipe, batch)
+            needed += self.model.flops(Work.needed(batch))
+            done += self.model.flops(self.work_done(recipe, batch))
+            if number + 1 < self.steps:
+                batch = next(items)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        return {
+            "tokens_per_second": tokens / seconds,
+            "padding": 1 - tokens / positions,
+            "data_wait": loader.waited / seconds,
+            "host_ms": 1e3 * host / self.steps,
+            "flops_per_token": done / tokens,
+            "needed_flops_per_second": needed / seconds,
+            "recompilations": torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled,
+        }
+
+    def positions(self, recipe: Recipe, batch: StepBatch) -> int:
+        return Authors.longest * batch.total("n_sequences") if recipe.authors else batch.n_positions
+
+    def work_done(self, recipe: Recipe, batch: StepBatch) -> Work:
+        """What a recipe computes, padding, dummies and whole layers included."""
+        area = self.positions(recipe, batch)
+        if recipe.authors:
+            pairs = area * Authors.longest
+            return Work(area, pairs, area, pairs, area)
+        more = area / batch.total("n_tokens")
+        return Work(*(round(more * each) for each in Work.needed(batch)))
+
+    def profile(self, recipe: Recipe, step: TrainingStep) -> Figures:
+        """Of the second step: bytes at the most (weights, gradients, optimizer states and whatever it needs), launches,
+        and on a GPU the time of kernels by kind."""
+        items = iter(self.loader(recipe, 0))
+        on_gpu = self.device.type == "cuda"
+        self.take(step, next(items))  # compilers allocate too
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        with without_stderr(), torch.profiler.profile(profile_memory=not on_gpu) as profiler:
+            self.take(step, next(items))
+            if on_gpu:
+                torch.cuda.synchronize()
+        events: Any = profiler.profiler
+        if on_gpu:
+            kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+            times: Counter[str] = Counter()
+            for event in kernels:
+                times[kind_of(event.name)] += event.device_time_total / 1e3
+            self.kernels[recipe.name] = dict(times)
+            names = [event.name for event in profiler.events()]
+            launches = sum(name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for name in names)
+            return {"peak_memory_gb": [torch.cuda.max_memory_allocated() / 1e9], "launches": [launches]}
+        allocated = [event.nbytes() for event in events.kineto_results.events() if event.name() == "[memory]"]
+        states = [state for each in step.optimizer.state.values() for state in each.values() if torch.is_tensor(state)]
+        kept = sum(each.numel() * each.element_size() for each in [*step.weights, *step.gradients, *states])
+        operations = [e for e in profiler.events() if e.name.startswith("aten::") and not within_another(e)]
+        peak = kept + max(0, int(np.cumsum(allocated).max()))
+        return {"peak_memory_gb": [peak / 1e9], "launches": [len(operations)]}
+
+
+def within_another(event: Any) -> bool:
+    return event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::")
+
+
+def kind_of(kernel: str) -> str:
+    return next((kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "element-wise")
+
+
+@contextlib.contextmanager
+def without_stderr() -> Iterator[None]:
+    """The profiler's library notes there that it begins and ends, whatever it is told."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of large matrix products: the best of several."""
+    n = 8192 if device.type == "cuda" else 1536
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(10):
+        start = time.perf_counter()
+        for _ in range(5):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 5 * 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def setting(trial: Trial) -> str:
+    mixture, batches, _ = trial.data
+    lengths, config = mixture.lengths, trial.model.lm.config
+    real = (lengths.mean() + SPECIAL_TOKENS) / Authors.longest
     hardware = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
     if trial.device.type == "cuda":
         hardware = torch.cuda.get_device_name()
     return (
         f"{config.num_hidden_layers} + {len(trial.model.c_head)} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} tokens in the vocabulary; {trial.precision}; {hardware}; torch {torch.__version__}\n"
-        f"{sequences} sequences a step in {micro_batches} micro-batches, up to {longest} tokens long, on average "
-        f"{real:.0%} of that"
+        f"{batches.batch_size} sequences a step in {batches.micro_batches_per_step} micro-batches, up to "
+        f"{Authors.longest} tokens long, on average {real:.0%} of that"
     )
 
 
-def table(found: dict[str, dict[str, list[float]]], rate: float) -> Any:
+def table(found: dict[str, Figures], rate: float) -> Any:
     from rich import box
     from rich.table import Table
 
-    headers = "tokens/s", "ratio", "padding", "wait", "GFLOP/tok", "MFU", "GB"
+    headers = "tokens/s", "ratio", "padding", "wait", "GFLOP/tok", "MFU", "GB", "launches", "host ms"
     shown = Table("", *headers, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     base = next(iter(found.values()))["tokens_per_second"]
     for name, figures in found.items():
@@ -179,7 +425,20 @@ def table(found: dict[str, dict[str, list[float]]], rate: float) -> Any:
             f"{median(figures['flops_per_token']) / 1e9:.3f}",
             f"{median(figures['needed_flops_per_second']) / rate:.0%}",
             f"{figures['peak_memory_gb'][0]:.2f}",
+            f"{figures['launches'][0]:,.0f}",
+            f"{median(figures['host_ms']):,.0f}",
         )
     for column in shown.columns[1:]:
         column.no_wrap, column.justify = True, "right"
+    return shown
+
+
+def table_of_kernels(kernels: dict[str, dict[str, float]]) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    shown = Table("ms of kernels in a step", *kernels, box=box.SIMPLE_HEAD)
+    for kind in (*KINDS, "element-wise"):
+        shown.add_row(kind, *(f"{times.get(kind, 0.0):.1f}" for times in kernels.values()))
+    shown.add_row("all", *(f"{sum(times.values()):.1f}" for times in kernels.values()))
     return shown

@@ -19,7 +19,7 @@ from condenser.corpus.documents import Document, documents
 from condenser.corpus.readers import Columns, resolve, units
 from condenser.corpus.work import available_cores
 from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Masking, Vocabulary, make_micro_batch
+from condenser.data.collate import Masking, Vocabulary, collate
 from condenser.data.store import SPECIAL_TOKENS, TokenStore, read_manifest, write_json
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.reports.tables import Measured, show, timed
@@ -71,7 +71,7 @@ def bench_data(
 
 
 def collation(folder: str | None, batch_size: int, micro_batches_per_step: int, rounds: int) -> Measured:
-    """Million tokens a second of ours, padded and packed, and of the authors' algorithm."""
+    """Million tokens a second of ours, and of the authors' algorithm."""
     from condenser.data.tokenizers import load_tokenizer
 
     if folder:
@@ -93,17 +93,16 @@ def collation(folder: str | None, batch_size: int, micro_batches_per_step: int, 
     few = parts[:: max(1, len(parts) // 4)]
     lists = []
     for part in few:
-        input_ids, _, lengths = store.rows(part)
-        lists.append([row[:length].tolist() for row, length in zip(input_ids, lengths, strict=True)])
+        rows = store.rows(part)
+        lists.append([row.tolist() for row in np.split(rows.tokens, rows.lengths.cumsum()[:-1])])
     longest = int(store.lengths.max()) + SPECIAL_TOKENS
-    measured: Measured = {"padded": [], "packed": [], "token by token, as the authors' collator": []}
-    padded, packed, reference = measured.values()
+    measured: Measured = {"flat": [], "token by token, as the authors' collator": []}
+    flat, reference = measured.values()
     torch.set_num_threads(1)
     for _ in range(rounds):
-        for figures, layout in ((padded, "padded"), (packed, "packed")):
-            with timed(figures, tokens_of(store, parts)):
-                for part in parts:
-                    make_micro_batch(store.rows(part), part, 0, vocabulary, Masking(0), layout)  # type: ignore[arg-type]
+        with timed(flat, tokens_of(store, parts)):
+            for part in parts:
+                collate(store.rows(part), part, 0, vocabulary, Masking(0))
         with timed(reference, tokens_of(store, few)):
             for rows in lists:
                 collate_token_by_token(rows, pieces, vocabulary, longest)

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from condenser.data.batching import BucketedBatches
+from condenser.data.collate import StepBatch
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.store import SPECIAL_TOKENS, write_json
 from condenser.data.synthetic import SyntheticStore
-from condenser.models.backbones.base import parts
 from condenser.models.condenser import Condenser
-from condenser.models.flops import Work, bf16_peak, training_flops
+from condenser.models.flops import TOKENS_AT_ONCE, Work, bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
-from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, micro_batch
+from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, one_pass
 from condenser.training.fit import DryCLI, run_cli
 from condenser.training.module import CondenserModule
 
@@ -75,16 +75,18 @@ def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any
     rows = rows_of(datamodule, options.tokens)
     rehearsal = Rehearsal(module, datamodule)
     steps, tokens = length_of_run(trainer, datamodule.batch_size, rows)
-    first = first_steps(datamodule, rows)
-    longest = max((micro_batches[0] for micro_batches in first), key=area)
+    micro_batches = first_step(datamodule, rows)
+    at_once = datamodule.tokens_per_pass or (1 if on_cpu else TOKENS_AT_ONCE)
+    together = max(1, at_once // tokens_of(micro_batches[0]))
+    lengths = np.concatenate(micro_batches[:together])
     per_token = flops_per_token(rehearsal, rows.lengths)
     return {
         "parameters": parameters(rehearsal.model),
         "data": {"lengths": rows.source, "rows_per_epoch": rows.n_rows, "tokens_per_epoch": rows.tokens},
         "run": {"steps": steps, "tokens": tokens, "flops_per_token": per_token, "flops": per_token * tokens},
-        "micro_batch": {"sequences": len(longest), "longest": int(longest.max()) + SPECIAL_TOKENS},
-        "memory": memory(rehearsal, here, longest, devices),
-        "gpus": on_gpus(rehearsal, on_gpu, rows, sum(map(area, first[0])), per_token * tokens, options),
+        "pass": {"sequences": len(lengths), "tokens": tokens_of(lengths)},
+        "memory": memory(rehearsal, here, lengths, devices),
+        "gpus": on_gpus(rehearsal, on_gpu, rows, sum(map(tokens_of, micro_batches)), per_token * tokens, options),
         "assumptions": assumptions(module, on_gpu, options.mfu),
     }
 
@@ -124,10 +126,7 @@ def configured(module: CondenserModule, datamodule: CondenserDataModule, trainer
     precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(given, given)
     if precision not in ("32-true", "bf16-mixed"):
         raise ValueError(f"trainer.precision={given} cannot be estimated; use 32-true or bf16-mixed")
-    if datamodule.layout == "packed" and trainer.accelerator != "cpu" and precision == "32-true":
-        raise ValueError("data.layout=packed needs trainer.precision=bf16-mixed on a GPU")
-    fused = FUSED_AVAILABLE and on_gpu if module.fused_loss is None else module.fused_loss
-    return Setting(precision, module.gradient_checkpointing, fused, on_gpu)
+    return Setting(precision, module.gradient_checkpointing, module.fused_loss, on_gpu)
 
 
 def n_devices(trainer: Any) -> int:
@@ -137,48 +136,44 @@ def n_devices(trainer: Any) -> int:
     return max(1, each) * int(trainer.num_nodes)
 
 
-def first_steps(datamodule: CondenserDataModule, rows: Rows) -> list[list[np.ndarray]]:
-    """The lengths in each micro-batch of the first steps, the longest rows first."""
+def first_step(datamodule: CondenserDataModule, rows: Rows) -> list[np.ndarray]:
+    """The lengths in each micro-batch of a step, the longest rows first."""
     order = BucketedBatches(
         rows.lengths,
         batch_size=datamodule.batch_size,
         micro_batches_per_step=datamodule.micro_batches_per_step,
-        window=datamodule.window,
         seed=datamodule.seed,
         added=SPECIAL_TOKENS,
-        multiple_of=datamodule.pad_to_multiple_of,
     )
-    return [[rows.lengths[part] for part in order.step(i)] for i in range(min(order.steps_per_epoch, 64))]
+    return [rows.lengths[part] for part in order.step(0)]
 
 
-def area(lengths: np.ndarray) -> int:
-    return len(lengths) * (int(lengths.max()) + SPECIAL_TOKENS)
+def tokens_of(lengths: np.ndarray) -> int:
+    return int(lengths.sum(dtype=np.int64)) + SPECIAL_TOKENS * len(lengths)
 
 
 def flops_per_token(rehearsal: Rehearsal, lengths: np.ndarray) -> float:
     """Needed by training, of a real token: no padding, last layers at the queries alone."""
-    model, batch = rehearsal.model, micro_batch(lengths[:: -(-len(lengths) // 4096)], rehearsal.datamodule)
-    return training_flops(model.lm.config, len(model.c_head), model.late_mlm, Work.needed(batch)) / batch["n_tokens"]
+    batch = StepBatch.of([one_pass(lengths[:: -(-len(lengths) // 4096)], rehearsal.datamodule)])
+    return rehearsal.model.flops(Work.needed(batch)) / batch.total("n_tokens")
 
 
 def parameters(model: Condenser) -> dict[str, int]:
-    pieces = {"total": model, "backbone": model.lm, "its embeddings": parts(model.lm).embeddings, "head": model.c_head}
+    pieces = {"total": model, "backbone": model.lm, "its embeddings": model.backbone.embeddings, "head": model.c_head}
     counts = {name: sum(p.numel() for p in piece.parameters()) for name, piece in pieces.items()}
     return counts | {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 
 def memory(rehearsal: Rehearsal, chosen: Setting, lengths: np.ndarray, devices: int) -> list[dict[str, Any]]:
-    """GB by kind at the peak of a step, as configured and otherwise, with a micro-batch of these ``lengths``."""
+    """GB by kind at the peak of a step, as configured and otherwise, with a pass of these ``lengths``."""
     settings = [Setting(p, c, chosen.fused, chosen.on_gpu) for p in ("32-true", "bf16-mixed") for c in (False, True)]
     if FUSED_AVAILABLE:
         settings.insert(settings.index(chosen) + 1, chosen._replace(fused=not chosen.fused))
-    accumulates, table = rehearsal.datamodule.micro_batches_per_step > devices, []
+    table = []
     for setting in settings:
-        found, kept = rehearsal.peak(setting, lengths, accumulates)
-        found[BUCKETS] = buckets(rehearsal, devices)
+        found = rehearsal.peak(setting, lengths) | {BUCKETS: buckets(rehearsal, devices)}
         gb = {kind: found[kind] / 1e9 for kind in (*KINDS, BUCKETS)}
-        about = setting._asdict() | {"configured": setting == chosen, "packed": rehearsal.packs(setting)}
-        table.append(about | gb | {"peak": sum(gb.values()), "a layer keeps": kept / 1e9})
+        table.append(setting._asdict() | {"configured": setting == chosen} | gb | {"peak": sum(gb.values())})
     return table
 
 
@@ -188,12 +183,12 @@ def buckets(rehearsal: Rehearsal, devices: int) -> int:
 
 
 def on_gpus(
-    rehearsal: Rehearsal, setting: Setting, rows: Rows, step_area: int, flops: float, options: Any
+    rehearsal: Rehearsal, setting: Setting, rows: Rows, step_tokens: int, flops: float, options: Any
 ) -> list[dict[str, Any]]:
-    """What fits on each GPU, and how long it takes. Memory goes with the micro-batch in straight pieces that bend
-    upwards, so that between sizes that were rehearsed it is no more than on a line between them."""
+    """What fits on each GPU, and how long it takes. Memory goes with a pass in straight pieces that bend upwards, so
+    that between sizes that were rehearsed it is no more than on a line between them."""
     longest, sizes = int(rows.lengths.max()), [1, 16, 256]
-    needs = [rehearsal.peak(setting, np.full(n, longest))[0].total() for n in sizes]
+    needs = [sum(rehearsal.peak(setting, np.full(n, longest)).values()) for n in sizes]
     sizes.append(1 << 24)
     needs.append(needs[-1] + (needs[-1] - needs[-2]) // 240 * (sizes[-1] - 256))
     table = []
@@ -203,7 +198,7 @@ def on_gpus(
             budget = USABLE * gb * 1e9 - CONTEXT - buckets(rehearsal, devices)
             n = int(np.interp(budget, needs, sizes, left=0))
             tokens = n * (longest + SPECIAL_TOKENS)
-            least = -(-step_area // (tokens * devices)) * devices if n else math.inf
+            least = -(-step_tokens // (tokens * devices)) * devices if n else math.inf
             fits = least <= rehearsal.datamodule.batch_size
             hours = flops / ((bf16_peak(name) or math.nan) * options.mfu * devices) / 3600
             row[str(devices)] = {"sequences": n, "tokens": tokens, "micro_batches": least if fits else None}
@@ -224,8 +219,8 @@ def assumptions(module: CondenserModule, setting: Setting, mfu: float) -> list[s
         found.append("the hours are those of bf16-mixed; 32-true is several times slower on GPUs")
     if setting.checkpointing:
         found.append("gradient checkpointing repeats the forward pass: give a --mfu a quarter lower than without")
-    if module.compiled:
-        found.append("memory is that of layers that are not compiled, which keep more")
+    if setting.on_gpu and module.compiled is not False:
+        found.append("memory is that of a pass that is not compiled, which keeps more")
     if module.layers["freeze_embeddings"] or module.layers["freeze_layers"]:
         found.append("operations and hours count frozen layers as if they were trained")
     return found
@@ -244,24 +239,23 @@ def show(found: dict[str, Any]) -> None:
     amount = f"{run['tokens']:,.0f} tokens of {run['flops_per_token'] / 1e9:.3g} GFLOP each: {run['flops']:.3g} FLOP"
     console.print(f"The run: {run['steps']:,} steps, {amount}\n")
 
-    rows, micro = found["memory"], found["micro_batch"]
+    rows, size = found["memory"], f"{found['pass']['sequences']:,} rows, {found['pass']['tokens']:,} tokens"
     device = "a GPU" if rows[0]["on_gpu"] else "the CPU"
-    size = f"{micro['sequences']} rows of up to {micro['longest']} tokens"
-    table = Table("", title=f"GB at the peak of a step on {device}, micro-batch of {size} (* configured)", **style)
+    table = Table("", title=f"GB at the peak of a step on {device}, a pass of {size} (* configured)", **style)
     for row in rows:
-        flags = {"packed": row["packed"], "fused loss": row["fused"], "recomputed": row["checkpointing"]}
+        flags = {"fused loss": row["fused"], "recomputed": row["checkpointing"]}
         header = [
             ("* " if row["configured"] else "") + row["precision"].split("-")[0],
             *(name for name, on in flags.items() if on),
         ]
         table.add_column("\n".join(header), justify="right")
-    for kind in (*KINDS, BUCKETS, "peak", "a layer keeps"):
+    for kind in (*KINDS, BUCKETS, "peak"):
         if any(row[kind] for row in rows):
-            table.add_row(kind, *(f"{row[kind]:.3f}" for row in rows), end_section=kind == "peak")
+            table.add_row(kind, *(f"{row[kind]:.3f}" for row in rows))
     console.print(table)
 
     columns = list(found["gpus"][0])[2:]
-    title = "Largest micro-batch (rows of full length), smallest data.micro_batches_per_step, hours"
+    title = "Largest pass (rows of full length), smallest data.micro_batches_per_step, hours"
     table = Table("\n\nGPU", "\n\nGB", "\n\nrows", "\n\ntokens", title=title, **style)
     for column in columns:
         table.add_column(f"micro-\nbatches\non {column}", justify="right")

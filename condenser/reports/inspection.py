@@ -1,13 +1,12 @@
 """`condenser inspect`: what is in a token store, for eyes."""
 
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from condenser.data.datamodule import CondenserDataModule, Steps
-from condenser.data.masking import IGNORED, Unit
+from condenser.data.masking import Unit
 from condenser.data.store import SPECIAL_TOKENS, read_manifest
 from condenser.data.store import verify as verify_files
 
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 COLOURS = {"mask": "white on red", "random": "black on yellow", "keep": "black on green"}
-STEPS_LOOKED_AT = 100  # of an epoch, for padding and shapes
+STEPS_LOOKED_AT = 100  # of an epoch
 
 
 def inspect_store(
@@ -28,12 +27,10 @@ def inspect_store(
     mask_probability: float = 0.15,
     batch_size: int = 1024,
     micro_batches_per_step: int = 8,
-    window: int = 8,
-    pad_to_multiple_of: int = 1,
     seed: int = 0,
     verify: bool = False,
 ) -> None:
-    """Show what is in a token store: where it came from, how long its rows are, some with their masks, the padding.
+    """Show what is in a token store: where it came from, how long its rows are, some with their masks, the steps.
 
     Args:
         store: folder that `condenser prepare` wrote.
@@ -43,8 +40,6 @@ def inspect_store(
         mask_probability: share of the tokens to predict.
         batch_size: sequences per optimizer step over all devices.
         micro_batches_per_step: parts of a step.
-        window: steps whose sequences are sorted by length together.
-        pad_to_multiple_of: padded lengths are rounded up to a multiple of this.
         seed: seed of order and masks.
         verify: compare every file with its checksum first, which reads all of them.
 
@@ -61,10 +56,8 @@ def inspect_store(
         store,
         batch_size=min(batch_size, max(1, n_train)),
         micro_batches_per_step=max(1, min(micro_batches_per_step, batch_size, n_train)),
-        window=window,
         mask_unit=mask_unit,
         mask_probability=mask_probability,
-        pad_to_multiple_of=pad_to_multiple_of,
         num_workers=0,
         seed=seed,
     )
@@ -74,7 +67,7 @@ def inspect_store(
     assert isinstance(steps, Steps)
     show_lengths(console, data.train.lengths)
     show_samples(console, data, steps, epoch, samples)
-    show_padding(console, steps, manifest["settings"]["max_length"])
+    show_steps(console, steps, manifest["settings"]["max_length"])
 
 
 def verify_all(store: str, manifest: dict[str, Any], console: "Console") -> None:
@@ -137,17 +130,18 @@ def show_samples(console: "Console", data: CondenserDataModule, steps: Steps, ep
 
 def masked_pieces(data: CondenserDataModule, steps: Steps, epoch: int, number: int) -> list[tuple[str, bool, str]]:
     """A sample's tokens: the text of each, whether a word begins, and its fate: mask, random, keep or none."""
-    batch = steps.micro_batch(epoch, np.array([number]))
-    inputs, labels = batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
-    _, starts, _ = data.train.read(data.train.samples(epoch, np.array([number])).rows)
+    fields = steps.one_pass(epoch, np.array([number]))
+    originals = dict(zip(fields["masked_index"].tolist(), fields["labels"].tolist(), strict=True))
+    starts = data.train.read(data.train.samples(epoch, np.array([number])).rows).word_starts
 
     def text(token: int) -> str:
         return data.tokenizer.decode([token]).removeprefix("##").strip()
 
     found = []
-    for place, is_start in enumerate(starts[0].tolist(), start=1):
-        now, label = inputs[place], labels[place]
-        if label == IGNORED:
+    for place, is_start in enumerate(starts.tolist(), start=1):
+        now = int(fields["input_ids"][place])
+        label = originals.get(place)
+        if label is None:
             found.append((text(now), is_start, ""))
         elif now == data.tokenizer.mask_token_id:
             found.append((f"[{text(label)}]", is_start, "mask"))
@@ -158,35 +152,37 @@ def masked_pieces(data: CondenserDataModule, steps: Steps, epoch: int, number: i
     return found
 
 
-def show_padding(console: "Console", steps: Steps, max_length: int) -> None:
+def show_steps(console: "Console", steps: Steps, max_length: int) -> None:
     batches = steps.batches
-    shapes, shares = padding(steps, max_length)
-    rows = {name: f"{share:.2%}" for name, share in shares.items()}
-    common = ", ".join(f"{rows} x {length}" for (rows, length), _ in shapes.most_common(4))
-    rows["shapes of micro-batches"] = f"{len(shapes)} different, such as {common}"
-    rows["steps in an epoch"] = f"{batches.steps_per_epoch:,}"
-    title = f"\npadding at batch_size {batches.batch_size}, {batches.micro_batches_per_step} micro-batches a step"
+    tokens, sequences, shares = about_steps(steps, max_length)
+    rows = {
+        "steps in an epoch": f"{batches.steps_per_epoch:,}",
+        "tokens of a step": f"{tokens.sum(1).mean():,.0f}, from {tokens.sum(1).min():,} to {tokens.sum(1).max():,}",
+        "tokens of a micro-batch": f"{tokens.mean():,.0f}, from {tokens.min():,} to {tokens.max():,}",
+        "sequences of a micro-batch": f"{sequences.mean():,.0f}, from {sequences.min():,} to {sequences.max():,}",
+    }
+    rows |= {name: f"{share:.2%}" for name, share in shares.items()}
+    title = f"\nsteps of batch_size {batches.batch_size}, {batches.micro_batches_per_step} micro-batches a step"
     show_table(console, title, rows)
 
 
-def padding(steps: Steps, max_length: int) -> tuple[Counter, dict[str, float]]:
-    """Shapes of the first micro-batches and their share of padding, beside what it would be without buckets."""
-    batches = steps.batches
-    shapes: Counter[tuple[int, int]] = Counter()
-    everything = []
+def about_steps(steps: Steps, max_length: int) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
+    """Tokens and sequences of each micro-batch of the first steps ``[steps, micro-batches]``, and the padding that is
+    not computed here: what it would be a share of."""
+    batches, everything = steps.batches, []
     for step in range(min(STEPS_LOOKED_AT, batches.steps_per_epoch)):
-        for numbers in batches.step(step):
-            lengths = steps.mixture.lengths[steps.mixture.samples(0, numbers).rows] + np.int64(SPECIAL_TOKENS)
-            longest = -(-int(lengths.max()) // batches.multiple_of) * batches.multiple_of
-            shapes[len(lengths), longest] += 1
-            everything.append(lengths)
-    lengths = np.random.default_rng(0).permutation(np.concatenate(everything))
+        numbers = batches.step(step)
+        everything.append([steps.mixture.lengths[steps.mixture.samples(0, some).rows] for some in numbers])
+    sequences = np.array([[len(part) for part in parts] for parts in everything])
+    tokens = np.array([[int(part.sum(dtype=np.int64)) + SPECIAL_TOKENS * len(part) for part in s] for s in everything])
+    flat = [part + np.int64(SPECIAL_TOKENS) for parts in everything for part in parts]
+    lengths = np.random.default_rng(0).permutation(np.concatenate(flat))
     size = max(1, batches.batch_size // batches.micro_batches_per_step)
     at_random = [lengths[first : first + size] for first in range(0, len(lengths), size)]
-    real = int(lengths.sum())
-    area = sum(rows * longest * n for (rows, longest), n in shapes.items())
-    return shapes, {
-        "bucketed by length": 1 - real / area,
-        "rows at random, padded to the longest": 1 - real / sum(len(part) * int(part.max()) for part in at_random),
-        f"rows padded to {max_length}": 1 - real / (len(lengths) * max_length),
+    padded = {
+        "padding if rows were padded to the longest of their micro-batch": flat,
+        "padding if these were drawn at random": at_random,
     }
+    shares = {name: 1 - lengths.sum() / sum(len(p) * int(p.max()) for p in parts) for name, parts in padded.items()}
+    shares[f"padding if rows were padded to {max_length}"] = 1 - lengths.sum() / (len(lengths) * max_length)
+    return tokens, sequences, {name: float(share) for name, share in shares.items()}

@@ -39,6 +39,8 @@ def explanation(error: RuntimeError) -> str | None:
     text = " ".join(str(error).split())
     if "DataLoader worker" in text:
         return f"a process that loads data has ended ({text.removesuffix('.')}). {AGAIN}"
+    if "DataLoader timed out" in text:
+        return f"the processes that load data give nothing any more ({text}): is the disk there? {AGAIN}"
     if any(word in text for word in LOST):
         text = text.split("] ", 1)[-1].split(". This is")[0]
         return f"another process of this run has ended, or does not answer ({text}). {AGAIN}"

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from condenser.data.collate import StepBatch
+
 
 class Watched(NamedTuple):
-    flags: Tensor  # host bools: each micro-batch's loss is finite, the gradient is; asked to stop, to be started again
+    flags: Tensor  # host bools: each pass's loss is finite, the gradient is; asked to stop, to be started again
     copied: Any  # CUDA event, None where the copy is not asynchronous
-    micro_batches: list[dict[str, Any]]
+    batch: StepBatch
     step: int
 
 
@@ -32,11 +34,9 @@ class Guard:
         self.folder, self.rank = folder, rank
         self.before: Watched | None = None
 
-    def watch(
-        self, step: int, micro_batches: list[dict[str, Any]], losses: list[Tensor], norm: Tensor, asked: Tensor
-    ) -> Tensor:
-        """Note a step's losses and gradient norm, and how many devices are ``asked`` to stop, to be started again
-        ``[2]``; look at those of the step before.
+    def watch(self, step: int, batch: StepBatch, losses: Tensor, norm: Tensor, asked: Tensor) -> Tensor:
+        """Note the losses ``[passes]`` of a step, its gradient norm, and how many devices are ``asked`` to stop, to be
+        started again ``[2]``; look at those of the step before.
 
         Returns:
             1.0 where something is not finite, else 0.0, on the device: what optimizers call ``found_inf``.
@@ -44,7 +44,7 @@ class Guard:
         Raises:
             ValueError: the step before was not finite.
         """
-        finite = torch.stack([*losses, norm]).isfinite()
+        finite = torch.cat([losses, norm[None]]).isfinite()
         flags = torch.cat([finite, asked > 0])
         on_host, event = flags, None
         if flags.is_cuda:
@@ -52,7 +52,7 @@ class Guard:
             event = torch.cuda.Event()
             event.record()
         self.check()
-        self.before = Watched(on_host, event, micro_batches, step)
+        self.before = Watched(on_host, event, batch, step)
         return (~finite.all()).float()
 
     def check(self) -> None:
@@ -67,10 +67,11 @@ class Guard:
         if all(losses) and gradient:
             return
         path = self.folder / f"not-finite-step={watched.step}-rank={self.rank}.pt"
-        torch.save(watched.micro_batches, path)
+        passes = [*watched.batch]
+        torch.save(passes, path)
         bad = "; ".join(
-            f"the loss of micro-batch {batch['micro_batch']}, samples {str(batch['sample_ids'].tolist())[1:-1]}"
-            for batch, ok in zip(watched.micro_batches, losses, strict=True)
+            f"the loss of micro-batch {fields['micro_batch']}, samples {str(fields['sample_ids'].tolist())[1:-1]}"
+            for fields, ok in zip(passes, losses, strict=True)
             if not ok
         )
         raise ValueError(

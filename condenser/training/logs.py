@@ -134,45 +134,45 @@ class MetricsCSV(Logger):
 
 
 class Speed(Callback):
-    """Logs, between logging steps and over all devices: real tokens per second; the share of the time that steps waited
-    for the loader; MFU, the operations that these tokens need (no padding, pruned layers, nothing repeated) as a share
-    of the devices' bf16 peak, where that is known; and the most memory that was used."""
+    """Logs, between logging steps and over all devices: real tokens per second; the share of the time that the loader
+    was waited for; MFU, the operations that these tokens need (no padding, pruned layers, nothing repeated) as a share
+    of the devices' bf16 peak, where that is known; and the most memory that was used. A logging step ends when the
+    device has done it, so all that was asked of the device is in the time."""
 
     def __init__(self) -> None:
-        self.waited = self.since = self.ended = 0.0
-        self.tokens_before, self.flops_before = 0, 0.0
+        self.since, self.before = 0.0, (0, 0.0, 0.0)
         self.peak: float | None = None
 
-    def start(self, module: Any) -> None:
-        self.since = self.ended = time.perf_counter()
-        self.waited, self.tokens_before, self.flops_before = 0.0, int(module.tokens_seen), float(module.flops_needed)
+    def reached(self, trainer: Any, module: Any) -> tuple[int, float, float]:
+        """Tokens, operations, seconds that the loader was waited for."""
+        return module.tokens_seen, module.flops_needed, getattr(trainer.train_dataloader, "waited", 0.0)
+
+    def start(self, trainer: Any, module: Any) -> None:
+        self.since, self.before = time.perf_counter(), self.reached(trainer, module)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if pl_module.device.type == "cuda":
             peak = bf16_peak(torch.cuda.get_device_name(pl_module.device))
             self.peak = peak and peak * trainer.world_size
-        self.start(pl_module)
+        self.start(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self.start(pl_module)  # the time that validation took is not training's
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        self.waited += time.perf_counter() - self.ended
+            self.start(trainer, pl_module)  # the time that validation took is not training's
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.ended = time.perf_counter()
-        if pl_module.is_logging_step(trainer.global_step):
-            seconds = self.ended - self.since
-            tokens = int(pl_module.tokens_seen) - self.tokens_before
-            pl_module.log("perf/tokens_per_second", tokens / seconds, prog_bar=True)
-            pl_module.log("perf/data_wait_fraction", self.waited / seconds)
-            pl_module.log("perf/memory_gb", memory_gb(pl_module.device))
-            if self.peak:
-                pl_module.log("perf/mfu", (float(pl_module.flops_needed) - self.flops_before) / seconds / self.peak)
-            self.start(pl_module)
+        if not pl_module.is_logging_step(trainer.global_step):
+            return
+        seconds = time.perf_counter() - self.since
+        tokens, flops, waited = (
+            now - before for now, before in zip(self.reached(trainer, pl_module), self.before, strict=True)
+        )
+        pl_module.log("perf/tokens_per_second", tokens / seconds, prog_bar=True)
+        pl_module.log("perf/data_wait_fraction", waited / seconds)
+        pl_module.log("perf/memory_gb", memory_gb(pl_module.device))
+        if self.peak:
+            pl_module.log("perf/mfu", flops / seconds / self.peak)
+        self.start(trainer, pl_module)
 
 
 def memory_gb(device: torch.device) -> float:
@@ -263,10 +263,15 @@ def hardware(trainer: L.Trainer) -> str:
 
 
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
-    packages = {name: version(name) for name in ("condenser", "torch", "lightning", "transformers")}
-    return {**packages, "commit": commit()}
+    found = {}
+    for name in ("condenser", "torch", "lightning", "transformers"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:  # a checkout that is not installed
+            found[name] = "not installed"
+    return found | {"commit": commit()}
 
 
 def commit() -> str:

@@ -1,8 +1,7 @@
 """Condenser pre-training as a LightningModule.
 
-One Lightning batch is one optimizer step of one rank: a list of micro-batches. Optimisation is manual: gradients of all
-but the last micro-batch stay on the device, then clip, step, schedule. Each loss is a *sum* over masked tokens divided
-by the step's masked tokens on *all* devices, so how many devices share a step does not change it.
+One Lightning batch is one optimizer step of one rank: its passes. Optimisation is manual: `TrainingStep` takes the
+step; here is what it is told (counts over all devices, settings of the device), and what is logged of it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -17,13 +16,15 @@ from torchmetrics import MeanMetric
 
 from condenser import hub
 from condenser.cluster import signals
-from condenser.data.hashing import hash_ints
+from condenser.data.collate import StepBatch
 from condenser.models.backbones.base import prepare_layers
-from condenser.models.condenser import MODEL_INPUTS, Condenser, CondenserOutput
-from condenser.models.flops import Work, training_flops
+from condenser.models.condenser import Condenser
+from condenser.models.flops import Work, affordable_tokens
+from condenser.models.objective import COUNTS
 from condenser.training import sharding
 from condenser.training.guard import Guard
-from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order, skips_on_device
+from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
+from condenser.training.step import Passes, TrainingStep, inputs_of, skips_on_device
 
 
 class CondenserModule(L.LightningModule):
@@ -33,13 +34,16 @@ class CondenserModule(L.LightningModule):
         backbone: Hugging Face masked LM to start from (folder or hub name); an exported Condenser brings its head
             along. Without one, a BERT with random weights and the store's vocabulary.
         backbone_config: settings of the backbone's Hugging Face configuration that differ from its own.
+        objective: class of what is minimised: a subclass of Condenser, by its path.
         skip_from: layer whose output the head reads for all tokens but [CLS] (1 .. layers - 1).
         n_head_layers: transformer layers of the head; 0 is plain MLM.
         late_mlm: add the backbone's own MLM loss.
         pruned: run the last layers only where the loss reads them; same loss, less work.
         gradient_checkpointing: recompute every layer in the backward pass: less memory, about a third more work.
-        compile: let torch.compile fuse the layers' small operations; a minute or two at the start.
-        fused_loss: never hold the logits of all masked tokens: less memory; by default on GPUs where torch can.
+        compile: let torch.compile make one function of a pass, from ids to loss: a minute or two at the start; by
+            default on GPUs, where weights are not sharded.
+        cuda_graphs: replay compiled passes as CUDA graphs, at one launch each; by default on one GPU.
+        fused_loss: never hold the logits of all masked tokens: less memory, but slower.
         freeze_embeddings: keep the embeddings as they are; the MLM head's decoder is tied to them.
         freeze_layers: keep the first layers of the backbone as they are.
         reinit_layers: draw the last layers of the backbone anew.
@@ -51,13 +55,15 @@ class CondenserModule(L.LightningModule):
         self,
         backbone: str | None = None,
         backbone_config: dict[str, Any] | None = None,
+        objective: type[Condenser] = Condenser,
         skip_from: int = 6,
         n_head_layers: int = 2,
         late_mlm: bool = True,
         pruned: bool = True,
         gradient_checkpointing: bool = False,
-        compile: bool = False,
-        fused_loss: bool | None = None,
+        compile: bool | None = None,
+        cuda_graphs: bool | None = None,
+        fused_loss: bool = False,
         freeze_embeddings: bool = False,
         freeze_layers: int = 0,
         reinit_layers: int = 0,
@@ -66,9 +72,10 @@ class CondenserModule(L.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.backbone, self.backbone_config = backbone, backbone_config or {}
+        self.backbone, self.backbone_config, self.objective = backbone, backbone_config or {}, objective
         self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
-        self.gradient_checkpointing, self.compiled, self.fused_loss = gradient_checkpointing, compile, fused_loss
+        self.gradient_checkpointing, self.fused_loss = gradient_checkpointing, fused_loss
+        self.compiled, self.cuda_graphs = compile, cuda_graphs
         self.optimization, self.seed = optimizer, seed
         self.layers: dict[str, Any] = {
             "freeze_embeddings": freeze_embeddings,
@@ -77,11 +84,11 @@ class CondenserModule(L.LightningModule):
         }
         self.model: Condenser | None = None
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
-        self.tokens_seen = torch.zeros((), dtype=torch.int64)
-        self.flops_needed = torch.zeros((), dtype=torch.float64)  # since the start of this process
-        streams = [name for name, on in (("mlm", late_mlm), ("head_mlm", n_head_layers > 0)) if on]
-        names = [f"{stream}_{what}" for stream in streams for what in ("loss", "accuracy", "loss_at_mask")]
-        self.val_metrics: Any = nn.ModuleDict({name: MeanMetric() for name in ["loss", *names, "unigram_loss_at_mask"]})
+        self.step: TrainingStep | None = None
+        self.tokens_seen, self.flops_needed = 0, 0.0  # up to the last logging step or checkpoint
+        self.since = torch.zeros(len(COUNTS) + 2, dtype=torch.float64)  # the sum of `sizes` since then
+        self.val_metrics: Any = nn.ModuleDict()
+        self.val_weights: dict[str, float] = {}
 
     def configure_model(self) -> None:
         """Build the model once the store, and with it the vocabulary, is known."""
@@ -89,7 +96,7 @@ class CondenserModule(L.LightningModule):
             return
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, **self.head)
+        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, **self.head)
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -98,22 +105,37 @@ class CondenserModule(L.LightningModule):
             backbone = ((name, p) for name, p in self.model.named_parameters() if not name.startswith("c_head."))
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
         self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
-        self.choose_layout()
-        if self.compiled:
-            self.model.compile()
+        self.settle()
+        names = [f"{term}_{what}" for term in self.model.terms for what in ("loss", "accuracy", "loss_at_mask")]
+        self.val_metrics.update({name: MeanMetric() for name in [*names, "unigram_loss_at_mask"]})
 
-    def choose_layout(self) -> None:
-        """Settle how micro-batches are laid out, if the data leave it open, and prepare the model for it."""
+    def settle(self) -> None:
+        """Decide what is left open and depends on the device: how passes are computed, and how large they are.
+
+        Raises:
+            ValueError: a setting that this device, or the sharing of it, does not allow.
+        """
         assert self.model is not None
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        on_gpu, bf16 = self.trainer.strategy.root_device.type == "cuda", "bf16" in str(self.trainer.precision)
-        if datamodule.layout == "auto":
-            suits = on_gpu and bf16 and not self.model.lm.config.attention_probs_dropout_prob
-            datamodule.layout = "packed" if suits else "padded"
-        if datamodule.layout == "packed":
-            if on_gpu and not bf16:
-                raise ValueError("data.layout=packed needs trainer.precision=bf16-mixed on a GPU")
-            self.model.pack()
+        trainer, datamodule = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
+        on_gpu, sharded = (
+            trainer.strategy.root_device.type == "cuda",
+            isinstance(trainer.strategy, ModelParallelStrategy),
+        )
+        alone = trainer.world_size == 1 and not sharded
+        if self.compiled and sharded:
+            raise ValueError("model.compile: sharded weights are gathered layer by layer, between compiled functions")
+        self.compiled = (on_gpu and not sharded) if self.compiled is None else self.compiled
+        possible = on_gpu and alone and self.compiled and not self.gradient_checkpointing
+        if self.cuda_graphs and not possible:
+            raise ValueError("model.cuda_graphs needs one GPU, model.compile, and no model.gradient_checkpointing")
+        self.cuda_graphs = possible if self.cuda_graphs is None else self.cuda_graphs
+        datamodule.few_shapes = self.compiled
+        if datamodule.tokens_per_pass is None and on_gpu:
+            memory = torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory
+            n_layers = self.model.lm.config.num_hidden_layers + len(self.model.c_head)
+            datamodule.tokens_per_pass = affordable_tokens(
+                self.model.lm.config, n_layers, memory, self.gradient_checkpointing
+            )
 
     def setup(self, stage: str) -> None:
         if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
@@ -142,59 +164,53 @@ class CondenserModule(L.LightningModule):
             torch.set_float32_matmul_precision("high")
         self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank)
 
-    def training_step(self, micro_batches: list[dict[str, Any]], batch_idx: int) -> None:
-        """One optimizer step. It never waits for a GPU, but for what is logged on logging steps."""
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step. It never waits for a GPU, but for what is logged on logging steps, once."""
         optimizer: Any = self.optimizers()
-        scheduler: Any = self.lr_schedulers()
-        n_masked, n_tokens, area, n_sequences, flops, *asked = self.sizes(micro_batches)
-        weight = self.trainer.world_size / n_masked  # DDP averages gradients over devices
+        if self.step is None:
+            self.step = self.training_step_of(optimizer.optimizer)
+        counts = self.summed(torch.cat([self.sizes(batch), self.asked()]))
+        totals, asked = counts.split([len(COUNTS) + 2, 2])
         log = self.is_logging_step(self.global_step + 1)
-        losses, sums = [], []
-        for number, batch in enumerate(micro_batches, start=1):
-            torch.manual_seed(dropout_seed(self.seed, batch["step"], batch["micro_batch"]))
-            with nullcontext() if number == len(micro_batches) else self.unsynchronised():
-                output = self.model_output(batch, score=log)
-                loss = self.step_loss(output)
-                self.manual_backward(loss * weight)
-            losses.append(loss.detach())
-            sums.append(stream_sums(output) if log else {})
-        clip = self.optimization.gradient_clip or float("inf")
-        norm = sharding.whole(nn.utils.clip_grad_norm_(self.parameters(), clip, foreach=True))
-        not_finite = self.guard.watch(self.global_step + 1, micro_batches, losses, norm, torch.stack(asked))
-        if skips_on_device(optimizer.optimizer):
-            optimizer.optimizer.found_inf = not_finite
-        else:
-            self.guard.check()
-        self.trainer.should_stop = self.trainer.should_stop or self.guard.stop
-        optimizer.step()
-        optimizer.zero_grad()
-        self.tokens_seen = self.tokens_seen.to(n_tokens.device) + n_tokens.long()
-        self.flops_needed = self.flops_needed.to(flops.device) + flops
+        scale = (self.trainer.world_size / totals[: len(COUNTS)]).float()  # DDP averages gradients over devices
+
+        def watch(losses: Tensor, norm: Tensor) -> Tensor:
+            not_finite = self.guard.watch(self.global_step + 1, batch, losses, norm, asked)
+            if not skips_on_device(optimizer.optimizer):
+                self.guard.check()
+            self.trainer.should_stop = self.trainer.should_stop or self.guard.stop
+            return not_finite
+
+        passes, norm = self.step.take(batch, scale, log, watch, optimizer.step)
+        self.since = self.since.to(self.device) + totals
+        scheduler: Any = self.lr_schedulers()
         if log:
-            extra = {"grad_norm": norm, "lr": scheduler.get_last_lr()[0], "sequences": n_sequences}
-            self.log_step(sums, n_masked, extra, padding=1 - n_tokens / area)
+            self.log_step(passes, totals, norm)
         scheduler.step()
 
-    def step_loss(self, output: CondenserOutput) -> Tensor:
-        """What is minimised: a sum over a micro-batch's masked tokens. Override it for another objective."""
-        return output.loss_sum
-
-    def model_output(self, batch: dict[str, Any], score: bool) -> CondenserOutput:
+    def training_step_of(self, optimizer: torch.optim.Optimizer) -> TrainingStep:
         assert self.model is not None
-        return self.model(**{name: value for name, value in batch.items() if name in MODEL_INPUTS}, score=score)
+        return TrainingStep(
+            self.model,
+            optimizer,
+            clip=self.optimization.gradient_clip,
+            seed=self.seed,
+            compiled=bool(self.compiled),
+            replayed=bool(self.cuda_graphs),
+            backward=self.manual_backward,
+            unsynchronised=self.unsynchronised,
+        )
 
-    def sizes(self, micro_batches: list[dict[str, Any]]) -> Tensor:
-        """Of this step on all devices: masked tokens, tokens, positions computed, sequences, needed operations; and how
-        many devices were asked to stop, to be started again."""
+    def sizes(self, batch: StepBatch) -> Tensor:
+        """Of this device's passes: `COUNTS`, needed operations, positions computed."""
         assert self.model is not None
-        config, n_head_layers = self.model.lm.config, len(self.model.c_head)
-        of_each = [
-            (b["n_masked"], b["n_tokens"], b["area"], len(b["sample_ids"]), Work.needed(b)) for b in micro_batches
-        ]
-        rows = [(*row, training_flops(config, n_head_layers, self.model.late_mlm, work)) for *row, work in of_each]
-        totals = [sum(column) for column in zip(*rows, strict=True)]
-        asked = [number in signals.received for number in (signals.STOP, signals.REQUEUE)]
-        return self.summed(torch.tensor([*totals, *asked], dtype=torch.float32))
+        flops = self.model.flops(Work.needed(batch))
+        return torch.tensor([*(batch.total(name) for name in COUNTS), flops, batch.n_positions], dtype=torch.float64)
+
+    def asked(self) -> Tensor:
+        """Whether this process was asked to stop, and to be started again."""
+        wanted = [number in signals.received for number in (signals.STOP, signals.REQUEUE)]
+        return torch.tensor(wanted, dtype=torch.float64)
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all devices. (Lightning's own reduction has a barrier, which waits.)"""
@@ -213,41 +229,57 @@ class CondenserModule(L.LightningModule):
             return sharding.unsynchronised(self.model)  # type: ignore[arg-type]
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
-    def log_step(self, sums: list[dict[str, Tensor]], n_masked: Tensor, extra: dict[str, Any], padding: Tensor) -> None:
-        names = list(sums[0])
-        local = torch.stack([torch.stack([step_sums[name] for step_sums in sums]).sum() for name in names])
-        means = self.summed(local) / n_masked
-        values = dict(zip(names, means, strict=True))
-        values["loss"] = torch.stack([value for name, value in values.items() if name.endswith("loss")]).sum()
-        values |= {**extra, "tokens_seen": self.tokens_seen.double()}
-        self.log_dict({f"train/{name}": value for name, value in values.items() if name != "loss"})
-        self.log("train/loss", values["loss"], prog_bar=True)
-        self.log("perf/padding_fraction", padding)
+    def log_step(self, passes: Passes, totals: Tensor, norm: Tensor) -> None:
+        shares = passes.shares | {"loss": passes.losses.sum()}
+        means = self.summed(torch.stack([*shares.values()]).double()) / self.trainer.world_size
+        found = torch.cat([self.since, totals, norm.double()[None], means]).tolist()  # here the host waits
+        n = len(totals)
+        self.count(found[:n])
+        (_, n_tokens, n_sequences, _, positions), (norm_value, *values) = found[n : 2 * n], found[2 * n :]
+        logged = dict(zip(shares, values, strict=True)) | {"grad_norm": norm_value, "sequences": n_sequences}
+        logged |= {"lr": self.lr_schedulers().get_last_lr()[0], "tokens_seen": float(self.tokens_seen)}  # type: ignore[union-attr]
+        self.log("train/loss", logged.pop("loss"), prog_bar=True)
+        self.log_dict({f"train/{name}": value for name, value in logged.items()})
+        self.log("perf/padding_fraction", 1 - n_tokens / positions)
 
-    def validation_step(self, micro_batches: list[dict[str, Any]], batch_idx: int) -> None:
+    def count(self, since: list[float]) -> None:
+        """Add up what was done since the last time, which the device has kept."""
+        self.tokens_seen += int(since[COUNTS.index("n_tokens")])
+        self.flops_needed += since[len(COUNTS)]
+        self.since = torch.zeros_like(self.since)
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        assert self.model is not None
         nats = self.trainer.datamodule.unigram_nats.to(self.device)  # type: ignore[attr-defined]
         mask_id = self.trainer.datamodule.tokenizer.mask_token_id  # type: ignore[attr-defined]
-        for batch in micro_batches:
-            output = self.model_output(batch, score=True)
-            at_mask = batch["input_ids"].flatten()[batch["masked_index"]] == mask_id
-            targets = batch["labels"].flatten()[batch["masked_index"]]
-            self.val_metrics["loss"].update(torch.stack(output.streams()).sum(0))
-            self.val_metrics["unigram_loss_at_mask"].update(nats[targets][at_mask])
-            for stream in ("mlm", "head_mlm"):
-                losses = getattr(output, f"{stream}_token_losses")
-                if losses is not None:
-                    self.val_metrics[f"{stream}_loss"].update(losses)
-                    self.val_metrics[f"{stream}_loss_at_mask"].update(losses[at_mask])
-                    self.val_metrics[f"{stream}_accuracy"].update(getattr(output, f"{stream}_correct").float())
+        for fields in batch:
+            labels, at_mask = fields["labels"], fields["input_ids"][fields["masked_index"]] == mask_id
+            self.val_metrics["unigram_loss_at_mask"].update(nats[labels][at_mask])
+            for name, term in self.model.losses(inputs_of(fields), score=True).items():
+                assert term.losses is not None
+                assert term.correct is not None
+                self.val_weights[name] = term.weight
+                self.val_metrics[f"{name}_loss"].update(term.losses)
+                self.val_metrics[f"{name}_accuracy"].update(term.correct.float())
+                if term.over == "n_masked":
+                    self.val_metrics[f"{name}_loss_at_mask"].update(term.losses[at_mask])
         for name, metric in self.val_metrics.items():
-            self.log(f"val/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss", batch_size=1)
+            self.log(f"val/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Lightning would let go of the gradients here, whose buffers stay."""
+
+    def on_validation_epoch_end(self) -> None:
+        terms = [weight * self.val_metrics[f"{name}_loss"].compute() for name, weight in self.val_weights.items()]
+        self.log("val/loss", torch.stack(terms).sum(), prog_bar=True, sync_dist=True)  # the same on all devices
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         self.guard.check()  # the last step's, before its weights are kept
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         config = Path(self.trainer.default_root_dir) / "config.yaml"
-        checkpoint["tokens_seen"] = int(self.tokens_seen)
+        self.count(self.since.tolist())
+        checkpoint["tokens_seen"] = self.tokens_seen
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
             checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
@@ -258,7 +290,7 @@ class CondenserModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if "state_dict" in checkpoint:  # the sharded strategy has loaded it already
             self.check_fits(checkpoint)
-        self.tokens_seen = torch.tensor(checkpoint["tokens_seen"], dtype=torch.int64)
+        self.tokens_seen = checkpoint["tokens_seen"]
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError if the checkpoint is of another model, naming the first weight that differs."""
@@ -271,19 +303,3 @@ class CondenserModule(L.LightningModule):
                 raise ValueError(
                     f"the checkpoint is of another model: {name} is {shapes[0]} there and {shapes[1]} here"
                 )
-
-
-def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
-    """What dropout is drawn from in one micro-batch of one step, whichever device computes it."""
-    return int(hash_ints(seed, step, micro_batch) >> 1)
-
-
-def stream_sums(output: CondenserOutput) -> dict[str, Tensor]:
-    """Sums over a micro-batch's masked tokens of each stream's losses and right predictions."""
-    named = {
-        "mlm_loss": output.mlm_token_losses,
-        "mlm_accuracy": output.mlm_correct,
-        "head_mlm_loss": output.head_mlm_token_losses,
-        "head_mlm_accuracy": output.head_mlm_correct,
-    }
-    return {name: values.detach().float().sum() for name, values in named.items() if values is not None}

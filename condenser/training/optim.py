@@ -130,11 +130,6 @@ def in_model_order(state: dict[str, Any], optimizer: Optimizer, module: nn.Modul
     }
 
 
-def skips_on_device(optimizer: Optimizer) -> bool:
-    """Whether a step is left out where the optimizer's ``found_inf`` is 1.0, without asking the device."""
-    return bool(optimizer.defaults.get("fused"))
-
-
 def decay_to(targets: dict[nn.Parameter, Tensor], optimizer: Optimizer) -> None:
     """Turn a step's decoupled decay toward zero into one toward ``targets``: AdamW took off rate * decay * weight."""
     with torch.no_grad():

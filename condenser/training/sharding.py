@@ -8,7 +8,7 @@ number of devices goes on from, sharded or not. To use it: `-c configs/hardware/
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from lightning.pytorch.strategies import ModelParallelStrategy
@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from condenser.models.attention import layer_at
-from condenser.models.backbones.base import parts
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
 
@@ -53,16 +51,12 @@ def shard(model: Condenser, strategy: ModelParallelStrategy) -> None:
     if strategy._save_distributed_checkpoint:
         raise ValueError("trainer.strategy: set save_distributed_checkpoint to false; a checkpoint is one file here")
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # it would matter if they were written to in place
-    layers = parts(model.lm).layers
-    for layer in [*layers, *model.c_head]:
+    for layer in [*model.backbone.layers, *model.c_head]:
         fully_shard(layer, mesh=mesh["data_parallel"])
-    for layer in {
-        layers[-1],
-        *model.c_head[-1:],
-    }:  # those that may be pruned: only methods that are known gather weights
-        layer.at_queries = MethodType(layer_at, layer)
-        register_fsdp_forward_method(layer, "at_queries")
+        layer.run = partial(model.backbone.run, layer)
+        register_fsdp_forward_method(layer, "run")  # only methods that are known gather weights
     fully_shard(model, mesh=mesh["data_parallel"])
+    register_fsdp_forward_method(model, "losses")
 
 
 @contextmanager

@@ -1,75 +1,97 @@
-"""Hugging Face masked language models, taken apart: embeddings, transformer layers, MLM head.
+"""What a family of Hugging Face masked language models offers: its parts, and how they are run over flat arrays.
 
-A family joins by an entry in ``FAMILIES``, provided that its layers have BERT's sub-modules (``attention.self.query``,
-``attention.output``, ``feed_forward_chunk``...), which ``attention.py`` calls when it prunes a layer.
+A family joins by a file in this folder with a subclass of `Backbone` (or by one anywhere that is imported): its own
+modules are used as they are, so that state dicts, initialisation and export stay Hugging Face's.
+
+Legend: T tokens, Q positions read in the last layers, M masked tokens, H hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import importlib
+import pkgutil
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, ClassVar
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
+from condenser.models.attention import Sequences
 from condenser.models.files import reading
 
 
-class Parts(NamedTuple):
-    """The pieces of a masked LM that a Condenser runs one by one."""
+class Backbone(ABC):
+    """A masked LM, taken apart; the parts are its own modules, not copies."""
 
-    embeddings: nn.Module
-    layers: nn.ModuleList
-    transform: Callable  # [M, H] -> [M, H]: what the MLM head does before its decoder
-    decoder: nn.Linear  # [M, H] -> logits [M, V], tied to the word embeddings
+    model_types: ClassVar[tuple[str, ...]] = ()  # Hugging Face's names
+
+    def __init__(self, lm: PreTrainedModel):
+        self.lm: Any = lm
+
+    @property
+    @abstractmethod
+    def embeddings(self) -> nn.Module: ...
+
+    @property
+    @abstractmethod
+    def layers(self) -> nn.ModuleList: ...
+
+    @property
+    @abstractmethod
+    def decoder(self) -> nn.Linear:
+        """``[M, H]`` -> logits ``[M, V]``, tied to the word embeddings."""
+
+    @abstractmethod
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        """States ``[T, H]`` of tokens ``[T]``, whose ``position_ids`` begin at 0 with every sequence."""
+
+    @abstractmethod
+    def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
+        """A layer's output ``[T, H]``, or at the queries alone ``[Q, H]``, equal to the whole output there."""
+
+    @abstractmethod
+    def transform(self, hidden: Tensor) -> Tensor:
+        """``[M, H]`` -> ``[M, H]``: what the MLM head does before its decoder."""
+
+    def fresh_layer(self) -> nn.Module:
+        """One more layer, for a head; its weights are still to be drawn."""
+        return type(self.layers[0])(self.lm.config)
 
     def mlm_head(self, hidden: Tensor) -> Tensor:
         return self.decoder(self.transform(hidden))
 
-
-def bert_parts(lm: Any) -> Parts:
-    head = lm.cls.predictions
-    return Parts(lm.bert.embeddings, lm.bert.encoder.layer, head.transform, head.decoder)
-
-
-def roberta_parts(lm: Any) -> Parts:
-    head = lm.lm_head
-    return Parts(
-        lm.roberta.embeddings,
-        lm.roberta.encoder.layer,
-        lambda hidden: head.layer_norm(F.gelu(head.dense(hidden))),
-        head.decoder,
-    )
+    def positions(self, attention_mask: Tensor) -> Tensor:
+        """Of the tokens of padded rows ``[B, L]``, as Hugging Face counts them."""
+        return torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
 
 
-FAMILIES = {"bert": bert_parts, "roberta": roberta_parts, "xlm-roberta": roberta_parts, "camembert": roberta_parts}
+def families() -> dict[str, type[Backbone]]:
+    """By Hugging Face's name of the model type."""
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        importlib.import_module(f"{__package__}.{module.name}")
+    waiting: list[Any] = [Backbone]
+    found: dict[str, type[Backbone]] = {}
+    while waiting:
+        family = waiting.pop()
+        waiting += family.__subclasses__()
+        found |= dict.fromkeys(family.model_types, family)
+    return found
 
 
-def parts(lm: PreTrainedModel) -> Parts:
-    """Take ``lm`` apart; the pieces are its own modules, not copies.
-
-    Raises:
-        ValueError: the model type is not in ``FAMILIES``.
-    """
-    model_type = lm.config.model_type
-    if model_type not in FAMILIES:
-        raise ValueError(f"a backbone of type {model_type!r} is not supported; choose one of: {', '.join(FAMILIES)}")
-    return FAMILIES[model_type](lm)
-
-
-def embed(embeddings: Any, input_ids: Tensor, position_ids: Tensor | None) -> Tensor:
-    """States ``[B, L, H]`` of padded ``input_ids`` ``[B, L]``; ``[1, T, H]`` of packed ones ``[T]``, whose
-    ``position_ids`` ``[T]`` begin at 0 with every sequence."""
-    if position_ids is None:
-        return embeddings(input_ids)
-    padding = embeddings.position_embeddings.padding_idx  # RoBERTa's positions begin after it
-    return embeddings(input_ids[None], position_ids=position_ids[None] + (0 if padding is None else padding + 1))
+def backbone_of(lm: PreTrainedModel) -> Backbone:
+    """Raises ValueError for a model type that no family takes."""
+    known, model_type = families(), lm.config.model_type
+    if model_type not in known:
+        choices = ", ".join(sorted(known))
+        raise ValueError(f"a backbone of type {model_type!r} is not supported; choose one of: {choices}")
+    return known[model_type](lm)
 
 
 def depths(lm: PreTrainedModel) -> dict[nn.Parameter, int]:
     """How far each weight lies below the MLM head: 1 for the last layer's, N + 1 for the embeddings'."""
-    embeddings, layers, _, _ = parts(lm)
+    backbone = backbone_of(lm)
     found = dict.fromkeys(lm.parameters(), 0)
-    for below, layer in enumerate([*reversed(layers), embeddings], start=1):
+    for below, layer in enumerate([*reversed(backbone.layers), backbone.embeddings], start=1):
         found |= dict.fromkeys(layer.parameters(), below)
     return found
 
@@ -80,7 +102,7 @@ def prepare_layers(lm: PreTrainedModel, freeze_embeddings: bool, freeze_layers: 
     Raises:
         ValueError: more layers than there are, or one that would be both.
     """
-    embeddings, layers, _, _ = parts(lm)
+    layers = backbone_of(lm).layers
     if min(freeze_layers, reinit_layers) < 0 or freeze_layers + reinit_layers > len(layers):
         raise ValueError(
             f"freeze_layers={freeze_layers} and reinit_layers={reinit_layers}: the backbone has {len(layers)} layers"
@@ -89,7 +111,7 @@ def prepare_layers(lm: PreTrainedModel, freeze_embeddings: bool, freeze_layers: 
         for parameter in layer.parameters():
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # else loaded weights are left alone
         layer.apply(lm._init_weights)
-    for kept in [*([embeddings] if freeze_embeddings else []), *layers[:freeze_layers]]:
+    for kept in [*([backbone_of(lm).embeddings] if freeze_embeddings else []), *layers[:freeze_layers]]:
         kept.requires_grad_(False)
 
 

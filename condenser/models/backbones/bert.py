@@ -1,0 +1,97 @@
+"""BERT's kind: post-norm layers with absolute positions (BERT, RoBERTa, XLM-RoBERTa, CamemBERT).
+
+States between layers are of autocast's type; LayerNorm and the residual before it are computed in fp32 under it.
+
+Legend: T tokens, Q queries, H hidden size, A attention heads, D their size.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condenser.models.attention import Sequences, attend, take
+from condenser.models.backbones.base import Backbone
+
+
+class Bert(Backbone):
+    model_types: ClassVar[tuple[str, ...]] = ("bert",)
+
+    @property
+    def embeddings(self) -> Any:
+        return self.lm.base_model.embeddings
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.lm.base_model.encoder.layer
+
+    @property
+    def decoder(self) -> nn.Linear:
+        return self.lm.cls.predictions.decoder
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        parts = self.embeddings
+        types = parts.token_type_embeddings
+        hidden = parts.word_embeddings(input_ids) + parts.position_embeddings(position_ids)
+        hidden = hidden + (types.weight[0] if token_type_ids is None else types(token_type_ids))
+        return parts.dropout(norm(hidden, parts.LayerNorm).to(state_type(hidden)))
+
+    def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
+        attention, mixed = layer.attention.self, layer.attention.output
+        if at_queries:
+            own, queries = take(hidden, where.query_index), where.queries
+            states = [linear(own, attention.query), *linear(hidden, attention.key, attention.value).chunk(2, -1)]
+        else:
+            own, queries = hidden, where.keys
+            states = [*linear(hidden, attention.query, attention.key, attention.value).chunk(3, -1)]
+        query, key, value = (each.unflatten(-1, (-1, attention.attention_head_size)) for each in states)  # [., A, D]
+        dropout = attention.dropout.p if layer.training else 0.0
+        context = attend(query, key, value, queries, where.keys, dropout).flatten(1)
+        hidden = added(own, mixed.dropout(linear(context, mixed.dense)), mixed.LayerNorm)
+        wide = layer.intermediate.intermediate_act_fn(linear(hidden, layer.intermediate.dense))
+        return added(hidden, layer.output.dropout(linear(wide, layer.output.dense)), layer.output.LayerNorm)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        head = self.lm.cls.predictions.transform
+        return norm(head.transform_act_fn(linear(hidden, head.dense)), head.LayerNorm).to(hidden.dtype)
+
+
+class Roberta(Bert):
+    model_types = ("roberta", "xlm-roberta", "camembert")
+
+    @property
+    def decoder(self) -> nn.Linear:
+        return self.lm.lm_head.decoder
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        return super().embed(input_ids, position_ids + self.lm.config.pad_token_id + 1, token_type_ids)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        head = self.lm.lm_head
+        return norm(F.gelu(linear(hidden, head.dense)), head.layer_norm).to(hidden.dtype)
+
+    def positions(self, attention_mask: Tensor) -> Tensor:
+        return (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding before a text is passed over
+
+
+def linear(hidden: Tensor, *layers: Any) -> Tensor:
+    """The outputs of all ``layers`` side by side, by one product."""
+    if len(layers) == 1:
+        return F.linear(hidden, layers[0].weight, layers[0].bias)
+    weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+    return F.linear(hidden, weight, bias)
+
+
+def norm(hidden: Tensor, layer: Any) -> Tensor:
+    return F.layer_norm(hidden.to(layer.weight.dtype), layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+def added(hidden: Tensor, more: Tensor, layer: Any) -> Tensor:
+    return norm(hidden + more, layer).to(hidden.dtype)
+
+
+def state_type(hidden: Tensor) -> torch.dtype:
+    """Of what lies between layers."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

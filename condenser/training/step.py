@@ -1,0 +1,208 @@
+"""One optimizer step of one device: forward and backward of its passes, clipping, the update.
+
+`fit`, the benchmark and the rehearsal of an estimate all train by this. The host never waits for the device here.
+Losses are sums; ``scale`` makes them means over the step's masked tokens (tokens, sequences) on all devices, so it does
+not matter how many passes and devices there are. Gradients stay where they are and are zeroed in place.
+
+A pass is, by choice: operations one after the other; one compiled function from ids to loss (`torch.compile` with
+static shapes); or that function's forward and backward replayed as a CUDA graph.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from condenser.data.collate import Fields, StepBatch
+from condenser.data.hashing import hash_ints
+from condenser.models.objective import COUNTS, Objective
+
+Shares = dict[str, Tensor]  # of a pass in the step's means: "mlm_loss", and with score "mlm_accuracy", ... of each term
+
+
+class Passes(NamedTuple):
+    """What the passes of a step gave on this device. Summed over devices these are the step's means."""
+
+    losses: Tensor  # [passes], of what is minimised
+    shares: Shares  # over the passes
+
+
+class TrainingStep:
+    """Takes steps.
+
+    Args:
+        objective: what is minimised.
+        optimizer: over its weights.
+        clip: largest norm of the whole gradient; 0 leaves it as it is.
+        seed: of dropout, which is a function of (seed, step, pass).
+        compiled: compile a pass, anew for each of its shapes.
+        replayed: replay passes as CUDA graphs.
+        backward: how the gradient of a loss is taken.
+        unsynchronised: a context for the backward passes after which devices need not agree yet: all but the last.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        optimizer: Optimizer,
+        *,
+        clip: float = 0.0,
+        seed: int = 0,
+        compiled: bool = False,
+        replayed: bool = False,
+        backward: Callable[[Tensor], Any] = Tensor.backward,
+        unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
+    ):
+        self.objective, self.optimizer, self.clip, self.seed = objective, optimizer, clip, seed
+        self.backward, self.unsynchronised, self.always_score = backward, unsynchronised, compiled  # else two graphs
+        self.pass_loss = torch.compile(pass_loss, dynamic=False, fullgraph=True) if compiled else pass_loss
+        # those of the objective may for now be put together from the shards that are trained
+        self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        self.gradients: list[Any] = [torch.zeros_like(weight) for weight in self.weights]
+        self.replays = Replays(self.one_pass, self.gradients) if replayed else None
+
+    def attach(self) -> None:
+        for weight, gradient in zip(self.weights, self.gradients, strict=True):
+            weight.grad = gradient
+
+    def take(
+        self,
+        batch: StepBatch,
+        scale: Tensor,
+        score: bool = False,
+        watch: Callable[[Tensor, Tensor], Tensor] | None = None,
+        update: Callable[[], Any] | None = None,
+    ) -> tuple[Passes, Tensor]:
+        """One step; gives the norm of its gradient too.
+
+        Args:
+            scale: ``[3]``, 1 over the step's `COUNTS` (times what averaging over devices takes away).
+            score: count right predictions too.
+            watch: of the losses ``[passes]`` and the norm, says (1.0) that the step is not to be taken.
+            update: calls the optimizer, whose own ``step`` it is by default.
+        """
+        passes = self.passes(batch, scale, score)
+        norm: Any = nn.utils.get_total_norm(self.gradients, foreach=True)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        self.update(norm, watch(passes.losses, norm) if watch else None, update or self.optimizer.step)
+        return passes, norm
+
+    def passes(self, batch: StepBatch, scale: Tensor, score: bool) -> Passes:
+        """Add the gradients of all passes to what is in ``.grad``."""
+        if self.weights[-1].grad is not self.gradients[-1]:  # at first, or where somebody has let go of them
+            self.attach()
+        losses, shares = [], []
+        run = self.replays or self.one_pass
+        for number, fields in enumerate(batch, start=1):
+            seed_dropout(batch.buffer.device, dropout_seed(self.seed, fields["step"], fields["micro_batch"]))
+            with nullcontext() if number == len(batch) else self.unsynchronised():
+                loss, found = run(inputs_of(fields), scale, score or self.always_score)
+            losses.append(loss)
+            shares.append(torch.stack([*found.values()]))
+        return Passes(torch.stack(losses), dict(zip(found, torch.stack(shares).sum(0), strict=True)))
+
+    def one_pass(self, inputs: Fields, scale: Tensor, score: bool) -> tuple[Tensor, Shares]:
+        loss, shares = self.pass_loss(self.objective, inputs, scale, score)
+        self.backward(loss)
+        return loss.detach(), shares
+
+    def update(self, norm: Tensor, skipped: Tensor | None, update: Callable[[], Any]) -> None:
+        """Clip, update and zero the gradient; where it is ``skipped`` an optimizer that works on the device leaves the
+        weights as they are."""
+        optimizer: Any = self.optimizer
+        excess = ((norm + 1e-6) / self.clip).clamp(min=1.0) if self.clip else None
+        if skips_on_device(optimizer):
+            optimizer.found_inf, optimizer.grad_scale = skipped, excess
+        elif excess is not None:
+            torch._foreach_div_(self.gradients, excess)
+        update()
+        torch._foreach_zero_(self.gradients)
+
+
+def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> tuple[Tensor, Shares]:
+    """What is minimised, and what each term has of it."""
+    loss, shares = scale.new_zeros(()), {}
+    for name, term in objective.losses(inputs, score).items():
+        to_mean = scale[COUNTS.index(term.over)]
+        mean = term.sum * to_mean
+        loss = loss + term.weight * mean
+        shares[f"{name}_loss"] = mean.detach()
+        if term.correct is not None:
+            shares[f"{name}_accuracy"] = term.correct.sum() * to_mean
+    return loss, shares
+
+
+def inputs_of(fields: Fields) -> Fields:
+    """What the objective sees: no host ints that change from pass to pass, for which it would be compiled anew."""
+    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor) and name != "sample_ids"}
+    return tensors | {name: fields[name] for name in ("max_seqlen", "max_query")}
+
+
+def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
+    """What dropout is drawn from in one pass of one step, whichever device computes it."""
+    return int(hash_ints(seed, step, micro_batch) >> 1)
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Seeds the device's own generator; `torch.manual_seed` takes 0.7 ms for those of all kinds of devices."""
+    if device.type == "cuda":
+        index = torch.cuda.current_device() if device.index is None else device.index
+        torch.cuda.default_generators[index].manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
+
+
+def skips_on_device(optimizer: Optimizer) -> bool:
+    """Whether a step is left out where the optimizer's ``found_inf`` is 1.0, without asking the device."""
+    return bool(optimizer.defaults.get("fused"))
+
+
+class Replays:
+    """Passes as CUDA graphs: captured once for each shape, then replayed on new inputs, at one launch each.
+
+    Args:
+        run: forward and backward of a pass; adds to ``gradients``, whose buffers stay.
+    """
+
+    def __init__(self, run: Callable[[Fields, Tensor, bool], tuple[Tensor, Shares]], gradients: list[Tensor]):
+        self.run, self.gradients = run, gradients
+        self.captured: dict[Any, tuple[Any, Fields, Tensor, tuple[Tensor, Shares]]] = {}
+        self.pool: Any = None  # memory that all graphs share: one is replayed at a time
+
+    def __call__(self, inputs: Fields, scale: Tensor, score: bool) -> tuple[Tensor, Shares]:
+        shape = tuple(value.shape if isinstance(value, Tensor) else value for value in inputs.values())
+        if shape not in self.captured:
+            self.captured[shape] = self.capture(inputs, scale, score)
+        graph, own, own_scale, (loss, shares) = self.captured[shape]
+        torch._foreach_copy_(tensors(own), tensors(inputs))
+        own_scale.copy_(scale)
+        graph.replay()
+        return loss.clone(), {name: value.clone() for name, value in shares.items()}  # the next replay writes there
+
+    def capture(self, inputs: Fields, scale: Tensor, score: bool) -> tuple[Any, Fields, Tensor, tuple[Tensor, Shares]]:
+        own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        own_scale, before = scale.clone(), [gradient.clone() for gradient in self.gradients]
+        state = torch.cuda.get_rng_state()
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # else weights in half precision would stay what they are now
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is compiled, tuned or allocated at first must be so before
+            for _ in range(2):
+                self.run(own, own_scale, score)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            found = self.run(own, own_scale, score)
+        torch.set_autocast_cache_enabled(cached)
+        self.pool = self.pool or graph.pool()
+        torch._foreach_copy_(self.gradients, before)
+        torch.cuda.set_rng_state(state)
+        return graph, own, own_scale, found
+
+
+def tensors(fields: Fields) -> list[Tensor]:
+    return [value for value in fields.values() if isinstance(value, Tensor)]
