@@ -9,7 +9,7 @@ from conftest import TINY_MODEL
 from test_training import final_state, fit, tiny_condenser
 from torch import nn
 
-from condenser.models.backbones.base import parts
+from condenser.models.backbones.base import backbone_of
 from condenser.training.optim import Optimization, build_optimizer, build_schedule
 
 
@@ -49,12 +49,13 @@ def test_each_layer_learns_slower_than_the_one_above_and_the_head_at_its_own_rat
     optimizer, _ = optimizer_of(model, learning_rate=1.0, layer_decay=0.5, head_learning_rate=3.0)
     rate = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
     assert len(rate) == len(list(model.parameters()))
-    embeddings, layers, transform, _ = parts(model.lm)
+    backbone = backbone_of(model.lm)
+    embeddings, layers = backbone.embeddings, backbone.layers
     assert {rate[p] for p in model.c_head.parameters()} == {3.0}
     for depth, layer in enumerate(reversed(layers), start=1):
         assert {rate[p] for p in layer.parameters()} == {0.5**depth}
     assert {rate[p] for p in embeddings.parameters()} == {0.5 ** (len(layers) + 1)}
-    assert {rate[p] for p in transform.parameters()} == {1.0}
+    assert {rate[p] for p in model.lm.cls.predictions.transform.parameters()} == {1.0}
 
 
 def weights(run):
