@@ -36,10 +36,9 @@ study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEI
 test: install  ## the tests, in under 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
-test-gpu: install  ## on a machine with a GPU: its tests, and the benchmark of the paper's size at length 128 and 512
-	$(BIN)/python -m pytest -m gpu
-	$(RUN) bench --json runs/bench-128.json
-	$(RUN) bench --max-length 512 --sequences 256 --json runs/bench-512.json
+test-gpu:  ## with PYTHON's own torch, on a GPU: all ways to compute a step, a run, the benchmark; runs/gpu.json (8 minutes)
+	$(PYTHON) tests/gpu.py --json runs/gpu.json
+	@if $(PYTHON) -c 'import pytest' 2>/dev/null; then PYTHONPATH=. $(PYTHON) -m pytest -m gpu; fi
 
 test-slurm: install  ## as root, on Debian or Ubuntu: jobs in a SLURM of this machine, installed and started for it
 	tests/slurm/install.sh runs/slurm

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_training import metrics_of
 
 from condenser.cli import COMMANDS, OWN_PARSER, load, main
 
@@ -50,6 +51,11 @@ def test_its_example_of_a_new_objective_trains(recipe, tmp_path, monkeypatch):
     code = re.search(r"```python\n# my_objective.py\n(.*?)```", README, re.DOTALL)[1]
     (tmp_path / "my_objective.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
-    model = ["--model", "my_objective.WeightedModule", "--model.head_weight", "0.3"]
-    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "weighted", *model]) == 0
-    assert "head_weight: 0.3" in (tmp_path / "weighted" / "config.yaml").read_text()
+    options = ["--model.objective", "my_objective.Weighted", "--trainer.log_every_n_steps", "1"]
+    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "weighted", *options]) == 0
+    assert "objective: my_objective.Weighted" in (tmp_path / "weighted" / "config.yaml").read_text()
+    for row in metrics_of(tmp_path / "weighted"):
+        for kind in ("train", "val"):
+            if row[f"{kind}/loss"]:
+                expected = float(row[f"{kind}/mlm_loss"]) + 0.3 * float(row[f"{kind}/head_mlm_loss"])
+                assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)

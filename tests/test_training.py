@@ -4,8 +4,12 @@ import csv
 import json
 import os
 import re
+import runpy
 import signal
 import sys
+import time
+from functools import partial
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,6 +28,7 @@ from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.condenser import Condenser
 from condenser.runs import changed_keys, checkpoints, newest_valid_checkpoint
+from condenser.training.checkpoints import WholeFiles
 from condenser.training.logs import MetricsCSV
 from condenser.training.optim import Optimization, build_optimizer, build_schedule
 
@@ -510,3 +515,65 @@ def test_a_run_that_a_signal_stops_saves_says_so_and_goes_on_without_losing_a_st
     assert fit(recipe, tmp_path, "asked", "--data.num_workers", num_workers) == 0
     assert fit(recipe, tmp_path, "whole") == 0
     assert_same_weights(tmp_path / "asked", tmp_path / "whole")
+
+
+def perf_of(run, name):
+    return [float(row[f"perf/{name}"]) for row in metrics_of(run, skip=()) if row[f"perf/{name}"]]
+
+
+def test_a_device_that_is_late_is_in_the_speed_and_is_not_waiting_for_data(recipe, tmp_path, monkeypatch):
+    """The host runs ahead of it and waits where something is fetched: a stub takes 0.3 s there, at logging steps."""
+    tolist = torch.Tensor.tolist
+
+    def late(tensor):
+        if tensor.dtype == torch.float64 and len(tensor) > 10:  # what is logged
+            time.sleep(0.3)
+        return tolist(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "tolist", late)
+    assert fit(recipe, tmp_path, "late", "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "100") == 0
+    tokens = np.diff([0.0, *(float(row["train/tokens_seen"]) for row in metrics_of(tmp_path / "late"))])
+    seconds = tokens[1:] / perf_of(tmp_path / "late", "tokens_per_second")[1:]
+    assert (seconds > 0.3).all()
+    assert max(perf_of(tmp_path / "late", "data_wait_fraction")) < 0.05
+
+
+def test_waiting_for_data_is_the_wait_for_the_loader_and_not_for_a_checkpoint(recipe, tmp_path, monkeypatch):
+    options = ["--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "100", "--trainer.max_steps", "4"]
+    save, one_pass = WholeFiles.save_checkpoint, Steps.one_pass
+
+    def slow(function):
+        return lambda *args, **kwargs: time.sleep(0.2) or function(*args, **kwargs)
+
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", slow(save))
+    assert fit(recipe, tmp_path, "disk", *options, "--checkpoint.every_n_steps", "1") == 0
+    assert max(perf_of(tmp_path / "disk", "data_wait_fraction")) < 0.1
+    monkeypatch.setattr(WholeFiles, "save_checkpoint", save)
+    monkeypatch.setattr(Steps, "one_pass", slow(one_pass))
+    assert fit(recipe, tmp_path, "data", *options) == 0
+    assert min(perf_of(tmp_path / "data", "data_wait_fraction")) > 0.8
+
+
+def test_a_run_of_a_checkout_that_is_not_installed_ends_well(recipe, tmp_path, monkeypatch):
+    """Without package metadata, as on a machine where the code is just on the path."""
+    version = metadata.version
+
+    def missing(name):
+        if name == "condenser":
+            raise metadata.PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    assert fit(recipe, tmp_path, "r", "--trainer.max_steps", "1") == 0
+    assert json.loads((tmp_path / "r" / "summary.json").read_text())["versions"]["condenser"] == "not installed"
+
+
+def test_the_gpu_script_does_all_its_parts_at_toy_size(tmp_path, monkeypatch):
+    """So that the first GPU is not its first test; where there is none, replays are left out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    script = runpy.run_path(str(Path(__file__).parent / "gpu.py"))
+    assert script["main"](["--toy", "--json", "gpu.json"]) == 0, Path("gpu.json").read_text()
+    found = json.loads(Path("gpu.json").read_text())
+    assert {"equality", "replay", "run"} < found.keys()
+    assert len([name for name in found if name.startswith("bench: ")]) == 3

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from condenser.corpus.shards import dataset_files
 from condenser.corpus.work import BAD_NAMED, UNFINISHED, read_record
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
     Shard,
     check_file_name,
-    dataset_files,
     load_array,
     read_json,
     read_manifest,

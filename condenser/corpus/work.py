@@ -24,8 +24,9 @@ from condenser.corpus.blocks import Blocks, cut_documents
 from condenser.corpus.documents import Document, documents
 from condenser.corpus.encoding import Encoder
 from condenser.corpus.readers import Columns, Source, Unit, units
+from condenser.corpus.shards import write_shard
 from condenser.corpus.words import load_segmenter
-from condenser.data.store import SPLITS, missing_files, read_json, save_array, write_json, write_shard
+from condenser.data.store import SPLITS, missing_files, read_json, save_array, write_json
 
 UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest says the same
 BAD_NAMED = 20  # records that could not be used and are named in the manifest; all are counted

@@ -8,6 +8,7 @@ Legend: B sequences, L positions of a laid-out sequence, T tokens, Q queries (T,
 are read at), A attention heads, D their size, H = A * D.
 """
 
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +105,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, queries: Bounds, keys: Bou
         for states, bounds in ((query, queries), (key, keys), (value, keys))
         if bounds.slots is not None
     ]
-    mask = keys.real[:, None, None, :]
-    query, key, value = (states.transpose(1, 2) for states in laid_out)  # [B, A, L, D]
-    context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return take(context.transpose(1, 2).flatten(0, 1), queries.slots)
+    context = attend_rows(*laid_out, keys.real[:, None, None, :], dropout).to(query.dtype)
+    return take(context.flatten(0, 1), queries.slots)
+
+
+def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
+    """``[B, L, A, D]``, and which keys there are ``[B, 1, 1, L]`` -> ``[B, L, A, D]``."""
+    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+    on_cpu = query.is_cpu  # whose kernel is slower in bf16 than in fp32
+    if on_cpu:
+        query, key, value = query.float(), key.float(), value.float()
+    with torch.autocast(query.device.type, enabled=False) if on_cpu else nullcontext():
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    return context.transpose(1, 2)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,7 @@ from condenser.models.objective import COUNTS, Term
 from condenser.runs import read_mapping
 from condenser.training.step import TrainingStep
 
+FIRST = 4  # steps that do not count
 Precision = Literal["32-true", "bf16-mixed"]
 Figures = dict[str, list[float]]  # of each round
 KINDS = {  # of GPU kernels, by what their names contain; the first match counts
@@ -154,9 +155,9 @@ def bench(
         added=SPECIAL_TOKENS,
         mixture=mixture,
     )
-    if batches.steps_per_epoch < steps * rounds + 2:
+    if batches.steps_per_epoch < steps * rounds + FIRST:
         raise ValueError(
-            f"{steps} steps in each of {rounds} rounds need {steps * rounds + 2} steps of {sequences} sequences; "
+            f"{steps} steps in each of {rounds} rounds need {steps * rounds + FIRST} steps of {sequences} sequences; "
             f"{store or 'the rows in memory'} have {batches.steps_per_epoch}. Lower --steps, --rounds or --sequences"
         )
     torch.manual_seed(0)
@@ -178,7 +179,8 @@ def bench(
         for recipe in RECIPES
         if (not recipe.compiled or (on_gpu if compile is None else compile)) and (on_gpu or not recipe.replayed)
     ]
-    found = trial.run(wanted, rounds, console)
+    with console.status("") as status:
+        found = trial.run(wanted, rounds, status.update)
     rate = matmul_rate(device, trial.dtype)
     console.print(table(found, rate))
     console.print(f"MFU is of {rate / 1e12:.3g} TFLOP/s, measured with large matrix products", highlight=False)
@@ -242,24 +244,18 @@ class Trial:
         self.dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
         self.kernels: dict[str, dict[str, float]] = {}  # milliseconds a step by kind, of each recipe, on a GPU
 
-    def run(self, recipes: list[Recipe], rounds: int, console: Any) -> dict[str, Figures]:
-        """Figures of each round by recipe. Two steps of each that do not count come first."""
-        from rich.progress import Progress
-
-        found: dict[str, Figures] = {recipe.name: {} for recipe in recipes}
-        with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("", total=len(recipes) * (rounds + 1))
-            steps = {}
+    def run(self, recipes: list[Recipe], rounds: int, say: Callable[[str], Any] = print) -> dict[str, Figures]:
+        """Figures of each round by recipe. Some steps of each that do not count come first."""
+        found, steps = dict[str, Figures](), {}
+        for recipe in recipes:
+            say(f"first steps: {recipe.name}")
+            steps[recipe.name] = self.step_of(recipe)
+            found[recipe.name] = self.profile(recipe, steps[recipe.name])
+        for number in range(rounds):
             for recipe in recipes:
-                progress.update(task, description=f"first steps: {recipe.name}", advance=1)
-                steps[recipe.name] = self.step_of(recipe)
-                found[recipe.name] |= self.profile(recipe, steps[recipe.name])
-            for number in range(rounds):
-                first = 2 + number * self.steps
-                for recipe in recipes:
-                    progress.update(task, description=f"round {number + 1}: {recipe.name}", advance=1)
-                    for name, value in self.measure(recipe, steps[recipe.name], first).items():
-                        found[recipe.name].setdefault(name, []).append(value)
+                say(f"round {number + 1} of {rounds}: {recipe.name}")
+                for name, value in self.measure(recipe, steps[recipe.name], FIRST + number * self.steps).items():
+                    found[recipe.name].setdefault(name, []).append(value)
         return found
 
     def step_of(self, recipe: Recipe) -> TrainingStep:
@@ -327,11 +323,12 @@ class Trial:
         return Work(*(round(more * each) for each in Work.needed(batch)))
 
     def profile(self, recipe: Recipe, step: TrainingStep) -> Figures:
-        """Of the second step: bytes at the most (weights, gradients, optimizer states and whatever it needs), launches,
-        and on a GPU the time of kernels by kind."""
+        """Of one of the first steps: bytes at the most (weights, gradients, optimizer states and whatever it needs),
+        launches, and on a GPU the time of kernels by kind."""
         items = iter(self.loader(recipe, 0))
         on_gpu = self.device.type == "cuda"
-        self.take(step, next(items))  # compilers allocate too
+        for _ in range(FIRST - 1 if recipe.compiled else 1):  # until every shape has been compiled
+            self.take(step, next(items))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         with without_stderr(), torch.profiler.profile(profile_memory=not on_gpu) as profiler:

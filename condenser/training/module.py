@@ -106,8 +106,6 @@ class CondenserModule(L.LightningModule):
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
         self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
         self.settle()
-        names = [f"{term}_{what}" for term in self.model.terms for what in ("loss", "accuracy", "loss_at_mask")]
-        self.val_metrics.update({name: MeanMetric() for name in [*names, "unigram_loss_at_mask"]})
 
     def settle(self) -> None:
         """Decide what is left open and depends on the device: how passes are computed, and how large they are.
@@ -117,25 +115,20 @@ class CondenserModule(L.LightningModule):
         """
         assert self.model is not None
         trainer, datamodule = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
-        on_gpu, sharded = (
-            trainer.strategy.root_device.type == "cuda",
-            isinstance(trainer.strategy, ModelParallelStrategy),
-        )
-        alone = trainer.world_size == 1 and not sharded
+        device, sharded = trainer.strategy.root_device, isinstance(trainer.strategy, ModelParallelStrategy)
+        on_gpu = device.type == "cuda"
         if self.compiled and sharded:
             raise ValueError("model.compile: sharded weights are gathered layer by layer, between compiled functions")
         self.compiled = (on_gpu and not sharded) if self.compiled is None else self.compiled
-        possible = on_gpu and alone and self.compiled and not self.gradient_checkpointing
+        possible = on_gpu and trainer.world_size == 1 and self.compiled and not self.gradient_checkpointing
         if self.cuda_graphs and not possible:
             raise ValueError("model.cuda_graphs needs one GPU, model.compile, and no model.gradient_checkpointing")
         self.cuda_graphs = possible if self.cuda_graphs is None else self.cuda_graphs
         datamodule.few_shapes = self.compiled
         if datamodule.tokens_per_pass is None and on_gpu:
-            memory = torch.cuda.get_device_properties(trainer.strategy.root_device).total_memory
-            n_layers = self.model.lm.config.num_hidden_layers + len(self.model.c_head)
-            datamodule.tokens_per_pass = affordable_tokens(
-                self.model.lm.config, n_layers, memory, self.gradient_checkpointing
-            )
+            config, memory = self.model.lm.config, torch.cuda.get_device_properties(device).total_memory
+            n_layers = config.num_hidden_layers + len(self.model.c_head)
+            datamodule.tokens_per_pass = affordable_tokens(config, n_layers, memory, self.gradient_checkpointing)
 
     def setup(self, stage: str) -> None:
         if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
@@ -254,17 +247,23 @@ class CondenserModule(L.LightningModule):
         mask_id = self.trainer.datamodule.tokenizer.mask_token_id  # type: ignore[attr-defined]
         for fields in batch:
             labels, at_mask = fields["labels"], fields["input_ids"][fields["masked_index"]] == mask_id
-            self.val_metrics["unigram_loss_at_mask"].update(nats[labels][at_mask])
+            self.mean("unigram_loss_at_mask").update(nats[labels][at_mask])
             for name, term in self.model.losses(inputs_of(fields), score=True).items():
                 assert term.losses is not None
-                assert term.correct is not None
                 self.val_weights[name] = term.weight
-                self.val_metrics[f"{name}_loss"].update(term.losses)
-                self.val_metrics[f"{name}_accuracy"].update(term.correct.float())
+                self.mean(f"{name}_loss").update(term.losses)
+                if term.correct is not None:
+                    self.mean(f"{name}_accuracy").update(term.correct.float())
                 if term.over == "n_masked":
-                    self.val_metrics[f"{name}_loss_at_mask"].update(term.losses[at_mask])
+                    self.mean(f"{name}_loss_at_mask").update(term.losses[at_mask])
         for name, metric in self.val_metrics.items():
             self.log(f"val/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+
+    def mean(self, name: str) -> MeanMetric:
+        """Of a validation, over all devices; made where it is asked for first."""
+        if name not in self.val_metrics:
+            self.val_metrics[name] = MeanMetric().to(self.device)
+        return self.val_metrics[name]
 
     def on_validation_model_zero_grad(self) -> None:
         """Lightning would let go of the gradients here, whose buffers stay."""

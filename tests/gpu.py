@@ -1,0 +1,284 @@
+"""What a GPU makes of this project: all ways to compute a step against each other, a run, and the benchmark. One JSON.
+
+    python tests/gpu.py [--json runs/gpu.json] [--minutes 8] [--toy]
+
+Runs from a checkout, needs torch, lightning, transformers and jsonargparse alone, and goes on when one part fails; the
+exit code says whether one did. `--toy` does everything at toy size, on a CPU too.
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+import traceback
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import lightning as L
+import numpy as np
+import torch
+from transformers import BertConfig, BertForMaskedLM
+
+from condenser.data.batching import BucketedBatches
+from condenser.data.collate import Masking, StepBatch
+from condenser.data.datamodule import StepLoader, Steps
+from condenser.data.mixing import Mixture
+from condenser.data.store import SPECIAL_TOKENS
+from condenser.data.synthetic import VOCABULARY, SyntheticStore
+from condenser.models.condenser import Condenser
+from condenser.models.losses import FUSED_AVAILABLE
+from condenser.models.objective import padded
+from condenser.reports.bench import FIRST, RECIPES, Authors, Trial, matmul_rate
+from condenser.training.logs import Speed, commit
+from condenser.training.module import CondenserModule
+from condenser.training.step import TrainingStep
+
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+SMALL = {"num_hidden_layers": 12, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+TOY = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
+BENCHMARKS = {  # name: settings of the model, longest row, sequences of a step
+    "base, length 128": ({}, 128, 1024),
+    "12 layers of 384, length 128": (SMALL, 128, 1024),
+    "base, length 512": ({}, 512, 256),
+}
+
+
+def model_of(settings, **more):
+    torch.manual_seed(0)
+    dry = {"attention_probs_dropout_prob": 0.0, "vocab_size": 30522, **settings, **more}
+    lm = BertForMaskedLM(BertConfig(**dry))
+    return Condenser.from_masked_lm(lm, skip_from=lm.config.num_hidden_layers // 2).to(DEVICE).train()
+
+
+def steps_of(sequences, micro_batches, n_steps, max_length=128, **options):
+    store = SyntheticStore(sequences * n_steps, max_length)
+    mixture = Mixture([store], seed=0)
+    sizes = {"batch_size": sequences, "micro_batches_per_step": micro_batches, "added": SPECIAL_TOKENS}
+    batches = BucketedBatches(store.lengths, seed=0, mixture=mixture, **sizes)
+    return Steps(mixture, batches, VOCABULARY, Masking(0), **options)
+
+
+def loss_and_gradients(settings, batch, half, **ways):
+    """Of one step without dropout, by one of the ways there are to compute it."""
+    model = model_of(settings, hidden_dropout_prob=0.0, attention_probs_dropout_prob=ways.pop("attention_dropout", 0.0))
+    for name in ("gradient_checkpointing", "fused_loss"):
+        setattr(model, name, ways.pop(name, False))
+    step = TrainingStep(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), **ways)
+    scale = 1 / torch.tensor([batch.total(n) for n in ("n_masked", "n_tokens", "n_sequences")], device=DEVICE)
+    with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
+        passes = step.passes(batch.to(DEVICE), scale, False)
+    return float(passes.losses.sum()), torch.cat([gradient.flatten().double() for gradient in step.gradients])
+
+
+def check_equality(settings, sequences):
+    """Relative differences of loss and gradient from fp32 over padded rows; in bf16 all ways differ by its rounding."""
+    micro, joined, full = (
+        steps_of(sequences, 4, 2, tokens_per_pass=n, few_shapes=few)[0]
+        for n, few in ((1, False), (10**9, False), (10**9, True))
+    )
+    rows = model_of(settings, hidden_dropout_prob=0.0)
+    (fields,) = joined.to(DEVICE)
+    mask = (torch.arange(fields["max_seqlen"], device=DEVICE) < fields["cu_seqlens"].diff()[:, None]).long()
+    flat_labels = torch.full_like(fields["input_ids"], -100).index_copy(0, fields["masked_index"], fields["labels"])
+    labels = padded(flat_labels + 100, mask) - 100
+    rows(padded(fields["input_ids"], mask), mask, labels).loss.backward()
+    exact = torch.cat([weight.grad.flatten().double() for weight in rows.parameters()])
+    loss = float(rows(padded(fields["input_ids"], mask), mask, labels).loss)
+    ways = {
+        "fp32, flat": (micro, False, {}),
+        "fp32, one pass": (joined, False, {}),
+        "fp32, dummies": (full, False, {}),
+        "fp32, recomputed": (micro, False, {"gradient_checkpointing": True}),
+        "bf16, flat": (micro, True, {}),
+        "bf16, one pass": (joined, True, {}),
+        "bf16, dummies": (full, True, {}),
+        "bf16, recomputed": (micro, True, {"gradient_checkpointing": True}),
+        "bf16, compiled": (full, True, {"compiled": True}),
+        "bf16, compiled, recomputed": (full, True, {"compiled": True, "gradient_checkpointing": True}),
+    }
+    if FUSED_AVAILABLE:
+        ways["bf16, fused loss"] = (micro, True, {"fused_loss": True})
+    if ON_GPU:
+        ways["bf16, replayed"] = (full, True, {"replayed": True})
+        ways["bf16, compiled, replayed"] = (full, True, {"compiled": True, "replayed": True})
+    found = {}
+    for name, (batch, half, options) in ways.items():
+        value, gradient = loss_and_gradients(settings, batch, half, **options)
+        found[name] = [abs(value / loss - 1), float((gradient - exact).norm() / exact.norm())]
+        limits = (5e-3, 5e-2) if half else (2e-3, 2e-2) if ON_GPU else (1e-5, 1e-4)  # TF32 may be on
+        assert all(a < b for a, b in zip(found[name], limits, strict=True)), (name, found)
+    return found
+
+
+def check_replay(settings, sequences):
+    """Several steps replayed are those that are computed one operation after the other; dropout comes from its seed."""
+    steps = steps_of(sequences, 4, 12, tokens_per_pass=10**9, few_shapes=True)
+    losses = {}
+    for name, options in {"eager": {}, "replayed": {"compiled": True, "replayed": ON_GPU}}.items():
+        model = model_of(settings, hidden_dropout_prob=0.0)
+        step = TrainingStep(model, torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True), clip=1.0, **options)
+        losses[name] = []
+        for number in range(8):
+            batch = steps[number]
+            scale = 1 / torch.tensor([batch.total(n) for n in ("n_masked", "n_tokens", "n_sequences")], device=DEVICE)
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                losses[name].append(float(step.take(batch.to(DEVICE), scale)[0].losses.sum()))
+    a, b = (np.array(each) for each in losses.values())
+    assert np.abs(a / b - 1).max() < 5e-3, losses
+    model = model_of(settings, hidden_dropout_prob=0.3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, fused=True)
+    step = TrainingStep(model, optimizer, compiled=True, replayed=ON_GPU)
+    drawn = []
+    for number in (0, 0, 1):
+        batch = StepBatch(steps[0].buffer, [{**steps[0].layout[0], "step": number}]).to(DEVICE)
+        drawn.append(float(step.passes(batch, torch.full((3,), 1e-3, device=DEVICE), False).losses.sum()))
+    assert drawn[0] == drawn[1] != drawn[2], drawn
+    return {**losses, "dropout": drawn}
+
+
+class InMemory(L.LightningDataModule):
+    """As much of a data module as training asks for, over rows in memory."""
+
+    tokens_per_pass, few_shapes, weights = None, False, {}
+    unigram_nats = torch.zeros(30522)
+
+    class tokenizer:  # noqa: N801
+        pad_token_id, mask_token_id = VOCABULARY.pad_id, VOCABULARY.mask_id
+
+        def __len__(self):
+            return 30522
+
+    tokenizer = tokenizer()
+
+    def __init__(self, sequences):
+        super().__init__()
+        self.sequences = sequences
+
+    def train_dataloader(self):
+        steps = steps_of(self.sequences, 8, 40, tokens_per_pass=self.tokens_per_pass or 1, few_shapes=self.few_shapes)
+        return StepLoader(steps, training=True, num_workers=2)
+
+
+def check_run(settings, sequences):
+    """Lightning trains by all defaults of this device; nothing waits for it between logging steps."""
+    waits = []
+
+    class Strict(CondenserModule):
+        def training_step(self, batch, batch_idx):
+            if ON_GPU:  # by now every shape is compiled and captured
+                torch.cuda.set_sync_debug_mode("error" if 8 < self.global_step < 19 else "default")
+            try:
+                super().training_step(batch, batch_idx)
+            except RuntimeError as error:
+                waits.append(str(error)[:200])
+                raise
+            finally:
+                if ON_GPU:
+                    torch.cuda.set_sync_debug_mode("default")
+
+    module = Strict(backbone_config={"attention_probs_dropout_prob": 0.0, **settings}, skip_from=1)
+    logged = {}
+
+    class Keep(L.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            logged.update({name: float(value) for name, value in trainer.callback_metrics.items()})
+
+    trainer = L.Trainer(
+        accelerator="gpu" if ON_GPU else "cpu",
+        devices=1,
+        precision="bf16-mixed",
+        max_steps=30,
+        log_every_n_steps=10,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+        use_distributed_sampler=False,
+        callbacks=[Speed(), Keep()],
+        default_root_dir="runs/gpu",
+    )
+    trainer.fit(module, datamodule=InMemory(sequences))
+    assert trainer.global_step == 30
+    assert not waits
+    assert (module.compiled, module.cuda_graphs) == (ON_GPU, ON_GPU)
+    return logged
+
+
+def bench(settings, max_length, sequences, n_steps, rounds):
+    steps = steps_of(sequences, 8 if ON_GPU else 2, FIRST + rounds * n_steps + 2, max_length)
+    Authors.longest = int(steps.mixture.lengths.max()) + SPECIAL_TOKENS
+    model = model_of(settings)
+    trial = Trial(
+        model=model,
+        precision="bf16-mixed" if ON_GPU else "32-true",
+        steps=n_steps,
+        workers=8 if ON_GPU else 0,
+        tokens_per_pass=65536 if ON_GPU else 1,
+        data=(steps.mixture, steps.batches, VOCABULARY),
+    )
+    recipes = [recipe for recipe in RECIPES if ON_GPU or not recipe.replayed]
+    found = trial.run(recipes, rounds, lambda text: print("  ", text, flush=True))
+    rate = matmul_rate(DEVICE, trial.dtype)
+    for name, figures in found.items():
+        median = {key: float(np.median(values)) for key, values in figures.items()}
+        print(
+            f"  {name:18} {median['tokens_per_second']:12,.0f} tokens/s, "
+            f"MFU {median['needed_flops_per_second'] / rate:.1%}, {median['launches']:,.0f} launches, "
+            f"{median['host_ms']:.1f} ms of the host, wait {median['data_wait']:.1%}, "
+            f"{median['peak_memory_gb']:.1f} GB",
+            flush=True,
+        )
+    return {"matmul_flops_per_second": rate, "recipes": found, "kernels_ms": trial.kernels}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", default="runs/gpu.json", help="a file for everything that was found")
+    parser.add_argument("--minutes", type=float, default=8, help="no part is begun when three quarters of it are over")
+    parser.add_argument("--toy", action="store_true", help="tiny shapes; also on a CPU")
+    options = parser.parse_args(argv)
+    if not ON_GPU and not options.toy:
+        parser.error("there is no GPU; --toy tries everything on the CPU")
+    settings, sequences = (TOY, 24) if options.toy else (SMALL, 256)
+    parts = {
+        "equality": lambda: check_equality(settings, sequences),
+        "replay": lambda: check_replay(settings, sequences),
+        "run": lambda: check_run(settings, sequences),
+    }
+    for name, (of_model, max_length, n) in BENCHMARKS.items():
+        sizes = (TOY, max_length, 8, 1, 1) if options.toy else (of_model, max_length, n, 6, 3)
+        parts[f"bench: {name}"] = lambda sizes=sizes: bench(*sizes)
+    began = time.perf_counter()
+    found = {
+        "device": torch.cuda.get_device_name() if ON_GPU else f"CPU, {os.cpu_count()} cores",
+        "versions": {"torch": torch.__version__, "lightning": L.__version__, "commit": commit()},
+    }
+    print(found, flush=True)
+    failed = []
+    for name, part in parts.items():
+        spent = time.perf_counter() - began
+        if spent > 45 * options.minutes:
+            found[name] = f"not begun after {spent:.0f} s"
+            failed.append(name)
+            continue
+        print(f"{name} (after {spent:.0f} s)", flush=True)
+        try:
+            found[name] = part()
+        except Exception:
+            found[name] = traceback.format_exc()
+            failed.append(name)
+            print(found[name], flush=True)
+        torch._dynamo.reset()
+        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+        Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    seconds = time.perf_counter() - began
+    print(f"{len(parts) - len(failed)} of {len(parts)} parts went well in {seconds:.0f} s; {options.json}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
