@@ -147,7 +147,7 @@ def test_the_variable_length_kernel_equals_attention_over_rows():
     for kernel in (True, False):
         leaves = [each.clone().requires_grad_() for each in states]
         queries, keys = (bounds_of(bounds, 40, int(bounds[-1]), kernel) for bounds in cu)
-        attended = attend(*leaves, queries, keys)
+        attended = attend(leaves[0], torch.stack(leaves[1:], dim=1), queries, keys)
         attended.square().sum().backward()
         found.append([attended.detach(), *(leaf.grad for leaf in leaves)])
     torch.testing.assert_close(*found, rtol=3e-2, atol=3e-2)

@@ -52,7 +52,7 @@ class Bounds(NamedTuple):
     cu_seqlens: Tensor  # [B + 1] int32
     longest: int  # at least the length of the longest
     slots: Tensor | None = None  # [T] where each position is in [B * L]; None where the kernel takes the bounds
-    real: Tensor | None = None  # [B, L], false past the end of a sequence (never at its first position)
+    mask: Tensor | None = None  # [B, 1, 1, L], false past the end of a sequence (never at its first position)
 
 
 class Sequences(NamedTuple):
@@ -89,32 +89,29 @@ def bounds_of(cu_seqlens: Tensor, longest: int, n: int, kernel: bool) -> Bounds:
     sequence = torch.bucketize(position, cu_seqlens, right=True) - 1
     slots = sequence * longest + position - cu_seqlens.index_select(0, sequence)
     lengths = cu_seqlens.diff().clamp(min=1)  # a row of nothing but padding would give NaN
-    return Bounds(bounds, longest, slots, torch.arange(longest, device=bounds.device) < lengths[:, None])
+    mask = torch.arange(longest, device=bounds.device) < lengths[:, None, None, None]
+    return Bounds(bounds, longest, slots, mask)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, queries: Bounds, keys: Bounds, dropout: float = 0.0) -> Tensor:
-    """Each query ``[Q, A, D]`` over the keys and values ``[T, A, D]`` of its own sequence: ``[Q, A, D]``."""
-    if queries.slots is None or keys.slots is None or keys.real is None:
+def attend(query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds, dropout: float = 0.0) -> Tensor:
+    """Each query ``[Q, A, D]`` over the keys and values ``[T, 2, A, D]`` of its own sequence: ``[Q, A, D]``."""
+    if queries.slots is None or keys.slots is None:
         from torch.nn.attention.varlen import varlen_attn
 
         bounds = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
-        attended: Any = varlen_attn(query, key, value, *bounds)
+        attended: Any = varlen_attn(query, *key_value.unbind(1), *bounds)
         return attended
-    laid_out = [
-        put(states, bounds.slots, len(keys.real) * bounds.longest).view(-1, bounds.longest, *states.shape[1:])
-        for states, bounds in ((query, queries), (key, keys), (value, keys))
-        if bounds.slots is not None
-    ]
-    context = attend_rows(*laid_out, keys.real[:, None, None, :], dropout).to(query.dtype)
-    return take(context.flatten(0, 1), queries.slots)
+    query, key_value, dtype = laid_out(query, queries), laid_out(key_value, keys), query.dtype
+    if on_cpu := query.is_cpu and dtype.itemsize == 2:  # whose kernel is slower in half precision
+        query, key_value = query.float(), key_value.float()
+    query, key, value = (states.transpose(1, 2) for states in (query, *key_value.unbind(2)))  # [B, A, L, D]
+    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=keys.mask, dropout_p=dropout)
+    return take(context.transpose(1, 2).flatten(0, 1).to(dtype), queries.slots)
 
 
-def attend_rows(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout: float) -> Tensor:
-    """``[B, L, A, D]``, and which keys there are ``[B, 1, 1, L]`` -> ``[B, L, A, D]``."""
-    query, key, value = (each.transpose(1, 2) for each in (query, key, value))
-    on_cpu = query.is_cpu  # whose kernel is slower in bf16 than in fp32
-    if on_cpu:
-        query, key, value = query.float(), key.float(), value.float()
-    with torch.autocast(query.device.type, enabled=False) if on_cpu else nullcontext():
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-    return context.transpose(1, 2)
+def laid_out(states: Tensor, bounds: Bounds) -> Tensor:
+    """``[T, ...]`` -> ``[B, L, ...]``, 0 past the end of a sequence."""
+    assert bounds.slots is not None
+    n_rows = len(bounds.cu_seqlens) - 1
+    return put(states, bounds.slots, n_rows * bounds.longest).unflatten(0, (n_rows, bounds.longest))

@@ -41,13 +41,16 @@ class Bert(Backbone):
         attention, mixed = layer.attention.self, layer.attention.output
         if at_queries:
             own, queries = take(hidden, where.query_index), where.queries
-            states = [linear(own, attention.query), *linear(hidden, attention.key, attention.value).chunk(2, -1)]
+            query, key_value = linear(own, attention.query), linear(hidden, attention.key, attention.value)
         else:
             own, queries = hidden, where.keys
-            states = [*linear(hidden, attention.query, attention.key, attention.value).chunk(3, -1)]
-        query, key, value = (each.unflatten(-1, (-1, attention.attention_head_size)) for each in states)  # [., A, D]
+            width = attention.query.out_features
+            states = linear(hidden, attention.query, attention.key, attention.value)
+            query, key_value = states.split([width, 2 * width], dim=-1)
+        query = query.unflatten(-1, (-1, attention.attention_head_size))  # [Q, A, D]
+        key_value = key_value.unflatten(-1, (2, -1, attention.attention_head_size))  # [T, 2, A, D]
         dropout = attention.dropout.p if layer.training else 0.0
-        context = attend(query, key, value, queries, where.keys, dropout).flatten(1)
+        context = attend(query, key_value, queries, where.keys, dropout).flatten(1)
         hidden = added(own, mixed.dropout(linear(context, mixed.dense)), mixed.LayerNorm)
         wide = layer.intermediate.intermediate_act_fn(linear(hidden, layer.intermediate.dense))
         return added(hidden, layer.output.dropout(linear(wide, layer.output.dense)), layer.output.LayerNorm)
