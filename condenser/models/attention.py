@@ -98,8 +98,9 @@ def attend(query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds, drop
     if queries.slots is None or keys.slots is None:
         from torch.nn.attention.varlen import varlen_attn
 
-        bounds = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
-        attended: Any = varlen_attn(query, *key_value.unbind(1), *bounds)
+        key, value = key_value.unbind(1)
+        bounds: Any = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
+        attended: Any = varlen_attn(query, key, value, *bounds)
         return attended
     query, key_value, dtype = laid_out(query, queries), laid_out(key_value, keys), query.dtype
     if on_cpu := query.is_cpu and dtype.itemsize == 2:  # whose kernel is slower in half precision
