@@ -1,8 +1,10 @@
 """The training engine: flat = padded, joined = apart, compiled = eager, fused = plain, no waiting, counted work."""
 
+import contextlib
 import json
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -405,6 +407,63 @@ class Strict(CondenserModule):
         torch.cuda.set_sync_debug_mode("error" if self.global_step > 3 else "default")
         super().training_step(batch, batch_idx)
         torch.cuda.set_sync_debug_mode("default")
+
+
+class StubGraph:
+    """Does again what was captured, as far as a CPU can: on the inputs that were kept, into the outputs that were."""
+
+    step, fails = None, False
+
+    def pool(self):
+        return "memory"
+
+    def replay(self):
+        replays = self.step.replays
+        (entry,) = (entry for entry in replays.captured.values() if entry[0] is self)
+        _, own, own_scale, (loss, shares) = entry
+        new_loss, new_shares = replays.run(own, own_scale, True)
+        loss.copy_(new_loss)
+        for name, value in new_shares.items():
+            shares[name].copy_(value)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_replays_copy_their_inputs_keep_gradients_and_do_without_where_a_pass_cannot_be_captured(
+    fails, monkeypatch, capsys
+):
+    """With a stub of CUDA: several shapes within a step, several steps, gradients of earlier passes there."""
+
+    @contextlib.contextmanager
+    def graph(captured, pool, capture_error_mode):
+        assert capture_error_mode == "thread_local"  # the loader's threads go on
+        yield
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    waits = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in {
+        "CUDAGraph": StubGraph,
+        "graph": graph,
+        "Stream": lambda: waits,
+        "current_stream": lambda: waits,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "get_rng_state": torch.get_rng_state,
+        "set_rng_state": torch.set_rng_state,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    batches = [step_batch(flat_pass(27, i, SHAPES), flat_pass(27, i + 40, SHAPES)) for i in (0, 180, 0, 360)]
+    found = []
+    for replayed in (False, True):
+        step = training_step(tiny_model(hidden_dropout_prob=0.1), clip=1.0, replayed=replayed)
+        StubGraph.step, results = step, []
+        for batch in batches:
+            passes, norm = step.take(batch, scale_of(batch), score=True)
+            results.append([passes.losses.clone(), passes.shares, norm])
+        found.append([results, [weight.detach().clone() for weight in step.weights]])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+    n_shapes = len({len(fields["input_ids"]) for batch in batches for fields in batch})
+    assert len(step.replays.captured) == (0 if fails else n_shapes)
+    assert ("not replayed as CUDA graphs (model.cuda_graphs): operation not" in capsys.readouterr().err) == fails
 
 
 @pytest.mark.gpu

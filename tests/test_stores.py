@@ -462,13 +462,13 @@ def test_inspect_shows_numbers_lengths_masks_and_padding(folder, store, spans, c
     assert bucketed < at_random
 
 
-def test_bench_data_compares_collation_and_preparation(files, store, tmp_path, capsys):
-    options = ["--rounds", "2", "--rows", "20000", "--batch-size", "64", "--json", str(tmp_path / "figures.json")]
+def test_bench_data_compares_steps_and_preparation(files, store, tmp_path, capsys):
+    options = ["--rounds", "2", "--batch-size", "64", "--json", str(tmp_path / "figures.json")]
     prepared = ["--input", str(files[0]), "--tokenizer", str(store / "tokenizer")]
     assert main(["bench", "data", "--store", str(store), *options, *prepared]) == 0
     assert "ratio" in capsys.readouterr().out
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert set(figures) == {"collation", "order", "preparation", "versions"}
-    assert all(len(rounds) == 2 for rounds in figures["collation"].values())
+    assert set(figures) == {"steps", "preparation", "versions"}
+    assert all(len(rounds) == 2 for rounds in figures["steps"].values())
     assert main(["bench", "data", *options]) == 0  # rows in memory
     assert main(["bench", "data", "--input", str(files[0])]) == 1

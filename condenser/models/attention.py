@@ -72,6 +72,7 @@ def sequences_of(batch: dict[str, Any], dtype: torch.dtype, attention_dropout: f
     return Sequences(keys, queries, query_index)
 
 
+@torch.compiler.assume_constant_result
 def has_kernel(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether sequences of any length can be attended to as they lie."""
     half = dtype in (torch.bfloat16, torch.float16)

@@ -8,8 +8,9 @@ import io
 import random
 import tempfile
 import time
-import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,13 @@ from condenser.corpus.documents import Document, documents
 from condenser.corpus.readers import Columns, resolve, units
 from condenser.corpus.work import available_cores
 from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Masking, Vocabulary, collate
-from condenser.data.store import SPECIAL_TOKENS, TokenStore, read_manifest, write_json
-from condenser.data.synthetic import VOCABULARY, SyntheticStore
-from condenser.reports.tables import Measured, show, timed
+from condenser.data.collate import Masking, Vocabulary
+from condenser.data.datamodule import Steps
+from condenser.data.mixing import Mixture
+from condenser.data.store import SPECIAL_TOKENS, read_manifest, write_json
+from condenser.reports.bench import open_store
+
+Measured = dict[str, list[float]]  # million tokens a second in each round, by what was measured
 
 
 def bench_data(
@@ -32,21 +36,19 @@ def bench_data(
     tokenizer: str | None = None,
     batch_size: int = 1024,
     micro_batches_per_step: int = 8,
-    rows: int = 100_000_000,
     rounds: int = 5,
     json: str | None = None,
 ) -> None:
-    """Measure masking and collation, the order of batches, and the preparation of text.
+    """Measure the making of steps, and the preparation of text.
 
     Shown are medians and ranges over the rounds, and ratios to what others do.
 
     Args:
-        store: token store whose rows are collated; by default rows in memory with the lengths of real text.
+        store: token store whose rows make up the steps; by default rows in memory with the lengths of real text.
         input: text whose preparation is measured, as for `condenser prepare`; needs --tokenizer.
         tokenizer: a folder or hub name, for --input.
         batch_size: sequences of an optimizer step.
         micro_batches_per_step: parts of a step.
-        rows: how many there are in the synthetic store over which the order of batches is measured.
         rounds: repetitions of everything.
         json: a file for the figures.
 
@@ -57,61 +59,60 @@ def bench_data(
 
     if bool(input) != bool(tokenizer):
         raise ValueError("give --input and --tokenizer together")
-    console, found = Console(), {}
-    found["collation"] = collation(store, batch_size, micro_batches_per_step, rounds)
-    show(console, "Masking whole words and collating on one core, million tokens/s", found["collation"], compared=True)
-    found["order"] = order_of_batches(rows, batch_size, micro_batches_per_step, rounds)
-    show(console, f"The order of batches over {rows:,} rows", found["order"])
+    console, found = Console(), {"steps": steps(store, batch_size, micro_batches_per_step, rounds)}
+    show(console, "Steps on one core: order, reading, whole-word masks, collation; million tokens/s", found["steps"])
     if input and tokenizer:
         found["preparation"] = preparation(input, tokenizer, rounds)
         title = f"Preparing {', '.join(input)} on {available_cores()} cores, million tokens/s"
-        show(console, title, found["preparation"], compared=True)
+        show(console, title, found["preparation"])
     if json:
         write_json(Path(json), found | {"versions": {"numpy": np.__version__, "torch": torch.__version__}})
 
 
-def collation(folder: str | None, batch_size: int, micro_batches_per_step: int, rounds: int) -> Measured:
-    """Million tokens a second of ours, and of the authors' algorithm."""
-    from condenser.data.tokenizers import load_tokenizer
+def show(console: Any, title: str, measured: Measured) -> None:
+    """A table; ways to do one thing are compared with the last of them."""
+    from rich.table import Table
 
-    if folder:
-        read_manifest(folder)
-        store: Any = TokenStore(folder, "train")
-        tokenizer = load_tokenizer(Path(folder) / "tokenizer")
-        vocabulary, pieces = Vocabulary.of(tokenizer), tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
-    else:
-        store, vocabulary = SyntheticStore(100_000), VOCABULARY
-        pieces = [f"{'' if number % 11 else '##'}{number}" for number in range(30522)]
-    batches = BucketedBatches(
-        store.lengths,
-        batch_size=min(batch_size, len(store)),
-        micro_batches_per_step=micro_batches_per_step,
-        seed=0,
-        added=SPECIAL_TOKENS,
-    )
-    parts = [part for step in range(min(8, batches.steps_per_epoch)) for part in batches.step(step)]
-    few = parts[:: max(1, len(parts) // 4)]
-    lists = []
-    for part in few:
-        rows = store.rows(part)
-        lists.append([row.tolist() for row in np.split(rows.tokens, rows.lengths.cumsum()[:-1])])
-    longest = int(store.lengths.max()) + SPECIAL_TOKENS
-    measured: Measured = {"flat": [], "token by token, as the authors' collator": []}
-    flat, reference = measured.values()
+    table = Table("", "median", "range", "ratio", title=title, title_justify="left")
+    reference = list(measured.values())[-1]
+    for name, figures in measured.items():
+        ratio = median(a / b for a, b in zip(figures, reference, strict=True))
+        spread = f"{min(figures):.3g} to {max(figures):.3g}"
+        table.add_row(name, f"{median(figures):.3g}", spread, f"{ratio:.2f}")
+    console.print(table)
+
+
+@contextlib.contextmanager
+def timed(figures: list[float], amount: float) -> Iterator[None]:
+    """Adds the ``amount`` per second that the block took."""
+    start = time.perf_counter()
+    yield
+    figures.append(amount / (time.perf_counter() - start))
+
+
+def steps(folder: str | None, batch_size: int, micro_batches_per_step: int, rounds: int) -> Measured:
+    """What a worker of the loader does, and collation by the authors' algorithm."""
+    samples, vocabulary, n_tokens = open_store(folder, 128, 64 * batch_size)
+    mixture = Mixture([samples], seed=0)
+    sizes = {"batch_size": min(batch_size, len(samples)), "micro_batches_per_step": micro_batches_per_step}
+    batches = BucketedBatches(samples.lengths, **sizes, seed=0, added=SPECIAL_TOKENS, mixture=mixture)
+    made = Steps(mixture, batches, vocabulary, Masking(0))
+    some = range(min(8, batches.steps_per_epoch))
+    pieces = [f"{'' if number % 11 else '##'}{number}" for number in range(n_tokens)]
+    rows = samples.rows(batches.step(0)[0])
+    ids = [row.tolist() for row in np.split(rows.tokens, rows.lengths.cumsum()[:-1])]
+    longest = int(samples.lengths.max()) + SPECIAL_TOKENS
+    measured: Measured = {"ours": [], "collation token by token, as the authors'": []}
+    ours, theirs = measured.values()
     torch.set_num_threads(1)
-    for _ in range(rounds):
-        with timed(flat, tokens_of(store, parts)):
-            for part in parts:
-                collate(store.rows(part), part, 0, vocabulary, Masking(0))
-        with timed(reference, tokens_of(store, few)):
-            for rows in lists:
-                collate_token_by_token(rows, pieces, vocabulary, longest)
+    for number in range(rounds):
+        n = sum(made[step].total("n_tokens") for step in some) / 1e6
+        with timed(ours, n):
+            for step in some:
+                made[step + (number + 1) * batches.steps_per_epoch]  # of another epoch, whose order is not known yet
+        with timed(theirs, (len(rows.tokens) + SPECIAL_TOKENS * len(ids)) / 1e6):
+            collate_token_by_token(ids, pieces, vocabulary, longest)
     return measured
-
-
-def tokens_of(store: Any, parts: list[np.ndarray]) -> float:
-    """Million tokens, special ones included."""
-    return sum(int(store.lengths[part].sum(dtype=np.int64)) + SPECIAL_TOKENS * len(part) for part in parts) / 1e6
 
 
 def collate_token_by_token(rows: list[list[int]], pieces: list[str], vocabulary: Vocabulary, length: int) -> tuple:
@@ -142,26 +143,6 @@ def collate_token_by_token(rows: list[list[int]], pieces: list[str], vocabulary:
     randomised = torch.bernoulli(torch.full(labels.shape, 0.5)).bool() & masked & ~replaced
     inputs[randomised] = torch.randint(len(pieces), labels.shape)[randomised]
     return inputs, (inputs != vocabulary.pad_id).long(), labels
-
-
-def order_of_batches(rows: int, batch_size: int, micro_batches_per_step: int, rounds: int) -> Measured:
-    """Time and memory of finding a step's samples in a store of so many rows."""
-    lengths = np.resize(SyntheticStore(min(rows, 1_000_000)).lengths, rows)
-    sizes: dict[str, Any] = {"batch_size": batch_size, "micro_batches_per_step": micro_batches_per_step}
-    sizes["added"] = SPECIAL_TOKENS
-    measured: Measured = {"setting up, s": [], "any step, s": [], "the step after it, s": []}
-    for number in range(rounds):
-        with timed(measured["setting up, s"]):
-            batches = BucketedBatches(lengths, **sizes, seed=number)
-        step = 5 * batches.steps_per_epoch // 2  # in the middle of the third epoch
-        for name, wanted in (("any step, s", step), ("the step after it, s", step + 1)):
-            with timed(measured[name]):
-                batches.step(wanted)
-    tracemalloc.start()
-    BucketedBatches(lengths, **sizes, seed=0).step(0)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    return measured | {"lengths, bytes a row": [lengths.nbytes / rows], "all else at the peak, MB": [peak / 1e6]}
 
 
 def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
