@@ -173,7 +173,8 @@ def load_checkpoint(path: str | Path) -> tuple[Condenser, dict[str, Any]]:
     lm = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
     model = Condenser.from_masked_lm(lm, **about["head"])
     try:
-        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")})
+        own = ("model.lm.", "model.c_head.")  # what else an objective has is for training alone
+        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith(own)})
     except RuntimeError as error:
         raise ValueError(f"{path}: weights and configuration do not belong together: {error}") from None
     return model.eval(), checkpoint

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import write_jsonl
 from test_model import DEVICES, tiny_config
 from test_training import assert_same_weights, checkpoints, fit, metrics_of
 from torch import nn
@@ -18,7 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from condenser.cli import main
+from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, Shape, Shapes, StepBatch, Vocabulary, collate, filled
+from condenser.data.datamodule import Steps
+from condenser.data.mixing import Mixture
 from condenser.data.store import Rows
 from condenser.data.synthetic import SyntheticStore
 from condenser.models import attention, losses
@@ -253,7 +257,7 @@ def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(che
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     n_graphs = torch._dynamo.utils.counters["stats"]
-    batches = [step_batch(flat_pass(27, first, SHAPES), flat_pass(27, first + 40, SHAPES)) for first in (0, 180)]
+    batches = [step_batch(flat_pass(9, 0, SHAPES), flat_pass(9, 9, SHAPES)), step_batch(flat_pass(18, 60, SHAPES))]
     found = []
     for compiled in (False, True):
         model = tiny_model(hidden_dropout_prob=0.0)
@@ -264,7 +268,7 @@ def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(che
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
     seen = n_graphs["unique_graphs"]
     assert seen == len({len(fields["input_ids"]) for batch in batches for fields in batch})
-    for batch in batches:
+    for batch in [*batches, *batches]:
         step.take(batch, scale_of(batch), score=False)
     assert n_graphs["unique_graphs"] == seen
     assert not torch._dynamo.utils.counters["graph_break"]
@@ -640,35 +644,100 @@ def test_a_compiled_run_that_is_stopped_goes_on_bit_for_bit(recipe, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-@pytest.mark.parametrize(("precision", "checkpointing"), [("bf16-mixed", False), ("bf16-mixed", True)])
-def test_a_pass_as_large_as_a_gpu_affords_surely_fits(precision, checkpointing, monkeypatch):
-    """By a rehearsal of base and small size on 16 and 80 GB."""
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_pass_as_large_as_a_gpu_affords_surely_fits(checkpointing):
+    """By a rehearsal of 12 layers of 384 on 8 GB, of which it takes a good part."""
     from condenser.data.datamodule import CondenserDataModule
     from condenser.reports.rehearsal import Rehearsal, Setting
 
-    for settings in (
-        {},
-        {"num_hidden_layers": 12, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
-    ):
-        dry = {"attention_probs_dropout_prob": 0.0, **settings}
-        rehearsal = Rehearsal(CondenserModule(backbone_config=dry), CondenserDataModule(store="not/there"))
-        for memory in (16e9, 80e9):
-            tokens = affordable_tokens(rehearsal.model.lm.config, 14, memory, checkpointing)
-            lengths = np.full(tokens // 128, 126)
-            peak = sum(rehearsal.peak(Setting(precision, checkpointing, False, True), lengths).values())
-            assert peak < 0.85 * memory
-            assert tokens == 65536 or peak > 0.4 * memory
+    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    module = CondenserModule(backbone_config={"attention_probs_dropout_prob": 0.0, **sizes})
+    rehearsal = Rehearsal(module, CondenserDataModule(store="not/there"))
+    tokens = affordable_tokens(rehearsal.model.lm.config, 14, 8e9, checkpointing)
+    setting = Setting("bf16-mixed", checkpointing, fused=False, on_gpu=True)
+    peak = sum(rehearsal.peak(setting, np.full(tokens // 128, 126)).values())
+    assert peak < 0.85 * 8e9
+    assert tokens == 65536 or peak > 0.4 * 8e9
 
 
-def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("long_rows", [True, False])
+@pytest.mark.parametrize(("batch_size", "micro_batches"), [(8, 1), (32, 2), (256, 8), (1024, 8)])
+def test_passes_have_few_shapes_and_a_large_step_few_dummies(batch_size, micro_batches, long_rows):
+    """Compilers take a minute for each, and give up after some."""
+    store = SyntheticStore(max(3000, 20 * batch_size))
+    if not long_rows:
+        store.lengths = np.random.default_rng(0).lognormal(3, 0.8, len(store)).clip(1, 126).astype(np.uint16)
+    mixture, sizes = Mixture([store], seed=0), {"batch_size": batch_size, "micro_batches_per_step": micro_batches}
+    batches = BucketedBatches(store.lengths, seed=0, added=2, mixture=mixture, **sizes)
+    steps = Steps(mixture, batches, VOCABULARY, Masking(0), tokens_per_pass=65536, few_shapes=True)
+    found = [steps[number] for number in range(min(100, batches.steps_per_epoch))]
+    shapes = {tuple(len(value) for value in inputs_of(f).values() if torch.is_tensor(value)) for s in found for f in s}
+    assert len(shapes) <= 3
+    dummies = 1 - sum(step.total("n_tokens") for step in found) / sum(step.n_positions for step in found)
+    assert dummies < (0.03 if batch_size == 1024 else 0.3)
+
+
+class Uniform(Condenser):
+    """Has a term of its own, over sequences, that says nothing of what it sums; and a weight that is not exported."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.ones(()))
+
+    def losses(self, batch, score=False):
+        states = self.states(batch)
+        cls = states[0][batch["cu_seqlens_query"][:-1]]
+        norm = Term((self.scale * cls).square().mean(-1).sum(), over="n_sequences", weight=0.1)
+        return self.terms_of(states, batch, score) | {"norm": norm}
+
+
+def test_a_term_of_ones_own_is_trained_logged_validated_and_left_out_of_the_export(recipe, tmp_path):
+    options = ["--model.objective", f"{__name__}.Uniform", "--trainer.log_every_n_steps", "1"]
+    assert fit(recipe, tmp_path, "own", *options) == 0
+    for row in metrics_of(tmp_path / "own"):
+        for kind in ("train", "val"):
+            if row[f"{kind}/loss"]:
+                parts = {name: float(row[f"{kind}/{name}_loss"]) for name in ("mlm", "head_mlm", "norm")}
+                expected = parts["mlm"] + parts["head_mlm"] + 0.1 * parts["norm"]
+                assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)
+                assert 0.1 < parts["norm"] < 10
+    assert main(["export", str(tmp_path / "own"), "--output", str(tmp_path / "export")]) == 0
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_a_step_without_a_masked_token_is_taken_without_harm(fused, store, recipe, tmp_path):
+    """Rows of one long word each, which no budget takes."""
+    if fused == "true" and not losses.FUSED_AVAILABLE:
+        pytest.skip("torch before 2.13 has no linear_cross_entropy")
+    letters = "retrievencodattendmasktokenindexrank"
+    texts = [letters[number % 30 :] + letters[: number % 30] for number in range(40)]
+    write_jsonl(tmp_path / "words.jsonl", texts)
+    prepared = ["--tokenizer", str(store / "tokenizer"), "--output", str(tmp_path / "words"), "--max-length", "64"]
+    assert main(["prepare", "--input", str(tmp_path / "words.jsonl"), *prepared, "--validation-fraction", "0.2"]) == 0
+    sizes = ["--data.batch_size", "8", "--data.micro_batches_per_step", "2", "--model.fused_loss", fused]
+    positions = ["--model.backbone_config.max_position_embeddings", "64"]
+    assert fit(recipe, tmp_path, "w", "--data.store", str(tmp_path / "words"), *sizes, *positions) == 0
+    rows = metrics_of(tmp_path / "w")
+    assert {float(row["train/loss"]) for row in rows if row["train/loss"]} == {0.0}
+    assert all(weight.isfinite().all() for weight in final_weights(tmp_path / "w"))
+
+
+@pytest.mark.slow
+def test_bench_measures_a_compiled_pass_too(recipe, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    options = ["--config", str(recipe), "--sequences", "8", "--rounds", "1", "--json", str(tmp_path / "b.json")]
+    assert main(["bench", *options, "--max-length", "32", "--compile"]) == 0
+    _, ours, compiled = json.loads((tmp_path / "b.json").read_text())["recipes"].values()
+    assert np.median(compiled["flops_per_token"]) == pytest.approx(np.median(ours["flops_per_token"]), rel=0.5)
+
+
+def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, capsys):
     options = ["--config", str(recipe), "--sequences", "8", "--rounds", "2", "--json", str(tmp_path / "b.json")]
-    assert main(["bench", *options, "--max-length", "32", "--compile"]) == 0  # rows in memory
+    assert main(["bench", *options, "--max-length", "32"]) == 0  # rows in memory
     found = json.loads((tmp_path / "b.json").read_text())["recipes"]
-    assert list(found) == ["authors' recipe", "flat, pruned", "+ compiled"]
-    authors, ours, compiled = found.values()
+    assert list(found) == ["authors' recipe", "flat, pruned"]
+    authors, ours = found.values()
     assert np.median(authors["flops_per_token"]) > 1.5 * np.median(ours["flops_per_token"])
-    assert np.median(compiled["flops_per_token"]) == pytest.approx(np.median(ours["flops_per_token"]), rel=0.3)
     assert ours["padding"] == [0, 0]
     assert min(authors["padding"]) > 0.05
     for figures in (authors, ours):

@@ -207,6 +207,20 @@ def test_states_are_hugging_faces_own_wherever_the_padding_is(side, model_class,
         assert (ours[~real] == 0).all()
 
 
+def test_no_labels_and_a_decoder_are_refused():
+    with pytest.raises(ValueError, match="labels are needed"):
+        Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2)(tiny_batch()["input_ids"])
+    with pytest.raises(ValueError, match="is_decoder"):
+        Condenser.from_masked_lm(BertForMaskedLM(tiny_config(is_decoder=True)), skip_from=2)
+
+
+def test_masks_and_labels_may_be_of_other_types():
+    lm, batch = RobertaForMaskedLM(tiny_config(RobertaConfig)), tiny_batch()
+    model = Condenser.from_masked_lm(lm, skip_from=2).eval()
+    other = {"attention_mask": batch["attention_mask"].float(), "labels": batch["labels"].int()}
+    torch.testing.assert_close(model(**batch | other).loss, model(**batch).loss)
+
+
 def test_a_row_without_a_token_is_refused():
     batch = tiny_batch()
     batch["attention_mask"][3] = 0

@@ -377,6 +377,15 @@ def test_a_step_crosses_processes_as_one_file_descriptor(store):
     assert [len(step) for step in steps] == [64] * len(steps)
 
 
+def test_a_device_without_a_row_of_the_validation_split_has_a_step_of_no_passes(store):
+    alone = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4, num_workers=0)
+    alone.setup("fit")
+    one = alone.loader(Mixture([TokenStore(store, "validation")], seed=0), 1, 1, training=False).dataset
+    step = Steps(one.mixture, one.batches, one.vocabulary, one.masking, (1, 2))[0]
+    assert (len(step), [*step], step.total("n_tokens"), step.n_positions) == (0, [], 0, 0)
+    assert len(step.to("cpu").buffer) == 0
+
+
 def test_a_loader_that_gives_nothing_becomes_an_error(store, monkeypatch):
     monkeypatch.setattr(StepLoader, "PATIENCE", 0.5)
     monkeypatch.setattr(Steps, "__getitem__", lambda self, step: time.sleep(30))

@@ -140,8 +140,8 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True)
 class Shapes:
-    """The few shapes that passes are filled up to, for compilers: T grows in steps of at most 1/32, and all else goes
-    with it, by what the corpus holds of it on average.
+    """The few shapes that passes are filled up to, for compilers: T grows in steps of at most 1/32 (or of two
+    sequences, by which small passes differ), and all else goes with it, by what the corpus holds of it on average.
 
     Args:
         tokens: special ones included; masked: tokens to predict; both of a sequence, on average.
@@ -165,7 +165,7 @@ class Shapes:
         """The smallest that holds a pass and the dummy sequences which fill it up."""
         n_tokens = fields["n_tokens"]
         while True:
-            n_tokens = up(n_tokens + 1, max(8, 1 << (n_tokens.bit_length() - 6)))
+            n_tokens = up(n_tokens + 1, max(1 << (n_tokens.bit_length() - 6), 2 * self.longest))
             n = n_tokens / self.tokens  # sequences, on average
             n_sequences = up(1.125 * n + 4 * n**0.5 + 8, 32)
             n_masked = up(1.01 * self.masked * n + 2 * n**0.5 + 8, 64)
@@ -220,7 +220,8 @@ class StepBatch:
 
     @classmethod
     def of(cls, passes: list[Fields]) -> "StepBatch":
-        layout, arrays, end = [], [], 0
+        """Of no passes too, as a device has of a validation split of fewer rows than devices."""
+        layout, arrays, end = [], [np.empty(0, np.int64)], 0
         for fields in passes:
             placed = {}
             for name, value in fields.items():

@@ -62,6 +62,9 @@ class CondenserDataModule(L.LightningDataModule):
         self.weights = {
             store_folder(name): weight for name, weight in ({store: 1.0} if store else stores or {}).items()
         }
+        for name, value in (("batch_size", batch_size), ("micro_batches_per_step", micro_batches_per_step)):
+            if value < 1:
+                raise ValueError(f"data.{name}={value} must be at least 1")
         if tokens_per_pass is not None and tokens_per_pass < 1:
             raise ValueError(f"data.tokens_per_pass={tokens_per_pass} must be at least 1; leave it out for the default")
         self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step

@@ -126,7 +126,8 @@ class Condenser(Objective):
         token_type_ids: Tensor | None = None,
     ) -> CondenserOutput:
         """Losses of padded rows ``[B, L]``, in which ``labels`` are -100 where nothing is scored."""
-        assert labels is not None
+        if labels is None:
+            raise ValueError("labels are needed: [B, L], -100 where nothing is scored")
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         batch = flattened(self.backbone, input_ids, mask, labels, token_type_ids)
         states = self.states(batch)

@@ -29,7 +29,7 @@ def token_losses(
     Raises:
         ValueError: ``fused`` with a torch that has no ``linear_cross_entropy``.
     """
-    if fused:
+    if fused and len(targets):
         correct = predicted_right(hidden, decoder, targets) if score else None
         return fused_losses(hidden, decoder, targets), correct
     weight: Tensor = decoder.weight

@@ -79,7 +79,9 @@ def flattened(
     """
     real = attention_mask.bool()
     lengths = real.sum(1)
-    if not bool(lengths.all()):
+    if not len(lengths) or not bool(lengths.all()):
+        if not len(lengths):
+            raise ValueError("a batch of no rows")
         raise ValueError(f"row {int((lengths == 0).nonzero()[0])} of attention_mask has no token")
     flat_labels = labels[real]
     begins = nn.functional.pad(lengths.cumsum(0), (1, 0))
@@ -90,11 +92,11 @@ def flattened(
     query_index = is_read.nonzero()[:, 0]
     return {
         "input_ids": input_ids[real],
-        "position_ids": backbone.positions(attention_mask)[real],
+        "position_ids": backbone.positions(real.long())[real],
         "token_type_ids": None if token_type_ids is None else token_type_ids[real],
         "cu_seqlens": begins,
         "masked_index": masked.nonzero()[:, 0],
-        "labels": flat_labels[masked],
+        "labels": flat_labels[masked].long(),
         "query_index": query_index,
         "cu_seqlens_query": nn.functional.pad(n_read.cumsum(0), (1, 0)),
         "masked_slot": masked[query_index].nonzero()[:, 0],

@@ -117,10 +117,10 @@ def bench(
 ) -> None:
     """Measure training steps: by the authors' recipe, by ours, and by ours compiled and replayed.
 
-    Shown are medians over the rounds, with half the range, and the ratio to the authors' recipe. FLOPs are those done,
-    padding included; MFU counts only those that the real tokens need, against the rate of large matrix products. The
-    host's time is what a step takes it until it can begin the next, launches are kernels on a GPU and operations on a
-    CPU. `condenser bench data` measures what comes before training.
+    Shown are medians over the rounds, with half the range, and the ratio to the authors' recipe. GFLOP of a token are
+    those done, padding included; MFU counts only those that the real tokens need, against the rate of large matrix
+    products. The host's time is what a step takes it until it can begin the next, launches are kernels on a GPU and
+    operations on a CPU. `condenser bench data` measures what comes before training.
 
     Args:
         config: recipe whose model is built, with random weights; BERT-base with the paper's head by default.
@@ -408,7 +408,7 @@ def table(found: dict[str, Figures], rate: float) -> Any:
     from rich import box
     from rich.table import Table
 
-    headers = "tokens/s", "ratio", "padding", "wait", "GFLOP/tok", "MFU", "GB", "launches", "host ms"
+    headers = "tokens/s", "ratio", "GFLOP", "MFU", "GB", "wait", "launches", "host ms"
     shown = Table("", *headers, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
     base = next(iter(found.values()))["tokens_per_second"]
     for name, figures in found.items():
@@ -417,16 +417,16 @@ def table(found: dict[str, Figures], rate: float) -> Any:
             name,
             f"{median(speed):,.0f} ± {(max(speed) - min(speed)) / 2 / median(speed):.0%}",
             f"{median(a / b for a, b in zip(speed, base, strict=True)):.2f}",
-            f"{median(figures['padding']):.1%}",
-            f"{median(figures['data_wait']):.1%}",
             f"{median(figures['flops_per_token']) / 1e9:.3f}",
             f"{median(figures['needed_flops_per_second']) / rate:.0%}",
             f"{figures['peak_memory_gb'][0]:.2f}",
+            f"{median(figures['data_wait']):.1%}",
             f"{figures['launches'][0]:,.0f}",
             f"{median(figures['host_ms']):,.0f}",
         )
-    for column in shown.columns[1:]:
+    for column in shown.columns:
         column.no_wrap, column.justify = True, "right"
+    shown.columns[0].justify = "left"
     return shown
 
 

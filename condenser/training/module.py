@@ -40,8 +40,8 @@ class CondenserModule(L.LightningModule):
         late_mlm: add the backbone's own MLM loss.
         pruned: run the last layers only where the loss reads them; same loss, less work.
         gradient_checkpointing: recompute every layer in the backward pass: less memory, about a third more work.
-        compile: let torch.compile make one function of a pass, from ids to loss: a minute or two at the start; by
-            default on GPUs, where weights are not sharded.
+        compile: let torch.compile make one function of a pass, from ids to loss, which takes a minute or more for each
+            of a few shapes; by default on GPUs, where weights are not sharded.
         cuda_graphs: replay compiled passes as CUDA graphs, at one launch each; by default on one GPU.
         fused_loss: never hold the logits of all masked tokens: less memory, but slower.
         freeze_embeddings: keep the embeddings as they are; the MLM head's decoder is tied to them.
@@ -106,6 +106,11 @@ class CondenserModule(L.LightningModule):
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
         self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
         self.settle()
+        for name in self.model.terms:  # on all devices, whatever each has of the validation split
+            self.val_weights[name] = 1.0
+            for what in ("loss", "accuracy", "loss_at_mask"):
+                self.mean(f"{name}_{what}")
+        self.mean("unigram_loss_at_mask")
 
     def settle(self) -> None:
         """Decide what is left open and depends on the device: how passes are computed, and how large they are.
@@ -165,7 +170,7 @@ class CondenserModule(L.LightningModule):
         counts = self.summed(torch.cat([self.sizes(batch), self.asked()]))
         totals, asked = counts.split([len(COUNTS) + 2, 2])
         log = self.is_logging_step(self.global_step + 1)
-        scale = (self.trainer.world_size / totals[: len(COUNTS)]).float()  # DDP averages gradients over devices
+        scale = self.trainer.world_size / totals[: len(COUNTS)].clamp(min=1)  # DDP averages gradients over devices
 
         def watch(losses: Tensor, norm: Tensor) -> Tensor:
             not_finite = self.guard.watch(self.global_step + 1, batch, losses, norm, asked)
@@ -174,7 +179,7 @@ class CondenserModule(L.LightningModule):
             self.trainer.should_stop = self.trainer.should_stop or self.guard.stop
             return not_finite
 
-        passes, norm = self.step.take(batch, scale, log, watch, optimizer.step)
+        passes, norm = self.step.take(batch, scale.float(), log, watch, optimizer.step)
         self.since = self.since.to(self.device) + totals
         scheduler: Any = self.lr_schedulers()
         if log:
@@ -249,12 +254,11 @@ class CondenserModule(L.LightningModule):
             labels, at_mask = fields["labels"], fields["input_ids"][fields["masked_index"]] == mask_id
             self.mean("unigram_loss_at_mask").update(nats[labels][at_mask])
             for name, term in self.model.losses(inputs_of(fields), score=True).items():
-                assert term.losses is not None
-                self.val_weights[name] = term.weight
-                self.mean(f"{name}_loss").update(term.losses)
+                self.val_weights[name], n = term.weight, fields[term.over]
+                self.mean(f"{name}_loss").update(term.sum / max(n, 1), n)
                 if term.correct is not None:
                     self.mean(f"{name}_accuracy").update(term.correct.float())
-                if term.over == "n_masked":
+                if term.losses is not None and term.over == "n_masked":
                     self.mean(f"{name}_loss_at_mask").update(term.losses[at_mask])
         for name, metric in self.val_metrics.items():
             self.log(f"val/{name}", metric, on_step=False, on_epoch=True, batch_size=1)

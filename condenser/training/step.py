@@ -59,7 +59,10 @@ class TrainingStep:
     ):
         self.objective, self.optimizer, self.clip, self.seed = objective, optimizer, clip, seed
         self.backward, self.unsynchronised, self.always_score = backward, unsynchronised, compiled  # else two graphs
-        self.pass_loss = torch.compile(pass_loss, dynamic=False, fullgraph=True) if compiled else pass_loss
+        self.pass_loss = pass_loss
+        if compiled:
+            torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # shapes; 8 by default
+            self.pass_loss = torch.compile(pass_loss, dynamic=False, fullgraph=True)
         # those of the objective may for now be put together from the shards that are trained
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.gradients: list[Any] = [torch.zeros_like(weight) for weight in self.weights]
@@ -114,7 +117,7 @@ class TrainingStep:
         """Clip, update and zero the gradient; where it is ``skipped`` an optimizer that works on the device leaves the
         weights as they are."""
         optimizer: Any = self.optimizer
-        excess = ((norm + 1e-6) / self.clip).clamp(min=1.0) if self.clip else None
+        excess = ((norm.float() + 1e-6) / self.clip).clamp(min=1.0) if self.clip else None
         if skips_on_device(optimizer):
             optimizer.found_inf, optimizer.grad_scale = skipped, excess
         elif excess is not None:
@@ -126,7 +129,10 @@ class TrainingStep:
 def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> tuple[Tensor, Shares]:
     """What is minimised, and what each term has of it."""
     loss, shares = scale.new_zeros(()), {}
-    for name, term in objective.losses(inputs, score).items():
+    terms = objective.losses(inputs, score)
+    assert len(terms) > 0, "an objective has one term or more"
+    for name, term in terms.items():
+        assert term.over in COUNTS, f"{name}: over={term.over!r} must be one of {COUNTS}"
         to_mean = scale[COUNTS.index(term.over)]
         mean = term.sum * to_mean
         loss = loss + term.weight * mean

@@ -84,6 +84,8 @@ def backbone_of(lm: PreTrainedModel) -> Backbone:
     if model_type not in known:
         choices = ", ".join(sorted(known))
         raise ValueError(f"a backbone of type {model_type!r} is not supported; choose one of: {choices}")
+    if getattr(lm.config, "is_decoder", False):
+        raise ValueError("the backbone is a decoder, which sees a text from one side: set is_decoder to false")
     return known[model_type](lm)
 
 
