@@ -408,18 +408,18 @@ def table(found: dict[str, Figures], rate: float) -> Any:
     from rich import box
     from rich.table import Table
 
-    headers = "tokens/s", "ratio", "GFLOP", "MFU", "GB", "wait", "launches", "host ms"
-    shown = Table("", *headers, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1))
+    headers = "\ntokens/s", "\nratio", "\nGFLOP", "\nMFU", "\nGB", "data\nwait", "laun-\nches", "host\nms"
+    shown = Table("", *headers, box=box.SIMPLE_HEAD, padding=(0, 0, 0, 1), pad_edge=False)
     base = next(iter(found.values()))["tokens_per_second"]
     for name, figures in found.items():
         speed = figures["tokens_per_second"]
         shown.add_row(
             name,
-            f"{median(speed):,.0f} ± {(max(speed) - min(speed)) / 2 / median(speed):.0%}",
+            f"{median(speed):,.0f} ±{(max(speed) - min(speed)) / 2 / median(speed):.0%}",
             f"{median(a / b for a, b in zip(speed, base, strict=True)):.2f}",
             f"{median(figures['flops_per_token']) / 1e9:.3f}",
             f"{median(figures['needed_flops_per_second']) / rate:.0%}",
-            f"{figures['peak_memory_gb'][0]:.2f}",
+            f"{figures['peak_memory_gb'][0]:.1f}",
             f"{median(figures['data_wait']):.1%}",
             f"{figures['launches'][0]:,.0f}",
             f"{median(figures['host_ms']):,.0f}",
