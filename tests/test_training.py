@@ -555,7 +555,7 @@ def test_waiting_for_data_is_the_wait_for_the_loader_and_not_for_a_checkpoint(re
     monkeypatch.setattr(WholeFiles, "save_checkpoint", save)
     monkeypatch.setattr(Steps, "one_pass", slow(one_pass))
     assert fit(recipe, tmp_path, "data", *options) == 0
-    assert min(perf_of(tmp_path / "data", "data_wait_fraction")) > 0.8
+    assert min(perf_of(tmp_path / "data", "data_wait_fraction")) > 0.5
 
 
 def test_a_run_of_a_checkout_that_is_not_installed_ends_well(recipe, tmp_path, monkeypatch):
