@@ -342,3 +342,20 @@ def test_devices_without_data_and_checkpoints_in_parts_are_refused(tensor_parall
     strategy = SimpleNamespace(device_mesh=mesh, _save_distributed_checkpoint=in_parts)
     with pytest.raises(ValueError, match=message):
         shard(tiny_condenser(), strategy)
+
+
+@pytest.mark.slow
+def test_two_devices_that_compile_their_passes_take_the_steps_of_one(recipe, tmp_path):
+    shared = {"model__backbone_config__hidden_dropout_prob": 0.0, "data__tokens_per_pass": 10**6}
+    shared |= {"trainer__log_every_n_steps": 1, "trainer__max_steps": 4}
+    one = write_recipe(recipe, tmp_path / "one.yaml", **shared)
+    two = {"trainer__devices": 2, "trainer__strategy": DDP, "model__compile": True}
+    two = write_recipe(recipe, tmp_path / "two.yaml", **shared, **two)
+    arguments = [["--config", str(path), "--runs_dir", str(tmp_path), "--name", path.stem] for path in (one, two)]
+    ranks = start_ranks(2, arguments[1:], tmp_path / "log")
+    wait_for(ranks, tmp_path / "log")
+    assert main(["fit", *arguments[0]]) == 0
+    for ours, theirs in zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "one"), strict=True):
+        for name in ("train/loss", "train/head_mlm_loss", "train/grad_norm", "train/tokens_seen", "val/loss"):
+            if theirs[name]:
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4)
