@@ -30,7 +30,7 @@ from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
 from condenser.models.objective import padded
-from condenser.reports.bench import FIRST, RECIPES, Authors, Trial, matmul_rate
+from condenser.reports.trial import FIRST, RECIPES, Authors, Trial, matmul_rate
 from condenser.training.logs import Speed, commit
 from condenser.training.module import CondenserModule
 from condenser.training.step import TrainingStep

@@ -31,7 +31,7 @@ from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens, bf16_peak, training_flops
 from condenser.models.losses import predicted_right, token_losses
 from condenser.models.objective import Term
-from condenser.reports.bench import Authors
+from condenser.reports.trial import Authors
 from condenser.training.module import CondenserModule
 from condenser.training.step import TrainingStep, inputs_of, pass_loss
 
