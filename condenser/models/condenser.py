@@ -112,11 +112,11 @@ class Condenser(Objective):
         targets = batch["labels"].repeat(len(streams))
         fused = self.fused_loss and torch.is_grad_enabled()  # validation wants its losses in fp32
         losses, correct = token_losses(hidden, self.backbone.decoder, targets, fused, score)
-        terms = {name: Term(part.sum()) for name, part in zip(self.terms, losses.chunk(len(streams)), strict=True)}
-        if correct is not None:
-            every = zip(self.terms, losses.detach().chunk(len(streams)), correct.chunk(len(streams)), strict=True)
-            terms = {name: terms[name]._replace(losses=part, correct=right) for name, part, right in every}
-        return terms
+        of_stream = dict(zip(self.terms, losses.chunk(len(streams)), strict=True))
+        if correct is None:
+            return {name: Term(part.sum()) for name, part in of_stream.items()}
+        right = dict(zip(self.terms, correct.chunk(len(streams)), strict=True))
+        return {name: Term(p.sum(), losses=p.detach(), correct=right[name]) for name, p in of_stream.items()}
 
     def forward(
         self,

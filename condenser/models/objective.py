@@ -75,13 +75,13 @@ def flattened(
     """Padded rows ``[B, L]`` (``labels`` -100 where nothing is scored) as a flat pass. On a GPU this waits for it.
 
     Raises:
-        ValueError: a row without a token.
+        ValueError: no rows, or one without a token.
     """
     real = attention_mask.bool()
     lengths = real.sum(1)
-    if not len(lengths) or not bool(lengths.all()):
-        if not len(lengths):
-            raise ValueError("a batch of no rows")
+    if len(lengths) == 0:
+        raise ValueError("a batch of no rows")
+    if not bool(lengths.all()):
         raise ValueError(f"row {int((lengths == 0).nonzero()[0])} of attention_mask has no token")
     flat_labels = labels[real]
     begins = nn.functional.pad(lengths.cumsum(0), (1, 0))
