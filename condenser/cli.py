@@ -35,7 +35,7 @@ COMMANDS = {  # name: (module:function, one line)
     ),
     "inspect": (
         "condenser.reports.inspection:inspect_store",
-        "what is in a token store: numbers, samples, masks, padding",
+        "what is in a token store: numbers, lengths, masks, steps",
     ),
     "bench": ("condenser.reports.bench:bench", "speed of a training step, from the authors' recipe to ours"),
     "bench data": (
