@@ -21,16 +21,14 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Masking, StepBatch
-from condenser.data.datamodule import StepLoader, Steps
-from condenser.data.mixing import Mixture
-from condenser.data.store import SPECIAL_TOKENS
+from condenser.data.collate import StepBatch
+from condenser.data.datamodule import StepLoader
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
 from condenser.models.objective import padded
-from condenser.reports.trial import FIRST, RECIPES, Authors, Trial, matmul_rate
+from condenser.reports.rows import steps_over
+from condenser.reports.trial import FIRST, RECIPES, Trial, matmul_rate
 from condenser.training.logs import Speed, commit
 from condenser.training.module import CondenserModule
 from condenser.training.step import TrainingStep
@@ -54,11 +52,7 @@ def model_of(settings, **more):
 
 
 def steps_of(sequences, micro_batches, n_steps, max_length=128, **options):
-    store = SyntheticStore(sequences * n_steps, max_length)
-    mixture = Mixture([store], seed=0)
-    sizes = {"batch_size": sequences, "micro_batches_per_step": micro_batches, "added": SPECIAL_TOKENS}
-    batches = BucketedBatches(store.lengths, seed=0, mixture=mixture, **sizes)
-    return Steps(mixture, batches, VOCABULARY, Masking(0), **options)
+    return steps_over(SyntheticStore(sequences * n_steps, max_length), sequences, micro_batches, **options)
 
 
 def loss_and_gradients(settings, batch, half, **ways):
@@ -210,15 +204,13 @@ def check_run(settings, sequences):
 
 def bench(settings, max_length, sequences, n_steps, rounds):
     steps = steps_of(sequences, 8 if ON_GPU else 2, FIRST + rounds * n_steps + 2, max_length)
-    Authors.longest = int(steps.mixture.lengths.max()) + SPECIAL_TOKENS
-    model = model_of(settings)
     trial = Trial(
-        model=model,
+        model=model_of(settings),
+        rows=steps,
         precision="bf16-mixed" if ON_GPU else "32-true",
         steps=n_steps,
         workers=8 if ON_GPU else 0,
         tokens_per_pass=65536 if ON_GPU else 1,
-        data=(steps.mixture, steps.batches, VOCABULARY),
     )
     recipes = [recipe for recipe in RECIPES if ON_GPU or not recipe.compiled]
     found = trial.run(recipes, rounds, lambda text: print("  ", text, flush=True))

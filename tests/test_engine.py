@@ -738,8 +738,6 @@ def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, cap
     assert list(found) == ["authors' recipe", "flat, pruned"]
     authors, ours = found.values()
     assert np.median(authors["flops_per_token"]) > 1.5 * np.median(ours["flops_per_token"])
-    assert ours["padding"] == [0, 0]
-    assert min(authors["padding"]) > 0.05
     for figures in (authors, ours):
         assert len(figures["tokens_per_second"]) == len(figures["host_ms"]) == 2
         assert figures["launches"][0] > 100

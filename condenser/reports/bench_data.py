@@ -8,23 +8,25 @@ import io
 import random
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.table import Table
 
 from condenser.corpus.documents import Document, documents
+from condenser.corpus.prepare import prepare
 from condenser.corpus.readers import Columns, resolve, units
 from condenser.corpus.work import available_cores
-from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Masking, Vocabulary
-from condenser.data.datamodule import Steps
-from condenser.data.mixing import Mixture
+from condenser.data.collate import Vocabulary
 from condenser.data.store import SPECIAL_TOKENS, read_manifest, write_json
-from condenser.reports.bench import open_store
+from condenser.data.tokenizers import load_tokenizer
+from condenser.reports.rows import open_rows, steps_over
+from condenser.reports.tables import table
 
 Measured = dict[str, list[float]]  # million tokens a second in each round, by what was measured
 
@@ -35,7 +37,6 @@ def bench_data(
     input: list[str] | None = None,
     tokenizer: str | None = None,
     batch_size: int = 1024,
-    micro_batches_per_step: int = 8,
     rounds: int = 5,
     json: str | None = None,
 ) -> None:
@@ -47,72 +48,60 @@ def bench_data(
         store: token store whose rows make up the steps; by default rows in memory with the lengths of real text.
         input: text whose preparation is measured, as for `condenser prepare`; needs --tokenizer.
         tokenizer: a folder or hub name, for --input.
-        batch_size: sequences of an optimizer step.
-        micro_batches_per_step: parts of a step.
+        batch_size: sequences of an optimizer step, in 8 micro-batches.
         rounds: repetitions of everything.
         json: a file for the figures.
 
     Raises:
         ValueError: no such store, or only one of --input and --tokenizer.
     """
-    from rich.console import Console
-
     if bool(input) != bool(tokenizer):
         raise ValueError("give --input and --tokenizer together")
-    console, found = Console(), {"steps": steps(store, batch_size, micro_batches_per_step, rounds)}
-    show(console, "Steps on one core: order, reading, whole-word masks, collation; million tokens/s", found["steps"])
+    console, found = Console(), {"steps": steps(store, batch_size, rounds)}
+    title = "Steps on one core: order, reading, whole-word masks, collation; million tokens/s"
+    console.print(compared(title, found["steps"]))
     if input and tokenizer:
         found["preparation"] = preparation(input, tokenizer, rounds)
         title = f"Preparing {', '.join(input)} on {available_cores()} cores, million tokens/s"
-        show(console, title, found["preparation"])
+        console.print(compared(title, found["preparation"]))
     if json:
         write_json(Path(json), found | {"versions": {"numpy": np.__version__, "torch": torch.__version__}})
 
 
-def show(console: Any, title: str, measured: Measured) -> None:
-    """A table; ways to do one thing are compared with the last of them."""
-    from rich.table import Table
-
-    table = Table("", "median", "range", "ratio", title=title, title_justify="left")
-    reference = list(measured.values())[-1]
+def compared(title: str, measured: Measured) -> Table:
+    """Ways to do one thing, compared with the last of them."""
+    reference, rows = list(measured.values())[-1], []
     for name, figures in measured.items():
-        ratio = median(a / b for a, b in zip(figures, reference, strict=True))
+        ratio = median(ours / theirs for ours, theirs in zip(figures, reference, strict=True))
         spread = f"{min(figures):.3g} to {max(figures):.3g}"
-        table.add_row(name, f"{median(figures):.3g}", spread, f"{ratio:.2f}")
-    console.print(table)
+        rows.append((name, f"{median(figures):.3g}", spread, f"{ratio:.2f}"))
+    return table(("", "median", "range", "ratio"), rows, title)
 
 
-@contextlib.contextmanager
-def timed(figures: list[float], amount: float) -> Iterator[None]:
-    """Adds the ``amount`` per second that the block took."""
+def timed(function: Callable[..., Any], *args: Any, **options: Any) -> tuple[Any, float]:
+    """What a function gives, and the seconds that it took."""
     start = time.perf_counter()
-    yield
-    figures.append(amount / (time.perf_counter() - start))
+    return function(*args, **options), time.perf_counter() - start
 
 
-def steps(folder: str | None, batch_size: int, micro_batches_per_step: int, rounds: int) -> Measured:
+def steps(folder: str | None, batch_size: int, rounds: int) -> Measured:
     """What a worker of the loader does, and collation by the authors' algorithm."""
-    samples, vocabulary, n_tokens = open_store(folder, 128, 64 * batch_size)
-    mixture = Mixture([samples], seed=0)
-    sizes = {"batch_size": min(batch_size, len(samples)), "micro_batches_per_step": micro_batches_per_step}
-    batches = BucketedBatches(samples.lengths, **sizes, seed=0, added=SPECIAL_TOKENS, mixture=mixture)
-    made = Steps(mixture, batches, vocabulary, Masking(0))
-    some = range(min(8, batches.steps_per_epoch))
-    pieces = [f"{'' if number % 11 else '##'}{number}" for number in range(n_tokens)]
-    rows = samples.rows(batches.step(0)[0])
+    store, vocabulary, n_tokens = open_rows(folder, 128, 64 * batch_size)
+    made = steps_over(store, min(batch_size, len(store)), 8, vocabulary)
+    per_epoch = made.batches.steps_per_epoch
+    rows = store.rows(made.batches.step(0)[0])
     ids = [row.tolist() for row in np.split(rows.tokens, rows.lengths.cumsum()[:-1])]
-    longest = int(samples.lengths.max()) + SPECIAL_TOKENS
-    measured: Measured = {"ours": [], "collation token by token, as the authors'": []}
-    ours, theirs = measured.values()
+    pieces = [f"{'' if number % 11 else '##'}{number}" for number in range(n_tokens)]
+    longest = int(store.lengths.max()) + SPECIAL_TOKENS
+    ours, theirs = list[float](), list[float]()
     torch.set_num_threads(1)
-    for number in range(rounds):
-        n = sum(made[step].total("n_tokens") for step in some) / 1e6
-        with timed(ours, n):
-            for step in some:
-                made[step + (number + 1) * batches.steps_per_epoch]  # of another epoch, whose order is not known yet
-        with timed(theirs, (len(rows.tokens) + SPECIAL_TOKENS * len(ids)) / 1e6):
-            collate_token_by_token(ids, pieces, vocabulary, longest)
-    return measured
+    for epoch in range(rounds):
+        some = range(epoch * per_epoch, epoch * per_epoch + min(8, per_epoch))
+        batches, seconds = timed(lambda some=some: [made[step] for step in some])
+        ours.append(sum(batch.total("n_tokens") for batch in batches) / seconds / 1e6)
+        _, seconds = timed(collate_token_by_token, ids, pieces, vocabulary, longest)
+        theirs.append((len(rows.tokens) + SPECIAL_TOKENS * len(ids)) / seconds / 1e6)
+    return {"ours": ours, "collation token by token, as the authors'": theirs}
 
 
 def collate_token_by_token(rows: list[list[int]], pieces: list[str], vocabulary: Vocabulary, length: int) -> tuple:
@@ -120,19 +109,7 @@ def collate_token_by_token(rows: list[list[int]], pieces: list[str], vocabulary:
     sample and one token at a time, every row padded to ``length``; the fate of masked tokens is drawn for the batch."""
     batch, flags = [], []
     for ids in rows:
-        words: list[list[int]] = []
-        for position, token in enumerate([pieces[number] for number in ids]):
-            if words and token.startswith("##"):
-                words[-1].append(position)
-            else:
-                words.append([position])
-        random.shuffle(words)
-        budget, chosen = max(1, round(0.15 * len(ids))), set[int]()
-        for word in words:
-            if len(chosen) >= budget:
-                break
-            if len(chosen) + len(word) <= budget:
-                chosen.update(word)
+        chosen = choose([pieces[number] for number in ids])
         flag = [0, *(int(position in chosen) for position in range(len(ids))), 0]
         batch.append([vocabulary.cls_id, *ids, vocabulary.sep_id] + [vocabulary.pad_id] * (length - len(flag)))
         flags.append(flag + [0] * (length - len(flag)))
@@ -145,30 +122,42 @@ def collate_token_by_token(rows: list[list[int]], pieces: list[str], vocabulary:
     return inputs, (inputs != vocabulary.pad_id).long(), labels
 
 
+def choose(tokens: list[str]) -> set[int]:
+    """Positions to mask: of whole words in random order, while they fit into 15 %."""
+    words: list[list[int]] = []
+    for position, token in enumerate(tokens):
+        if words and token.startswith("##"):
+            words[-1].append(position)
+        else:
+            words.append([position])
+    random.shuffle(words)
+    budget, chosen = max(1, round(0.15 * len(tokens))), set[int]()
+    for word in words:
+        if len(chosen) >= budget:
+            break
+        if len(chosen) + len(word) <= budget:
+            chosen.update(word)
+    return chosen
+
+
 def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
     """Million tokens a second of `condenser prepare`, and of nothing but tokenizing the same texts in memory."""
-    from condenser.corpus.prepare import prepare
-    from condenser.data.tokenizers import load_tokenizer
-
-    columns = Columns("text", None, "id")
-    found = (
-        document
-        for source in resolve(input)
-        for unit in units(source, columns, 1 << 24)
-        for document in documents(unit, source, columns)
-    )
-    everything = [document.text for document in found if isinstance(document, Document)]
-    backend = load_tokenizer(tokenizer).backend_tokenizer
-    measured: Measured = {"condenser prepare": [], "the tokenizer's batch call alone": []}
-    ours, alone = measured.values()
+    texts, backend = texts_of(input), load_tokenizer(tokenizer).backend_tokenizer
+    pieces = [texts[first : first + 256] for first in range(0, len(texts), 256)]
+    ours, alone = list[float](), list[float]()
     for _ in range(rounds):
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            started = time.perf_counter()
-            prepare(input=input, tokenizer=tokenizer, output=f"{folder}/store")
-            seconds = time.perf_counter() - started
-            n_tokens = read_manifest(f"{folder}/store")["counts"]["tokens_kept"] / 1e6
-        ours.append(n_tokens / seconds)
-        with timed(alone, n_tokens):
-            for first in range(0, len(everything), 256):
-                backend.encode_batch(everything[first : first + 256], add_special_tokens=False)
-    return measured
+            _, seconds = timed(prepare, input=input, tokenizer=tokenizer, output=f"{folder}/store")
+            n_tokens = read_manifest(f"{folder}/store")["counts"]["tokens_kept"]
+        ours.append(n_tokens / seconds / 1e6)
+        _, seconds = timed(lambda: [backend.encode_batch(piece, add_special_tokens=False) for piece in pieces])
+        alone.append(n_tokens / seconds / 1e6)
+    return {"condenser prepare": ours, "the tokenizer's batch call alone": alone}
+
+
+def texts_of(input: list[str]) -> list[str]:
+    columns, texts = Columns("text", None, "id"), []
+    for source in resolve(input):
+        for unit in units(source, columns, 1 << 24):
+            texts += [each.text for each in documents(unit, source, columns) if isinstance(each, Document)]
+    return texts

@@ -6,16 +6,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
-from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Masking, StepBatch, Vocabulary
+from condenser.data.collate import StepBatch
 from condenser.data.datamodule import StepLoader, Steps
-from condenser.data.mixing import Mixture
+from condenser.data.store import SPECIAL_TOKENS
 from condenser.models.attention import put
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work
@@ -25,11 +26,13 @@ from condenser.training.step import TrainingStep
 FIRST = 4  # steps that do not count
 Precision = Literal["32-true", "bf16-mixed"]
 Figures = dict[str, list[float]]  # of each round
+LAUNCHES = {"cuda": ("cudaLaunch", "cuLaunch", "cudaGraphLaunch"), "cpu": "aten::"}  # how their names begin
 KINDS = {  # of GPU kernels, by what their names contain; the first match counts
     "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "xmma", "cublas"),
     "attention": ("flash", "fmha", "attention"),
     "optimizer": ("FusedAdam", "fused_adam", "multi_tensor", "foreach"),
     "copies": ("Memcpy", "Memset", "copy_kernel"),
+    "element-wise": ("",),
 }
 
 
@@ -61,24 +64,20 @@ class Authors(Condenser):
         n, length = len(bounds) - 1, self.longest
         row = torch.bucketize(torch.arange(len(batch["input_ids"]), device=bounds.device), bounds, right=True) - 1
         slots = row * length + batch["position_ids"]
-        ids, real = (
-            put(each, slots, n * length).view(n, length) for each in (batch["input_ids"], row.new_ones(len(row)))
-        )
+        ids = put(batch["input_ids"], slots, n * length).view(n, length)
+        real = put(row.new_ones(len(row)), slots, n * length).view(n, length)
         labels = put(batch["labels"] + 100, slots[batch["masked_index"]], n * length) - 100
-        embeddings, layers = self.backbone.embeddings, self.backbone.layers
-        early = late = embeddings(ids)
+        early = late = self.backbone.embeddings(ids)
         mask = real[:, None, None, :].bool()
-        for depth, layer in enumerate(layers, start=1):
+        for depth, layer in enumerate(self.backbone.layers, start=1):
             late = layer(late, mask)
             early = late if depth == self.skip_from else early
         head = torch.cat([late[:, :1], early[:, 1:]], dim=1)
         for layer in self.c_head:
             head = layer(head, mask)
-        logits = {name: self.backbone.mlm_head({"mlm": late, "head_mlm": head}[name]) for name in self.terms}
-        return {
-            name: Term(F.cross_entropy(each.flatten(0, 1).float(), labels, reduction="sum"))
-            for name, each in logits.items()
-        }
+        states = {"mlm": late, "head_mlm": head}
+        logits = {name: self.backbone.mlm_head(states[name]).flatten(0, 1).float() for name in self.terms}
+        return {name: Term(F.cross_entropy(each, labels, reduction="sum")) for name, each in logits.items()}
 
 
 class Mixed(Steps):
@@ -94,16 +93,18 @@ class Trial:
     """A model, and the rows that it is trained on."""
 
     model: Condenser
+    rows: Steps  # whose samples, order and masks are those of all recipes
     precision: Precision
     steps: int  # of a recipe in a round
     workers: int
     tokens_per_pass: int
-    data: tuple[Mixture, BucketedBatches, Vocabulary]
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
+        self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self.dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
         self.kernels: dict[str, dict[str, float]] = {}  # milliseconds a step by kind, of each recipe, on a GPU
+        Authors.longest = int(self.rows.mixture.lengths.max()) + SPECIAL_TOKENS
 
     def run(self, recipes: list[Recipe], rounds: int, say: Callable[[str], Any] = print) -> dict[str, Figures]:
         """Figures of each round by recipe. Some steps of each that do not count come first."""
@@ -122,14 +123,19 @@ class Trial:
     def step_of(self, recipe: Recipe) -> TrainingStep:
         model = self.model
         objective = Authors(model.lm, model.c_head, model.skip_from, model.late_mlm, False) if recipe.authors else model
-        fused = None if recipe.authors else True
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=fused)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=None if recipe.authors else True)
         return TrainingStep(objective, optimizer, clip=1.0, compiled=recipe.compiled, replayed=recipe.replayed)
 
     def loader(self, recipe: Recipe, first: int) -> StepLoader:
-        mixture, batches, vocabulary = self.data
-        kind, n = (Mixed, 1) if recipe.authors else (Steps, self.tokens_per_pass)
-        steps = kind(mixture, batches, vocabulary, Masking(0), (0, 1), n, few_shapes=recipe.compiled)
+        rows, kind = self.rows, Mixed if recipe.authors else Steps
+        steps = kind(
+            rows.mixture,
+            rows.batches,
+            rows.vocabulary,
+            rows.masking,
+            tokens_per_pass=1 if recipe.authors else self.tokens_per_pass,
+            few_shapes=recipe.compiled,
+        )
         loader = StepLoader(steps, training=True, num_workers=self.workers)
         loader.load_state_dict({"position": first})
         return loader
@@ -141,85 +147,70 @@ class Trial:
             step.take(batch, scale)
 
     def measure(self, recipe: Recipe, step: TrainingStep, first: int) -> dict[str, float]:
-        step.gradients[0].zero_()
-        loader, compiled = self.loader(recipe, first), torch._dynamo.utils.counters["stats"]["unique_graphs"]
-        items = iter(loader)
-        batch, tokens, needed, done, positions, host = next(items), 0, 0.0, 0.0, 0, 0.0
+        loader = self.loader(recipe, first - 1)
+        items, batches, host = iter(loader), [], 0.0
+        next(items)
         if self.workers:
             time.sleep(1.0)  # until they are ahead, as they are in training
         loader.waited, start = 0.0, time.perf_counter()
-        for number in range(self.steps):
+        for batch in islice(items, self.steps):
             began = time.perf_counter()
             self.take(step, batch)
             host += time.perf_counter() - began
-            tokens += batch.total("n_tokens")
-            positions += self.positions(recipe, batch)
-            needed += self.model.flops(Work.needed(batch))
-            done += self.model.flops(self.work_done(recipe, batch))
-            if number + 1 < self.steps:
-                batch = next(items)
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            batches.append(batch)
+        self.backend.synchronize()
         seconds = time.perf_counter() - start
+        tokens = sum(batch.total("n_tokens") for batch in batches)
         return {
             "tokens_per_second": tokens / seconds,
-            "padding": 1 - tokens / positions,
             "data_wait": loader.waited / seconds,
             "host_ms": 1e3 * host / self.steps,
-            "flops_per_token": done / tokens,
-            "needed_flops_per_second": needed / seconds,
-            "recompilations": torch._dynamo.utils.counters["stats"]["unique_graphs"] - compiled,
+            "flops_per_token": sum(self.model.flops(work_done(recipe, batch)) for batch in batches) / tokens,
+            "needed_flops_per_second": sum(self.model.flops(Work.needed(batch)) for batch in batches) / seconds,
         }
-
-    def positions(self, recipe: Recipe, batch: StepBatch) -> int:
-        return Authors.longest * batch.total("n_sequences") if recipe.authors else batch.n_positions
-
-    def work_done(self, recipe: Recipe, batch: StepBatch) -> Work:
-        """What a recipe computes, padding, dummies and whole layers included."""
-        area = self.positions(recipe, batch)
-        if recipe.authors:
-            pairs = area * Authors.longest
-            return Work(area, pairs, area, pairs, area)
-        more = area / batch.total("n_tokens")
-        return Work(*(round(more * each) for each in Work.needed(batch)))
 
     def profile(self, recipe: Recipe, step: TrainingStep) -> Figures:
         """Of one of the first steps: bytes at the most (weights, gradients, optimizer states and whatever it needs),
         launches, and on a GPU the time of kernels by kind."""
-        items = iter(self.loader(recipe, 0))
-        on_gpu = self.device.type == "cuda"
+        items, on_gpu = iter(self.loader(recipe, 0)), self.device.type == "cuda"
         for _ in range(FIRST - 1 if recipe.compiled else 1):  # until every shape has been compiled
             self.take(step, next(items))
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
         with without_stderr(), torch.profiler.profile(profile_memory=not on_gpu) as profiler:
             self.take(step, next(items))
-            if on_gpu:
-                torch.cuda.synchronize()
-        events: Any = profiler.profiler
-        if on_gpu:
-            kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-            times: Counter[str] = Counter()
-            for event in kernels:
+            self.backend.synchronize()
+        events, times = profiler.events(), Counter[str]()
+        for event in events:
+            if event.device_type == torch.autograd.DeviceType.CUDA:
                 times[kind_of(event.name)] += event.device_time_total / 1e3
+        if on_gpu:
             self.kernels[recipe.name] = dict(times)
-            names = [event.name for event in profiler.events()]
-            launches = sum(name.startswith(("cudaLaunch", "cuLaunch", "cudaGraphLaunch")) for name in names)
-            return {"peak_memory_gb": [torch.cuda.max_memory_allocated() / 1e9], "launches": [launches]}
-        allocated = [event.nbytes() for event in events.kineto_results.events() if event.name() == "[memory]"]
-        states = [state for each in step.optimizer.state.values() for state in each.values() if torch.is_tensor(state)]
-        kept = sum(each.numel() * each.element_size() for each in [*step.weights, *step.gradients, *states])
-        operations = [e for e in profiler.events() if e.name.startswith("aten::") and not within_another(e)]
-        peak = kept + max(0, int(np.cumsum(allocated).max()))
-        return {"peak_memory_gb": [peak / 1e9], "launches": [len(operations)]}
+        peak = torch.cuda.max_memory_allocated() if on_gpu else kept(step) + allocated_at_most(profiler)
+        launches = sum(event.name.startswith(LAUNCHES[self.device.type]) for event in events)
+        return {"peak_memory_gb": [peak / 1e9], "launches": [launches]}
 
 
-def within_another(event: Any) -> bool:
-    return event.cpu_parent is not None and event.cpu_parent.name.startswith("aten::")
+def work_done(recipe: Recipe, batch: StepBatch) -> Work:
+    """What a recipe computes, padding, dummies and whole layers included."""
+    if recipe.authors:
+        positions = Authors.longest * batch.total("n_sequences")
+        pairs = positions * Authors.longest
+        return Work(positions, pairs, positions, pairs, positions)
+    more = batch.n_positions / batch.total("n_tokens")
+    return Work(*(round(more * each) for each in Work.needed(batch)))
 
 
-def kind_of(kernel: str) -> str:
-    return next((kind for kind, parts in KINDS.items() if any(part in kernel for part in parts)), "element-wise")
+def kept(step: TrainingStep) -> int:
+    """Bytes of weights, gradients and optimizer states."""
+    states = [state for each in step.optimizer.state.values() for state in each.values() if torch.is_tensor(state)]
+    return sum(each.numel() * each.element_size() for each in [*step.weights, *step.gradients, *states])
+
+
+def allocated_at_most(profiler: Any) -> int:
+    """Bytes, beside what there was before."""
+    events = profiler.profiler.kineto_results.events()
+    return int(np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"]).max())
 
 
 @contextlib.contextmanager
@@ -235,16 +226,13 @@ def without_stderr() -> Iterator[None]:
         os.close(kept)
 
 
+def kind_of(kernel: str) -> str:
+    return next(kind for kind, parts in KINDS.items() if any(part in kernel for part in parts))
+
+
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second of large matrix products: the best of several."""
     n = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    best = 0.0
-    for _ in range(10):
-        start = time.perf_counter()
-        for _ in range(5):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 5 * 2 * n**3 / (time.perf_counter() - start))
-    return best
+    matrix = torch.randn(n, n, device=device, dtype=dtype)
+    timer = Timer("matrix @ matrix", globals={"matrix": matrix}, num_threads=torch.get_num_threads())
+    return 2 * n**3 / min(timer.blocked_autorange(min_run_time=1.0).times)
