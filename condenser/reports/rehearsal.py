@@ -53,6 +53,7 @@ class Rehearsal:
             module.model = self.model = module.objective.from_masked_lm(lm, **head).train()
             prepare_layers(lm, **module.layers)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.gradients = sum(p.numel() * p.element_size() for p in self.trained.values())  # bytes
 
     def peak(self, setting: Setting, lengths: np.ndarray) -> dict[str, int]:
         """Bytes alive, by kind, at the worst moment of a step with a pass of rows of these ``lengths`` (without special
