@@ -1,7 +1,7 @@
 """One or several runs as one HTML page: numbers at a glance, curves over each other, the settings that differ.
 
     condenser report runs/condenser-base runs/mlm-only --output report.html
-    condenser report runs/* --output report.html --x tokens --smooth 0
+    condenser report runs/* --output report.html --x tokens
     condenser report runs/condenser-base --output report.html --reference study
 
 The page reads what every run folder holds, ``config.yaml`` and ``metrics.csv``, and where they exist ``summary.json``
@@ -69,7 +69,6 @@ def report(
     *,
     output: str,
     x: Literal["step", "tokens"] = "step",
-    smooth: float = 5,
     reference: str | None = None,
 ) -> None:
     """Write curves and tables of one or several runs to one self-contained HTML file.
@@ -78,14 +77,13 @@ def report(
         runs: run folders, runs/<name>
         output: the HTML file to write
         x: what the curves are drawn over
-        smooth: width of the moving mean of training curves in % of the curve, 0 for none
         reference: draw the runs over known ones too, to see whether they are normal: `study` for those of
             configs/study, which come with the package, or a CSV of others
     """
     loaded = load_runs(runs)
     curves = [over_tokens(run.curves, run.name) if x == "tokens" else run.curves for run in loaded]
     compared = "" if reference is None else comparison(loaded, STUDY if reference == "study" else Path(reference))
-    panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x], smooth)
+    panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x])
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(target.name + ".tmp")
