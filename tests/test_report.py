@@ -121,7 +121,7 @@ def test_panels_without_data_are_left_out_and_unknown_metrics_get_one(tmp_path):
         "Learning rate",
         "Contrastive loss",
     ]
-    assert "<th>head" not in html
+    assert "val/head" not in html
 
 
 def test_throughput_is_drawn_and_its_median_given(tmp_path):
@@ -321,16 +321,15 @@ def test_runs_are_drawn_over_reference_runs_where_both_measured_the_same(tmp_pat
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
-        ("tokens", "steps", "known.csv has no column 'tokens'"),
-        ("val/unigram_loss_at_mask", "unigram", "known.csv has no column 'val/unigram_loss_at_mask'"),
-        (",50000,", ",,", "known.csv, line 3, column 'tokens': '' is not a number"),
-        (",50000,6.4444,", ",50000,6.x,", "known.csv, line 3, column 'val/mlm_loss': '6.x' is not a number"),
-        (",0.8,0.4\nlong,100000", "\nlong,100000", "line 3, column 'probe/cls_entropy_layer_2': None is not a number"),
+        ("tokens", "steps", "known.csv does not begin with run,tokens"),
+        (",50000,", ",,", "known.csv, line 3: could not convert string to float: ''"),
+        (",50000,6.4444,", ",50000,6.x,", "known.csv, line 3: could not convert string to float: '6.x'"),
+        (",0.8,0.4\nlong,100000", "\nlong,100000", "known.csv, line 3: 9 cells under 11 columns"),
         ("\nlong.*", "\n", "known.csv holds no values"),
-        (".*", "", "known.csv has no column 'run'"),
+        (".*", "", "known.csv does not begin with run,tokens"),
     ],
 )
-def test_broken_reference_files_are_refused_by_line_and_column(tmp_path, old, new, message):
+def test_broken_reference_files_are_refused_by_line(tmp_path, old, new, message):
     path = tmp_path / "known.csv"
     write_reference(path, {"long": make_curves(tmp_path / "a")})
     broken = re.sub(old, new, path.read_text(), count=1, flags=re.DOTALL)

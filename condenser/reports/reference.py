@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from condenser.reports.figures import CLS_READ, ENTROPY, UNIGRAM, name_of
-from condenser.runs import METRICS, Curves, in_order, read_metrics
+from condenser.runs import METRICS, Curves, in_order, parse_row, read_metrics
 
 STUDY = Path(__file__).with_name("reference.csv")
 LOSSES = ("val/mlm_loss", "val/mlm_loss_at_mask", "val/head_mlm_loss", "val/head_mlm_loss_at_mask", UNIGRAM)
@@ -47,22 +47,18 @@ def write_reference(path: Path, runs: Mapping[str, Path]) -> None:
 
 def read_reference(path: Path) -> dict[str, Curves]:
     """Curves over tokens by run."""
-    points: defaultdict[str, defaultdict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    points: defaultdict[str, defaultdict[str, list[tuple[int, float]]]] = defaultdict(lambda: defaultdict(list))
     with open(path, encoding="utf-8", errors="replace", newline="") as file:
-        reader = csv.DictReader(file)
-        for column in ("run", "tokens", *KEPT):
-            if column not in (reader.fieldnames or ()):
-                raise ValueError(f"{path} has no column {column!r}: is it a file that write_reference wrote?")
-        for row in reader:
-            run, found = row.pop("run"), dict[str, float]()
-            for column, cell in row.items():
-                try:
-                    found |= {column: float(cell)} if cell != "" or column == "tokens" else {}
-                except (TypeError, ValueError):
-                    where = f"{path}, line {reader.line_num}, column {column!r}"
-                    raise ValueError(f"{where}: {cell!r} is not a number") from None
-            tokens = found.pop("tokens")
-            for metric, value in found.items():
+        reader = csv.reader(file)
+        header = next(reader, [])
+        if header[:2] != ["run", "tokens"]:
+            raise ValueError(f"{path} does not begin with run,tokens: is it a file that write_reference wrote?")
+        for run, *cells in reader:
+            try:
+                tokens, row = parse_row(["step", *header[2:]], cells)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {reader.line_num}: {error}") from None
+            for metric, value in row.items():
                 points[run][metric].append((tokens, value))
     if not points:
         raise ValueError(f"{path} holds no values")

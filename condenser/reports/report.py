@@ -12,7 +12,7 @@ mail it, print it, keep it beside the checkpoint. A run in progress can be repor
 import html
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
@@ -59,8 +59,8 @@ class Run:
     summary: dict[str, Any] | None  # dotted keys; None: unfinished
     evaluation: dict[str, Any] | None
 
-    def last(self, metric: str) -> float | None:
-        return float(self.curves[metric][1][-1]) if metric in self.curves else None
+    def last(self, metric: str) -> float:
+        return float(self.curves[metric][1][-1])
 
 
 def report(
@@ -92,9 +92,6 @@ def report(
     print(f"wrote {target}")
 
 
-# --- reading a run folder
-
-
 def load_runs(runs: Sequence[str]) -> list[Run]:
     folders = list({Path(run).resolve(): Path(run) for run in runs}.items())
     taken = Counter(full.name for full, _ in folders)
@@ -115,9 +112,6 @@ def load_run(folder: Path, name: str, colour: str) -> Run:
         summary=None if summary is None else dict(flatten(summary)),
         evaluation=evaluation,
     )
-
-
-# --- the page
 
 
 def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]], compared: str) -> str:
@@ -151,27 +145,51 @@ def last_step(run: Run) -> int:
 
 
 def glance(runs: Sequence[Run]) -> str:
-    """One column per run; rows that no run has a value for are left out."""
-    columns = [dict(facts(run)) for run in runs]
-    keys = [key for key in columns[0] if any(column[key] is not None for column in columns)]
-    return table(["run", *(run.label for run in runs)], [[key, *(column[key] for column in columns)] for key in keys])
+    columns = [facts(run) for run in runs]
+    return rows_of_runs("run", runs, dict.fromkeys(key for column in columns for key in column), columns)
 
 
-def facts(run: Run) -> Iterator[tuple[str, object]]:
-    summary, last = run.summary or {}, run.last
-    tokens, speed = summary.get("tokens_seen", last("train/tokens_seen")), run.curves.get("perf/tokens_per_second")
-    unigram = last(UNIGRAM)
-    yield "state", "finished" if run.summary is not None else Html('<b class="warning">unfinished</b>')
-    yield "steps", summary.get("steps", last_step(run))
-    yield "tokens", None if tokens is None else short(tokens)
-    yield "tokens/s, median", None if speed is None else short(float(np.nanmedian(speed[1])))
-    yield "unigram at [MASK]", unigram
-    for stream, prefix in (("backbone", "val/"), ("head", "val/head_")):
-        accuracy, at_mask = last(prefix + "mlm_accuracy"), last(prefix + "mlm_loss_at_mask")
-        yield f"{stream}: val loss", last(prefix + "mlm_loss")
-        yield f"{stream}: accuracy", None if accuracy is None else f"{accuracy:.1%}"
-        yield f"{stream}: at [MASK]", at_mask
-        yield f"{stream}: less unigram", None if at_mask is None or unigram is None else at_mask - unigram
+def facts(run: Run) -> dict[str, object]:
+    """What to look at first."""
+    found: dict[str, object] = {
+        "state": Html('<b class="warning">unfinished</b>') if run.summary is None else "finished",
+        "steps": last_step(run),
+    }
+    if "train/tokens_seen" in run.curves:
+        found["tokens"] = short(run.last("train/tokens_seen"))
+    if "perf/tokens_per_second" in run.curves:
+        found["tokens/s, median"] = short(float(np.nanmedian(run.curves["perf/tokens_per_second"][1])))
+    for metric in sorted(run.curves):
+        if metric.startswith("val/"):
+            found[metric] = run.last(metric)
+        if metric.endswith("loss_at_mask") and metric != UNIGRAM and UNIGRAM in run.curves:
+            found[f"{metric}, less unigram"] = run.last(metric) - run.last(UNIGRAM)
+    return found
+
+
+def final_numbers(runs: Sequence[Run]) -> str:
+    """The last value of every metric, then whatever the summaries hold."""
+    columns = [{metric: run.last(metric) for metric in sorted(run.curves)} | (run.summary or {}) for run in runs]
+    return rows_of_runs("last value", runs, dict.fromkeys(key for column in columns for key in column), columns)
+
+
+def settings(runs: Sequence[Run]) -> str:
+    """The settings that differ; of a single run those of its model and data."""
+    columns = [{key: str(value) for key, value in run.config.items() if key != "name"} for run in runs]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    if len(runs) == 1:
+        title, keys = (
+            "Main settings",
+            [key for key in keys if key.split(".")[0] in ("seed_everything", "model", "data")],
+        )
+    else:
+        title, keys = "Settings that differ", [key for key in keys if len({column.get(key) for column in columns}) > 1]
+    return f"<h2>{title}</h2>{rows_of_runs('setting', runs, keys, columns) if keys else '<p>None.</p>'}"
+
+
+def rows_of_runs(title: str, runs: Sequence[Run], keys: Iterable[str], columns: Sequence[Mapping[str, object]]) -> str:
+    """A column for each run, a row for each key."""
+    return table([title, *(run.label for run in runs)], [[key, *(col.get(key) for col in columns)] for key in keys])
 
 
 def comparison(runs: Sequence[Run], reference: Path) -> str:
@@ -187,29 +205,6 @@ def comparison(runs: Sequence[Run], reference: Path) -> str:
 def figures(panels: Iterable[tuple[str, str]]) -> str:
     drawn = (f"<figure><figcaption>{html.escape(title)}</figcaption>{svg}</figure>" for title, svg in panels)
     return f'<div class="panels">{"".join(drawn)}</div>'
-
-
-def final_numbers(runs: Sequence[Run]) -> str:
-    """The last value of every metric, then whatever the summaries hold."""
-    metrics = sorted({metric for run in runs for metric in run.curves})
-    keys = dict.fromkeys(key for run in runs for key in run.summary or {})
-    rows = [[metric, *(run.last(metric) for run in runs)] for metric in metrics]
-    rows += [[key, *((run.summary or {}).get(key) for run in runs)] for key in keys]
-    return table(["last value", *(run.label for run in runs)], rows)
-
-
-def settings(runs: Sequence[Run]) -> str:
-    """The settings that differ; of a single run those of its model and data."""
-    keys = dict.fromkeys(key for run in runs for key in run.config)
-    rows = [[key, *(str(run.config[key]) if key in run.config else None for run in runs)] for key in keys]
-    if len(runs) == 1:
-        title = "Main settings"
-        rows = [row for row in rows if str(row[0]).split(".")[0] in ("seed_everything", "model", "data")]
-    else:
-        title = "Settings that differ"
-        rows = [row for row in rows if row[0] != "name" and len(set(row[1:])) > 1]
-    found = table(["setting", *(run.label for run in runs)], rows) if rows else "<p>None.</p>"
-    return f"<h2>{title}</h2>{found}"
 
 
 def evaluation(run: Run) -> str:
