@@ -102,16 +102,10 @@ def histogram(lengths: np.ndarray) -> Table:
 
 
 def show_samples(console: Console, data: CondenserDataModule, steps: Steps, epoch: int, n: int) -> None:
-    console.print(
-        Text.assemble(
-            "masks: ",
-            ("[hidden]", COLOURS["mask"]),
-            " ",
-            ("[was→is]", COLOURS["random"]),
-            " ",
-            ("[left as it is=]", COLOURS["keep"]),
-        )
-    )
+    legend = Text("masks:")
+    for example, fate in (("[hidden]", "mask"), ("[was→is]", "random"), ("[left as it is=]", "keep")):
+        legend.append(" ").append(example, COLOURS[fate])
+    console.print(legend)
     for number in np.linspace(0, len(data.train) - 1, max(0, n), dtype=np.int64):
         text = Text().append(f"\nrow {number}: ", "bold")
         for piece, is_start, fate in masked_pieces(data, steps, epoch, int(number)):

@@ -52,44 +52,42 @@ class Rehearsal:
             lm = skeleton(module.backbone, module.backbone_config, **defaults)
             module.model = self.model = module.objective.from_masked_lm(lm, **head).train()
             prepare_layers(lm, **module.layers)
-        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+            in_backbone = [name for name in self.trained if not name.startswith("c_head.")]
+            kept = in_backbone if module.optimization.decay_to_start else []
+            self.start = {name: self.trained[name].detach().clone() for name in kept}
+            self.optimizer = build_optimizer(module, module.optimization, self.start)
         self.gradients = sum(p.numel() * p.element_size() for p in self.trained.values())  # bytes
 
     def peak(self, setting: Setting, lengths: np.ndarray) -> dict[str, int]:
         """Bytes alive, by kind, at the worst moment of a step with a pass of rows of these ``lengths`` (without special
         tokens), when the optimizer has its states. More passes need no more."""
-        model, module = self.model, self.module
-        model.gradient_checkpointing, model.fused_loss = setting.checkpointing, setting.fused
-        fields = one_pass(lengths, self.datamodule)
+        self.model.gradient_checkpointing, self.model.fused_loss = setting.checkpointing, setting.fused
+        batch = StepBatch.of([one_pass(lengths, self.datamodule) | {"step": 0, "micro_batch": 0}])
         tracker = Tracker()
         with self.fake, as_on_gpu() if setting.on_gpu else nullcontext():
-            start = {}
-            if module.optimization.decay_to_start:
-                start = {name: p.detach().clone() for name, p in self.trained.items() if not name.startswith("c_head.")}
-            optimizer = build_optimizer(module, module.optimization, start)
-            step = TrainingStep(model, optimizer, clip=1.0)
-            batch = StepBatch.of([fields | {"step": 0, "micro_batch": 0}])
-            batch = StepBatch(self.fake.from_tensor(batch.buffer), batch.layout)
-            autocast = torch.autocast("cpu", torch.bfloat16, setting.precision == "bf16-mixed")
-            scale = torch.ones(3)
+            step = TrainingStep(self.model, self.optimizer, clip=1.0)
+            batch, scale = StepBatch(self.fake.from_tensor(batch.buffer), batch.layout), torch.ones(3)
             step.attach()
-            try:
-                optimizer.step()  # makes its states
-            except DataDependentOutputException:
-                raise ValueError(
-                    f"{module.optimization.optimizer} reads values, so its memory cannot be counted without any; "
-                    "estimate with --model.optimizer.optimizer torch.optim.AdamW, which needs 8 bytes a weight"
-                ) from None
-            tracker.track_external(model, optimizer, *start.values())
-            with tracker, autocast:
+            self.make_states()
+            tracker.track_external(self.model, self.optimizer, *self.start.values())
+            with tracker, torch.autocast("cpu", torch.bfloat16, setting.precision == "bf16-mixed"):
                 step.take(batch, scale)
-            for weight in self.trained.values():
-                weight.grad = None
+            self.optimizer.zero_grad(set_to_none=True)
         (found,) = tracker.get_tracker_snapshot("peak").values()
         kinds = dict.fromkeys(KINDS, 0)
         for name, kind in KIND_OF.items():
             kinds[kind] += found.get(name, 0)
         return kinds
+
+    def make_states(self) -> None:
+        try:
+            self.optimizer.step()
+        except DataDependentOutputException:
+            raise ValueError(
+                f"{self.module.optimization.optimizer} reads values, so its memory cannot be counted without any; "
+                "estimate with --model.optimizer.optimizer torch.optim.AdamW, which needs 8 bytes a weight"
+            ) from None
 
 
 class Tracker(MemTracker):
