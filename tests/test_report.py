@@ -9,9 +9,10 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from condenser.cli import main
-from condenser.reports.figures import Panel, draw, moving_mean, short
+from condenser.reports.figures import Panel, draw, plot, short
 from condenser.reports.reference import KEPT, PANELS, STUDY, comparable, over_tokens, read_reference, write_reference
 from condenser.reports.report import report
 from condenser.runs import read_metrics
@@ -244,10 +245,13 @@ def test_short_numbers_carry_over_to_the_next_letter():
     assert [short(n) for n in (0, 999, 1500, 999_999, 393_216_000, 2e9)] == ["0", "999", "1.5k", "1M", "393.2M", "2B"]
 
 
-def test_moving_mean_keeps_length_start_and_straight_lines():
-    line = np.arange(20.0)
-    assert np.allclose(moving_mean(line, 5)[:18], line[:18])
-    assert moving_mean(np.array([9.0, 1.0, 1.0]), 15)[0] == 9.0
+def test_the_mean_of_a_straight_line_lies_on_it():
+    axes = Figure().add_subplot()
+    plot(axes, Panel("", "", ()), "train/a", np.arange(100.0), 2 * np.arange(100.0), "red")
+    logged, mean = (line.get_data() for line in axes.lines)
+    assert len(logged[0]) == 100
+    assert len(mean[0]) == 96
+    np.testing.assert_allclose(mean[1], 2 * mean[0])
 
 
 def make_curves(folder: Path, head: float = 0.5, vocabulary: float = 0.0, steps=(500, 1000, 1500)) -> Path:

@@ -5,7 +5,6 @@ same samples, by the step that `condenser fit` takes: machines are shared and no
 speed does not depend on them.
 """
 
-import os
 from pathlib import Path
 from statistics import median
 
@@ -119,15 +118,13 @@ def build_model(config: str | None, n_tokens: int, longest: int) -> Condenser:
 
 def setting(trial: Trial) -> str:
     batches, config = trial.rows.batches, trial.model.lm.config
-    real = (batches.lengths.mean() + SPECIAL_TOKENS) / Authors.longest
-    hardware = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores"
-    if trial.device.type == "cuda":
-        hardware = torch.cuda.get_device_name()
+    on_gpu = trial.device.type == "cuda"
+    hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
     return (
         f"{config.num_hidden_layers} + {len(trial.model.c_head)} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} tokens in the vocabulary; {trial.precision}; {hardware}; torch {torch.__version__}\n"
-        f"{batches.batch_size} sequences a step in {batches.micro_batches_per_step} micro-batches, up to "
-        f"{Authors.longest} tokens long, on average {real:.0%} of that"
+        f"{batches.batch_size} sequences a step in {batches.micro_batches_per_step} micro-batches, of up to "
+        f"{Authors.longest} tokens, on average {batches.lengths.mean() + SPECIAL_TOKENS:.0f}"
     )
 
 
@@ -136,21 +133,18 @@ def table_of_speed(found: dict[str, Figures], rate: float) -> Table:
     base = next(iter(found.values()))["tokens_per_second"]
     rows = []
     for name, figures in found.items():
-        speed = figures["tokens_per_second"]
-        ratios = [ours / theirs for ours, theirs in zip(speed, base, strict=True)]
-        rows.append(
-            (
-                name,
-                f"{median(speed):,.0f} ±{(max(speed) - min(speed)) / 2 / median(speed):.0%}",
-                f"{median(ratios):.2f}",
-                f"{median(figures['flops_per_token']) / 1e9:.3f}",
-                f"{median(figures['needed_flops_per_second']) / rate:.0%}",
-                f"{figures['peak_memory_gb'][0]:.1f}",
-                f"{median(figures['data_wait']):.1%}",
-                f"{figures['launches'][0]:,.0f}",
-                f"{median(figures['host_ms']):,.0f}",
-            )
+        speeds, typical = figures["tokens_per_second"], {key: median(values) for key, values in figures.items()}
+        cells = (
+            f"{median(speeds):,.0f} ±{(max(speeds) - min(speeds)) / 2 / median(speeds):.0%}",
+            f"{median(ours / theirs for ours, theirs in zip(speeds, base, strict=True)):.2f}",
+            f"{typical['flops_per_token'] / 1e9:.3f}",
+            f"{typical['needed_flops_per_second'] / rate:.0%}",
+            f"{typical['peak_memory_gb']:.1f}",
+            f"{typical['data_wait']:.1%}",
+            f"{typical['launches']:,.0f}",
+            f"{typical['host_ms']:,.0f}",
         )
+        rows.append((name, *cells))
     return table(header, rows)
 
 

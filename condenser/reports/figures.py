@@ -107,12 +107,14 @@ def draw(panel: Panel, runs: Sequence[Curves], x_label: str) -> str:
 
 
 def plot(axes: Axes, panel: Panel, metric: str, x: np.ndarray, values: np.ndarray, colour: str) -> None:
-    """Training: as logged and faint, its moving mean in front."""
+    """Training: as logged and faint, in front the centred mean over 5 % of the curve."""
     shown = np.isfinite(values)
     x, values = x[shown], values[shown] * panel.scale
-    if metric.startswith(("train/", "perf/")) and metric != "train/lr":
+    width = len(x) // 20
+    if metric.startswith(("train/", "perf/")) and metric != "train/lr" and width > 1:
         axes.plot(x, values, color=colour, lw=0.7, alpha=0.3)
-        values = moving_mean(values, len(x) // 20)
+        values = np.convolve(values, np.full(width, 1 / width), mode="valid")
+        x = x[width // 2 :][: len(values)]
     axes.plot(x, values, color=colour, markevery=max(1, len(x) // 30), **style_of(panel, metric, colour))
 
 
@@ -133,15 +135,6 @@ def style_of(panel: Panel, metric: str, colour: str) -> dict[str, Any]:
 def name_of(metric: str) -> str:
     """probe/cls_entropy_layer_3 -> 3"""
     return re.split("[/_]", metric)[-1]
-
-
-def moving_mean(values: np.ndarray, width: int) -> np.ndarray:
-    """Centred, so that it does not lag; narrower at the start, so that it does not bend the first steep fall."""
-    i = np.arange(len(values))
-    before = np.minimum(width // 2, i)
-    after = np.minimum(before, i[::-1])
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return (sums[i + after + 1] - sums[i - before]) / (before + after + 1)
 
 
 def plot_unigram(axes: Axes, runs: Sequence[Curves]) -> None:
