@@ -50,7 +50,6 @@ class Panel:
     title: str
     unit: str
     metrics: tuple[str, ...]
-    scale: float = 1.0
     log: bool = False
 
 
@@ -58,13 +57,13 @@ PANELS = (
     Panel("Backbone MLM loss", "loss (nats)", ("train/mlm_loss", "val/mlm_loss")),
     Panel("Head MLM loss", "loss (nats)", ("train/head_mlm_loss", "val/head_mlm_loss")),
     Panel("Loss at [MASK] positions", "loss (nats)", ("val/mlm_loss_at_mask", "val/head_mlm_loss_at_mask", UNIGRAM)),
-    Panel("Backbone MLM accuracy", "accuracy (%)", ("train/mlm_accuracy", "val/mlm_accuracy"), scale=100),
-    Panel("Head MLM accuracy", "accuracy (%)", ("train/head_mlm_accuracy", "val/head_mlm_accuracy"), scale=100),
+    Panel("Backbone MLM accuracy", "accuracy (%)", ("train/mlm_accuracy", "val/mlm_accuracy")),
+    Panel("Head MLM accuracy", "accuracy (%)", ("train/head_mlm_accuracy", "val/head_mlm_accuracy")),
     Panel("Learning rate", "learning rate", ("train/lr",)),
     Panel("Gradient norm", "norm before clipping", ("train/grad_norm",), log=True),
     Panel("Throughput", "tokens/s", ("perf/tokens_per_second",)),
-    Panel("Model FLOPs utilisation", "% of the peak", ("perf/mfu",), scale=100),
-    Panel("Waiting for data", "% of the time", ("perf/data_wait_fraction",), scale=100),
+    Panel("Model FLOPs utilisation", "% of the peak", ("perf/mfu",)),
+    Panel("Waiting for data", "% of the time", ("perf/data_wait_fraction",)),
     Panel("Head loss by the [CLS] it reads", "loss (nats)", tuple(f"probe/head_loss_{c}" for c in CLS_READ)),
     Panel("Zero-shot [CLS] retrieval, which usually falls", "score", tuple(f"probe/{m}" for m in RETRIEVED)),
 )
@@ -109,7 +108,7 @@ def draw(panel: Panel, runs: Sequence[Curves], x_label: str) -> str:
 def plot(axes: Axes, panel: Panel, metric: str, x: np.ndarray, values: np.ndarray, colour: str) -> None:
     """Training: as logged and faint, in front the centred mean over 5 % of the curve."""
     shown = np.isfinite(values)
-    x, values = x[shown], values[shown] * panel.scale
+    x, values = x[shown], values[shown] * (100 if "%" in panel.unit else 1)
     width = len(x) // 20
     if metric.startswith(("train/", "perf/")) and metric != "train/lr" and width > 1:
         axes.plot(x, values, color=colour, lw=0.7, alpha=0.3)
@@ -121,14 +120,15 @@ def plot(axes: Axes, panel: Panel, metric: str, x: np.ndarray, values: np.ndarra
 def style_of(panel: Panel, metric: str, colour: str) -> dict[str, Any]:
     """Validation: dots, hollow for the head. Of a run's probes each has a name: a layer is paler the lower it is, all
     else is dashed."""
+    if metric.startswith("val/head_"):
+        return {"marker": "o", "mfc": PAPER, "ls": ":", "lw": 1, "zorder": 3}
     if metric.startswith("val/"):
-        hollow = "head_" in metric
-        return {"marker": "o", "mfc": PAPER if hollow else colour, "ls": ":" if hollow else "-", "lw": 1, "zorder": 3}
+        return {"marker": "o", "lw": 1, "zorder": 3}
     if metric.startswith("probe/"):
-        number, named = panel.metrics.index(metric), {"marker": ".", "lw": 1.2, "label": name_of(metric)}
+        number = panel.metrics.index(metric)
         layer = metric.startswith(ENTROPY)
         varied = {"alpha": (1 + number) / len(panel.metrics)} if layer else {"ls": DASHES[number % len(DASHES)]}
-        return named | varied
+        return {"marker": ".", "lw": 1.2, "label": name_of(metric), **varied}
     return {"lw": 1.5}
 
 

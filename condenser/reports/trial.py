@@ -180,12 +180,9 @@ class Trial:
         with without_stderr(), torch.profiler.profile(profile_memory=not on_gpu) as profiler:
             self.take(step, next(items))
             self.backend.synchronize()
-        events, times = profiler.events(), Counter[str]()
-        for event in events:
-            if event.device_type == torch.autograd.DeviceType.CUDA:
-                times[kind_of(event.name)] += event.device_time_total / 1e3
+        events = profiler.events()
         if on_gpu:
-            self.kernels[recipe.name] = dict(times)
+            self.kernels[recipe.name] = times_by_kind(events)
         peak = torch.cuda.max_memory_allocated() if on_gpu else kept(step) + allocated_at_most(profiler)
         launches = sum(event.name.startswith(LAUNCHES[self.device.type]) for event in events)
         return {"peak_memory_gb": [peak / 1e9], "launches": [launches]}
@@ -224,6 +221,15 @@ def without_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def times_by_kind(events: Any) -> dict[str, float]:
+    """Milliseconds of GPU kernels."""
+    times: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            times[kind_of(event.name)] += event.device_time_total / 1e3
+    return dict(times)
 
 
 def kind_of(kernel: str) -> str:
