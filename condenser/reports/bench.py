@@ -41,7 +41,7 @@ def bench(
     Shown are medians over the rounds, with half the range, and the ratio to the authors' recipe. GFLOP of a token are
     those done, padding included; MFU counts only those that the real tokens need, against the rate of large matrix
     products. The host's time is what a step takes it until it can begin the next, launches are kernels on a GPU and
-    operations on a CPU. `condenser bench data` measures what comes before training.
+    operations, also within others, on a CPU. `condenser bench data` measures what comes before training.
 
     Args:
         config: recipe whose model is built, with random weights; BERT-base with the paper's head by default.
