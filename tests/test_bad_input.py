@@ -25,10 +25,8 @@ from transformers import AutoTokenizer
 
 from condenser.cli import main
 from condenser.corpus.documents import Document, documents
-from condenser.corpus.readers import Columns, Source, Unit, units
+from condenser.corpus.readers import Source, Unit, units
 from condenser.data.store import read_manifest
-
-COLUMNS = Columns("text", None, "id")
 
 
 def accounted(folder):
@@ -184,14 +182,14 @@ def test_readers_survive_any_bytes_and_number_every_line(tmp_path_factory, conte
         source = Source(str(path), kind)
         found = []
         for size in (1 << 20, 7):  # in one unit, and in many
-            parts = list(units(source, COLUMNS, size))
+            parts = list(units(source, size))
             assert b"".join(unit.payload for unit in parts) == content
             assert all(unit.first == 1 + content[: sum(len(u.payload) for u in parts[:n])].count(b"\n")
                        for n, unit in enumerate(parts))  # fmt: skip
-            found.append([str(document) for unit in parts for document in documents(unit, source, COLUMNS)])
+            found.append([str(document) for unit in parts for document in documents(unit)])
         assert found[0] == found[1]
         for number, line in enumerate(content.split(b"\n") if kind == "jsonl" else [], start=1):
-            document = next(documents(Unit(0, number, line, 0), source, COLUMNS), None)
+            document = next(documents(Unit(source, 0, number, line, 0)), None)
             assert isinstance(document, Document) or document is None or f"line {number}: " in str(document)
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from condenser.corpus.readers import groups
 from condenser.corpus.words import Segmenter, unspaced, word_starts
 
 PIECE = 1 << 20  # characters that are tokenized at a time
@@ -52,7 +53,7 @@ class Encoder:
         parts = (piece for begin, end in bounds for piece in pieces_of(text[begin:end]))
         sizes: list[int] = []
         numbers = [np.empty(0, np.int32)]
-        for group in groups_of(parts):
+        for group in groups(parts, PIECE, len):
             encodings = self.tokenizer.encode_batch_fast(group, add_special_tokens=False)
             sizes += map(len, encodings)
             numbers.append(np.fromiter(itertools.chain.from_iterable([e.ids for e in encodings]), np.int32))
@@ -98,19 +99,6 @@ def sentence_bounds(text: str, language: str) -> list[int]:
             at = found + len(sentence)
             bounds.append(at)
     return [*bounds[:-1], len(text)]
-
-
-def groups_of(parts: Iterator[str]) -> Iterator[list[str]]:
-    """Parts of a text, as many at a time as make up `PIECE` characters."""
-    group, size = [], 0
-    for part in parts:
-        group.append(part)
-        size += len(part)
-        if size >= PIECE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def pieces_of(text: str) -> Iterator[str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from condenser.corpus.shards import dataset_files
-from condenser.corpus.work import BAD_NAMED, UNFINISHED, read_record
+from condenser.corpus.work import BAD_NAMED, UNFINISHED, outcome_path
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -48,11 +48,11 @@ def merge(store: str, /) -> None:
     first_source = started["first_source"]
     earlier = read_manifest(folder)["units"] if first_source else []
     names = sorted([*earlier, *(name for name in shared_units(folder) if source_of(name) >= first_source)])
-    records = [read_record(folder, name) for name in names]
+    outcomes = [read_json(outcome_path(folder, name)) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
-    splits = {split: joined(split, records) for split in SPLITS}
-    counts = {name: sum(record["counts"][name] for record in records) for name in records[0]["counts"]}
-    bad = [bad for record in records for bad in record["bad"]][:BAD_NAMED]
+    splits = {split: totals([outcome[split] for outcome in outcomes]) for split in SPLITS}
+    counts = {name: sum(outcome["counts"][name] for outcome in outcomes) for name in outcomes[0]["counts"]}
+    bad = [bad for outcome in outcomes for bad in outcome["bad"]][:BAD_NAMED]
     if not any(about["rows"] for about in splits.values()):
         reasons = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("bad", "empty", "too_short"))
         raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
@@ -99,10 +99,11 @@ def shared_units(folder: Path) -> list[str]:
     raise ValueError(f"{folder} is unfinished: first run `condenser prepare` with --shard {missing or 'I/N'}")
 
 
-def joined(split: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    shards = [shard for record in records for shard in record[split]["shards"]]
+def totals(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A split, of what each unit gave to it."""
+    shards = [shard for part in parts for shard in part["shards"]]
     return {
-        "documents": sum(record[split]["documents"] for record in records),
+        "documents": sum(part["documents"] for part in parts),
         "rows": sum(shard["rows"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
         "shards": shards,

@@ -1,13 +1,47 @@
 """The tokenizer of a store: loaded from a folder or the hub, or trained on the corpus itself (``train:8192``)."""
 
 import itertools
+import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from condenser.data.store import tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def store_tokenizer(folder: Path, spec: str, texts: Callable[[], Iterator[str]]) -> None:
+    """Obtain a store's tokenizer the first time; see that it is still the same when the store grows or goes on.
+
+    Raises:
+        ValueError: it is not.
+    """
+    place = folder / "tokenizer"
+    if place.exists():
+        if not spec.startswith("train:") and hash_of(spec) != hash_of(place):
+            raise ValueError(
+                f"the tokenizer {spec} has changed since {folder} was begun, which holds a copy of the old one"
+            )
+        return
+    tokenizer = obtain_tokenizer(spec, texts)
+    tokenizer.init_kwargs.pop("local_files_only", None)  # of the environment, not of the tokenizer
+    partial = folder / f"tokenizer.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        tokenizer.save_pretrained(partial)
+    except Exception as error:  # the tokenizers library has no kinds of errors
+        raise OSError(f"{place} cannot be written: {error}") from error
+    try:
+        partial.rename(place)
+    except OSError:  # another machine was faster
+        shutil.rmtree(partial)
+
+
+def hash_of(name: str | Path) -> str:
+    return tokenizer_hash(load_tokenizer(name))
 
 
 def obtain_tokenizer(spec: str, texts: Callable[[], Iterator[str]]) -> Any:

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from condenser.corpus.documents import Document, documents
-from condenser.corpus.readers import Columns, resolve, units
+from condenser.corpus.documents import usable
+from condenser.corpus.readers import resolve, units
 from condenser.corpus.work import available_cores
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, Vocabulary
@@ -150,14 +150,8 @@ def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
     from condenser.corpus.prepare import prepare
     from condenser.data.tokenizers import load_tokenizer
 
-    columns = Columns("text", None, "id")
-    found = (
-        document
-        for source in resolve(input)
-        for unit in units(source, columns, 1 << 24)
-        for document in documents(unit, source, columns)
-    )
-    everything = [document.text for document in found if isinstance(document, Document)]
+    found = (usable(unit, skip_bad_lines=True) for source in resolve(input) for unit in units(source, 1 << 24))
+    everything = [document.text for good, _ in found for document in good]
     backend = load_tokenizer(tokenizer).backend_tokenizer
     measured: Measured = {"condenser prepare": [], "the tokenizer's batch call alone": []}
     ours, alone = measured.values()
