@@ -1,6 +1,6 @@
 """Records to documents: the fields of a JSON object or of a table's row, or a run of lines of plain text.
 
-What cannot be used is a ValueError that names the file and the line; whoever asked decides whether to stop or to count.
+What cannot be used is named, with its file and line, in an error, or in a list where it is to be skipped.
 """
 
 import hashlib
@@ -20,40 +20,31 @@ def check(sources: list[Source], skip_bad_lines: bool) -> None:
     """Read the beginning of every source, so that what cannot work stops before any work.
 
     Raises:
-        ValueError: as `units` and `usable`, or a source without any document.
+        ValueError: as `units` and `documents`, or a source without any document.
     """
     for source in sources:
-        found = (usable(unit, skip_bad_lines) for unit in units(source, 1 << 16))
+        found = (documents(unit, skip_bad_lines) for unit in units(source, 1 << 16))
         if not any(good or bad for good, bad in found):
             raise ValueError(f"{source.name} holds no documents")
 
 
-def usable(unit: Unit, skip_bad_lines: bool) -> tuple[list[Document], list[str]]:
-    """A unit's documents, and what is wrong with the records that hold none.
+def documents(unit: Unit, skip_bad_lines: bool) -> tuple[list[Document], list[str]]:
+    """A unit's documents; and which of its records hold none that can be used, and why.
 
     Raises:
         ValueError: the first of these, unless they are skipped.
     """
     good: list[Document] = []
     bad: list[str] = []
-    for document in documents(unit):
-        if isinstance(document, Document):
-            good.append(document)
-        elif skip_bad_lines:
-            bad.append(str(document))
-        else:
-            raise ValueError(f"{document} (--skip-bad-lines goes on)")
-    return good, bad
-
-
-def documents(unit: Unit) -> Iterator[Document | ValueError]:
-    """What each record of a unit holds, or why it cannot be used, and where it is."""
     for number, record in records(unit):
         try:
-            yield document_of(record, unit.source)
+            good.append(document_of(record, unit.source))
         except ValueError as error:
-            line = "row" if isinstance(record, dict) else "line"
-            yield ValueError(f"{unit.source.name}, {line} {number}: {error}")
+            place = "row" if isinstance(record, dict) else "line"
+            bad.append(f"{unit.source.name}, {place} {number}: {error}")
+            if not skip_bad_lines:
+                raise ValueError(f"{bad[0]} (--skip-bad-lines goes on)") from None
+    return good, bad
 
 
 def records(unit: Unit) -> Iterator[tuple[int, bytes | dict[str, Any]]]:

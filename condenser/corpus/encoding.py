@@ -92,12 +92,7 @@ def sentence_bounds(text: str, language: str) -> list[int]:
     """Where the sentences of a text end, in characters, ascending; the last is the text's end."""
     import sentencex
 
-    bounds, at = [], 0
-    for sentence in sentencex.segment(language, text):
-        found = text.find(sentence, at)  # the blank line between two paragraphs is left out
-        if found >= 0:
-            at = found + len(sentence)
-            bounds.append(at)
+    bounds = [sentence["end_index"] for sentence in sentencex.get_sentence_boundaries(language, text)]
     return [*bounds[:-1], len(text)]
 
 

@@ -54,7 +54,7 @@ def merge(store: str, /) -> None:
     counts = {name: sum(outcome["counts"][name] for outcome in outcomes) for name in outcomes[0]["counts"]}
     bad = [bad for outcome in outcomes for bad in outcome["bad"]][:BAD_NAMED]
     if not any(about["rows"] for about in splits.values()):
-        reasons = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("bad", "empty", "too_short"))
+        reasons = in_words(counts, "bad", "empty", "too_short")
         raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
     verify(folder, splits)
     counts_by_id = token_counts(folder, splits["train"]["shards"], len(tokenizer))
@@ -127,18 +127,16 @@ def repeated(files: list[Path]) -> int:
     return n_repeated
 
 
-def summary(output: str, manifest: dict[str, Any]) -> str:
+def in_words(counts: dict[str, int], *names: str) -> str:
+    return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names)
+
+
+def summary(store: str, manifest: dict[str, Any]) -> str:
     counts, splits = manifest["counts"], manifest["splits"]
-    train, validation = splits["train"], splits["validation"]
-    lines = [
-        f"{output}: {train['rows']:,} rows, {train['tokens']:,} tokens for training; "
-        f"{validation['rows']:,} rows for validation",
-        f"{counts['documents']:,} documents: {counts['kept']:,} kept, {counts['empty']:,} empty, "
-        f"{counts['too_short']:,} too short, {counts['bad']:,} bad; {counts['repeated_ids']:,} repeat an id",
-        f"{counts['tokens_kept']:,} tokens kept, {counts['tokens_dropped']:,} dropped, "
-        f"{counts['tokens_unknown']:,} unknown to the tokenizer",
-    ]
+    lines = [f"{store}: for {split} {in_words(about, 'rows', 'tokens')}" for split, about in splits.items()]
+    lines.append(in_words(counts, "documents", "kept", "empty", "too_short", "bad", "repeated_ids"))
+    lines.append(in_words(counts, "tokens_kept", "tokens_dropped", "tokens_unknown"))
     lines += [f"bad: {bad}" for bad in manifest["bad"][:3]]
-    if not validation["rows"]:
+    if not splits["validation"]["rows"]:
         lines.append("no document is in the validation split: raise --validation-fraction to validate during training")
     return "\n".join(lines)

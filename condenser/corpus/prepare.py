@@ -14,6 +14,7 @@ it begins: settings are checked, and the store is begun, gone on with, or added 
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from condenser.corpus.blocks import Blocks
-from condenser.corpus.documents import check, usable
+from condenser.corpus.documents import check, documents
 from condenser.corpus.merge import EmptyStoreError, merge
 from condenser.corpus.readers import Columns, resolve
 from condenser.corpus.tokenizers import store_tokenizer
@@ -103,13 +104,11 @@ def prepare(
     if state is None:
         print(f"{output} is already prepared: nothing to do")
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / UNFINISHED, state)  # from here on, the folder is a store in the making
     todo = state["settings"]["sources"][state["first_source"] :]
     sources = [source for source, each in zip(sources, fingerprints, strict=True) if each in todo]
     sources = [replace(source, number=number) for number, source in enumerate(sources, state["first_source"])]
     share = Share(sources, state["settings"]["unit_bytes"], index, count)
-    try:
+    with in_the_making(folder, state, alone=count == 1):
         store_tokenizer(folder, tokenizer, lambda: texts(share, skip_bad_lines))
         job = Job(folder, checksum(folder / "tokenizer" / "tokenizer.json"), blocks, skip_bad_lines)
         if engine == "ray":
@@ -122,10 +121,6 @@ def prepare(
             merge(output)
         else:
             print(f"{output}: share {index} of {count} is done; `condenser prepare merge {output}` when all are")
-    except BaseException as error:
-        if count == 1 and (isinstance(error, EmptyStoreError) or not has_units(folder, state)):
-            forget(folder, state)  # nothing to go on from: leave no trace
-        raise
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
@@ -190,21 +185,26 @@ def lost_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
     return missing_files(folder, manifest["splits"]) + [path for path in outcomes if not path.is_file()]
 
 
-def has_units(folder: Path, state: dict[str, Any]) -> bool:
-    return any(folder.glob(f"units/{state['first_source']:05d}-*.json"))
-
-
-def forget(folder: Path, state: dict[str, Any]) -> None:
-    """Leave a folder as it was before its first unit."""
-    if state["first_source"]:
-        (folder / UNFINISHED).unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+@contextmanager
+def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[None]:
+    """Marks a folder as a store in the making, and takes that back after an error that leaves nothing to go on from,
+    unless other machines may be at work there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / UNFINISHED, state)
+    try:
+        yield
+    except BaseException as error:
+        begun = any(folder.glob(f"units/{state['first_source']:05d}-*.json"))
+        if alone and (isinstance(error, EmptyStoreError) or not begun):
+            if state["first_source"]:
+                (folder / UNFINISHED).unlink()
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def texts(share: Share, skip_bad_lines: bool) -> Iterator[str]:
     with progress(share, "training the tokenizer", shown=True) as show:
         for unit in share.units():
-            for document in usable(unit, skip_bad_lines)[0]:
-                yield document.text
+            yield from (document.text for document in documents(unit, skip_bad_lines)[0])
             show(unit)

@@ -17,17 +17,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 from condenser.data.store import check_file_name
 from condenser.data.tokenizers import is_path
 
-COMPRESSED = (".gz", ".xz", ".zst")
+DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),  # which notices where one is cut off
+}
+COMPRESSED = tuple(DECOMPRESSED)
 READERS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet"}
 LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is not what it was taken for
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -138,16 +142,20 @@ def units(source: Source, size: int) -> Iterator[Unit]:
                 yield Unit(source, number, first, payload, raw.tell())
                 first += payload.count(b"\n")
         return
-    for number, group in enumerate(groups(table_records(source), size, lambda pair: text_size(pair[0], source))):
+
+    def characters(found: tuple[dict[str, Any], int]) -> int:
+        text = found[0][source.columns.text]
+        return len(text) if isinstance(text, str | bytes) else 0
+
+    for number, group in enumerate(groups(table_records(source), size, characters)):
         records, positions = zip(*group, strict=True)
         yield Unit(source, number, first, list(records), positions[-1])
         first += len(records)
 
 
-def groups(items: Iterator[Item], size: int, size_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+def groups(items: Iterator[Any], size: int, size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
     """Items in order, as many at a time as make up ``size``."""
-    group: list[Item] = []
-    filled = 0
+    group, filled = [], 0
     for item in items:
         group.append(item)
         filled += size_of(item)
@@ -156,11 +164,6 @@ def groups(items: Iterator[Item], size: int, size_of: Callable[[Item], int]) -> 
             group, filled = [], 0
     if group:
         yield group
-
-
-def text_size(record: dict[str, Any], source: Source) -> int:
-    text = record[source.columns.text]
-    return len(text) if isinstance(text, str | bytes) else 0
 
 
 def whole_records(file: BinaryIO, source: Source, size: int) -> Iterator[bytes]:
@@ -183,15 +186,9 @@ def whole_records(file: BinaryIO, source: Source, size: int) -> Iterator[bytes]:
 def opened(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """A file to read, decompressed by its suffix, and as it is on disk. ValueError if it cannot be read to its end."""
     with open(path, "rb") as raw:
-        suffix, file = Path(path).suffix, raw
-        if suffix == ".gz":
-            file = cast(Any, gzip.GzipFile(fileobj=raw))
-        elif suffix == ".xz":
-            file = cast(Any, lzma.LZMAFile(raw))  # noqa: SIM115, holds nothing but `raw`
-        elif suffix == ".zst":
-            file = cast(Any, io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))  # notices where one is cut off
+        decompressed = DECOMPRESSED.get(Path(path).suffix)
         try:
-            yield file, raw
+            yield decompressed(raw) if decompressed else raw, raw
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{path} cannot be decompressed to its end: {error}") from None
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from condenser.corpus.blocks import Blocks, cut_documents
-from condenser.corpus.documents import usable
+from condenser.corpus.documents import documents
 from condenser.corpus.encoding import Encoder
 from condenser.corpus.readers import Source, Unit, units
 from condenser.corpus.shards import write_shard
@@ -121,12 +121,11 @@ def prepare_worker() -> None:
 @contextmanager
 def progress(share: Share, doing: str, shown: bool) -> Iterator[Callable[[Unit], None]]:
     """A bar over the bytes of all sources; gives the function that moves it to the end of a unit."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     sizes = [source.size() for source in share.sources]
     before = dict(zip(share.sources, itertools.accumulate(sizes, initial=0), strict=False))
-    columns = [TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()]
-    with Progress(*columns, disable=not shown) as bar:
+    with Progress(disable=not shown) as bar:
         task = bar.add_task(doing, total=sum(sizes) or None)
 
         def show(unit: Unit) -> None:
@@ -138,7 +137,7 @@ def progress(share: Share, doing: str, shown: bool) -> Iterator[Callable[[Unit],
 
 def do_unit(job: Job, unit: Unit) -> None:
     """Write a unit's shards and the hashes of its documents' ids, then its outcome."""
-    good, bad = usable(unit, job.skip_bad_lines)
+    good, bad = documents(unit, job.skip_bad_lines)
     encoder = load_encoder(job.folder, job.tokenizer_checksum, job.blocks.language, job.blocks.word_segmenter)
     cut, counts = cut_documents(good, encoder, job.blocks)
     token_type = "uint16" if encoder.tokenizer.get_vocab_size() <= 65536 else "uint32"

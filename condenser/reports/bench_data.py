@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from condenser.corpus.documents import usable
+from condenser.corpus.documents import documents
 from condenser.corpus.readers import resolve, units
 from condenser.corpus.work import available_cores
 from condenser.data.batching import BucketedBatches
@@ -150,7 +150,7 @@ def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
     from condenser.corpus.prepare import prepare
     from condenser.data.tokenizers import load_tokenizer
 
-    found = (usable(unit, skip_bad_lines=True) for source in resolve(input) for unit in units(source, 1 << 24))
+    found = (documents(unit, skip_bad_lines=True) for source in resolve(input) for unit in units(source, 1 << 24))
     everything = [document.text for good, _ in found for document in good]
     backend = load_tokenizer(tokenizer).backend_tokenizer
     measured: Measured = {"condenser prepare": [], "the tokenizer's batch call alone": []}
