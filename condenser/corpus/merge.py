@@ -44,10 +44,8 @@ def merge(store: str, /) -> None:
     folder = Path(store)
     if not (folder / UNFINISHED).is_file():
         raise ValueError(f"{store} is no store in the making: there is nothing to merge")
-    started = read_json(folder / UNFINISHED, "settings", "first_source")
-    first_source = started["first_source"]
-    earlier = read_manifest(folder)["units"] if first_source else []
-    names = sorted([*earlier, *(name for name in shared_units(folder) if source_of(name) >= first_source)])
+    state = read_json(folder / UNFINISHED, "settings", "first_source")
+    names = names_of_units(folder, state["first_source"])
     outcomes = [read_json(outcome_path(folder, name)) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
     splits = {split: totals([outcome[split] for outcome in outcomes]) for split in SPLITS}
@@ -65,7 +63,7 @@ def merge(store: str, /) -> None:
     for split, about in splits.items():
         dataset_files(folder / split, about["shards"])
     manifest = {
-        "settings": started["settings"],
+        "settings": state["settings"],
         "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(tokenizer)},
         "counts": counts,
         "bad": bad,
@@ -79,8 +77,10 @@ def merge(store: str, /) -> None:
     print(summary(store, manifest))
 
 
-def source_of(unit: str) -> int:
-    return int(unit.partition("-")[0])
+def names_of_units(folder: Path, first_source: int) -> list[str]:
+    """In order: those that were in the store before, and those that are added, from ``first_source`` on."""
+    earlier = read_manifest(folder)["units"] if first_source else []
+    return sorted([*earlier, *(name for name in shared_units(folder) if name >= f"{first_source:05d}")])
 
 
 def shared_units(folder: Path) -> list[str]:

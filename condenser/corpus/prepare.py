@@ -140,7 +140,7 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool) -> dict[str
     state = existing_state(folder)
     if state is None:
         return {"first_source": 0, "settings": settings}
-    written, finished = state["settings"], "units" in state
+    written, finished = state["settings"], "units" in state  # which a manifest lists
     first_source = state.get("first_source", len(written["sources"]) if append else 0)
     done = written["sources"][:first_source]
     sources = [*done, *(each for each in settings["sources"] if not append or each not in done)]
@@ -173,8 +173,6 @@ def existing_state(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / UNFINISHED, "settings", "first_source")
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file")
     if folder.exists() and not all(path.suffix == ".partial" for path in folder.iterdir()):
         raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
     return None

@@ -68,13 +68,16 @@ class Source:
         return 0 if self.kind in ("folder", "hub") else os.path.getsize(self.name)
 
 
+Payload = bytes | list[dict[str, Any]]  # lines that hold whole records, or the records of a table
+
+
 class Unit(NamedTuple):
-    """A part of a source: lines that hold whole records, or records of a table."""
+    """A part of a source."""
 
     source: Source
     number: int  # in its source, from 0
     first: int  # the line in the source that it begins with, or the row of a table, from 1
-    payload: bytes | list[dict[str, Any]]
+    payload: Payload
     position: int  # how far the source was read, in bytes on disk
 
     @property
@@ -135,22 +138,41 @@ def units(source: Source, size: int) -> Iterator[Unit]:
     Raises:
         ValueError: a file that cannot be read to its end, a missing column, or a file where no record ends.
     """
+    parts = parts_of_file(source, size) if source.kind in ("jsonl", "text") else parts_of_table(source, size)
     first = 1
-    if source.kind in ("jsonl", "text"):
-        with opened(source.name) as (file, raw):
-            for number, payload in enumerate(whole_records(file, source, size)):
-                yield Unit(source, number, first, payload, raw.tell())
-                first += payload.count(b"\n")
-        return
+    for number, (payload, position) in enumerate(parts):
+        yield Unit(source, number, first, payload, position)
+        first += payload.count(b"\n") if isinstance(payload, bytes) else len(payload)
+
+
+def parts_of_file(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
+    """At least ``size`` bytes at a time, and the position after them; they end where a line ends, in plain text where a
+    document does."""
+    with opened(source.name) as (file, raw):
+        while payload := file.read(size):
+            rest = bytearray(file.readline(LONGEST_RECORD))
+            while source.kind == "text" and len(rest) < LONGEST_RECORD and (line := file.readline(LONGEST_RECORD)):
+                rest += line
+                if not line.strip():
+                    break
+            if len(rest) >= LONGEST_RECORD:
+                raise ValueError(
+                    f"{source.name} holds a document of more than {LONGEST_RECORD >> 20} MB: a new line ends one in "
+                    "JSON lines, a blank line in plain text"
+                )
+            yield payload + rest, raw.tell()
+
+
+def parts_of_table(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
+    """Records of at least ``size`` characters of text at a time, and the position after them."""
 
     def characters(found: tuple[dict[str, Any], int]) -> int:
         text = found[0][source.columns.text]
         return len(text) if isinstance(text, str | bytes) else 0
 
-    for number, group in enumerate(groups(table_records(source), size, characters)):
+    for group in groups(table_records(source), size, characters):
         records, positions = zip(*group, strict=True)
-        yield Unit(source, number, first, list(records), positions[-1])
-        first += len(records)
+        yield list(records), positions[-1]
 
 
 def groups(items: Iterator[Any], size: int, size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
@@ -164,22 +186,6 @@ def groups(items: Iterator[Any], size: int, size_of: Callable[[Any], int]) -> It
             group, filled = [], 0
     if group:
         yield group
-
-
-def whole_records(file: BinaryIO, source: Source, size: int) -> Iterator[bytes]:
-    """A file in parts of at least ``size`` bytes that end where a line ends; in plain text, where a document does."""
-    while payload := file.read(size):
-        rest = bytearray(file.readline(LONGEST_RECORD))
-        while source.kind == "text" and len(rest) < LONGEST_RECORD and (line := file.readline(LONGEST_RECORD)):
-            rest += line
-            if not line.strip():
-                break
-        if len(rest) >= LONGEST_RECORD:
-            raise ValueError(
-                f"{source.name} holds a document of more than {LONGEST_RECORD >> 20} MB: a new line ends one in "
-                "JSON lines, a blank line in plain text"
-            )
-        yield payload + rest
 
 
 @contextmanager
