@@ -1,6 +1,7 @@
 """`condenser prepare` on what users really have: every document is accounted for, every fault named with its place."""
 
 import gzip
+import itertools
 import json
 import lzma
 import os
@@ -24,11 +25,9 @@ from test_prepare import all_tokens, contents, prepare
 from transformers import AutoTokenizer
 
 from condenser.cli import main
-from condenser.corpus.documents import Document, documents
-from condenser.corpus.readers import Columns, Source, Unit, units
+from condenser.corpus.documents import documents
+from condenser.corpus.readers import Source, Unit, units
 from condenser.data.store import read_manifest
-
-COLUMNS = Columns("text", None, "id")
 
 
 def accounted(folder):
@@ -184,15 +183,17 @@ def test_readers_survive_any_bytes_and_number_every_line(tmp_path_factory, conte
         source = Source(str(path), kind)
         found = []
         for size in (1 << 20, 7):  # in one unit, and in many
-            parts = list(units(source, COLUMNS, size))
+            parts = list(units(source, size))
             assert b"".join(unit.payload for unit in parts) == content
             assert all(unit.first == 1 + content[: sum(len(u.payload) for u in parts[:n])].count(b"\n")
                        for n, unit in enumerate(parts))  # fmt: skip
-            found.append([str(document) for unit in parts for document in documents(unit, source, COLUMNS)])
+            good_and_bad = zip(*(documents(unit, skip_bad_lines=True) for unit in parts), strict=True)
+            found.append([list(itertools.chain(*each)) for each in good_and_bad])
         assert found[0] == found[1]
         for number, line in enumerate(content.split(b"\n") if kind == "jsonl" else [], start=1):
-            document = next(documents(Unit(0, number, line, 0), source, COLUMNS), None)
-            assert isinstance(document, Document) or document is None or f"line {number}: " in str(document)
+            good, bad = documents(Unit(source, 0, number, line, 0), skip_bad_lines=True)
+            assert len(good) + len(bad) == bool(line.strip())
+            assert all(f"line {number}: " in message for message in bad)
 
 
 # --- killed, and short of room

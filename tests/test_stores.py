@@ -14,6 +14,8 @@ from conftest import make_documents, numpy_calls, write_jsonl
 from test_prepare import all_tokens, contents, prepare
 
 from condenser.cli import main
+from condenser.corpus.readers import Source
+from condenser.corpus.work import Share
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, Vocabulary, collate
 from condenser.data.datamodule import CondenserDataModule, StepLoader, Steps
@@ -51,6 +53,22 @@ def test_shares_of_several_machines_merge_to_the_bytes_of_one(count, files, stor
         assert main(["prepare", "merge", str(tmp_path / "shared")]) == 0
     assert contents(tmp_path / "shared") == contents(tmp_path / "one")
     assert len(list((tmp_path / "one").glob("units/*.json"))) > 7
+
+
+def test_a_share_of_whole_sources_reads_no_others(files, tmp_path):
+    sources = [Source(str(files[0]), "jsonl"), Source(str(tmp_path / "not here"), "jsonl", number=1)]
+    assert {unit.source for unit in Share(sources, 4000, index=0, count=2).units()} == {sources[0]}
+    with pytest.raises(FileNotFoundError, match="not here"):
+        next(Share(sources, 4000, index=1, count=2).units())
+
+
+def test_a_store_in_the_place_of_another_has_nothing_of_it(files, store, roberta, tmp_path):
+    assert prepare(files[0], roberta, tmp_path / "a") == 0
+    for tokenizer in (store / "tokenizer", roberta):
+        shutil.rmtree(tmp_path / "b", ignore_errors=True)
+        assert prepare(files[0], tokenizer, tmp_path / "b") == 0
+    a, b = (all_tokens(tmp_path / name) for name in "ab")
+    assert a == b
 
 
 def test_merging_verifies_every_file(files, store, small_units, tmp_path, capsys):

@@ -48,45 +48,44 @@ class Blocks:
 
 
 @dataclass
-class Rows:
+class Cut:
     """What a split gets from some documents: rows one after the other."""
 
-    tokens: list[np.ndarray] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)  # of each row
     word_starts: list[np.ndarray] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)  # of each row
+    lengths: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)  # the number of each row's document in the split
     n_documents: int = 0
 
+    def add(self, ids: np.ndarray, word_starts: np.ndarray, spans: list[tuple[int, int]]) -> None:
+        """A document of these rows."""
+        self.tokens += [ids[first:end] for first, end in spans]
+        self.word_starts += [word_starts[first:end] for first, end in spans]
+        self.lengths += [end - first for first, end in spans]
+        self.documents += [self.n_documents] * len(spans)
+        self.n_documents += 1
 
-def cut_documents(documents: list[Document], encode: Encoder, blocks: Blocks) -> tuple[dict[str, Rows], dict[str, int]]:
+
+def cut_documents(documents: list[Document], encode: Encoder, blocks: Blocks) -> tuple[dict[str, Cut], dict[str, int]]:
     """Encode and cut documents: the rows of each split, and what became of documents and tokens."""
-    cut = {split: Rows() for split in SPLITS}
+    cut = {split: Cut() for split in SPLITS}
     counts = dict.fromkeys(("empty", "too_short", "rows_dropped", "tokens_kept", "tokens_dropped"), 0)
     keys = np.array([hash64(document.text) for document in documents], np.uint64)
     in_validation = uniform(hash_ints(blocks.seed, keys, SPLIT)) < blocks.validation_fraction
     targets = hash_ints(blocks.seed, keys, TARGET)
     for number, (text, _) in enumerate(documents):
         ids, starts, sentence_ends = encode(text)
-        if not len(ids):
-            counts["empty"] += 1
-            continue
-        spans = block_spans(sentence_ends, blocks, targets[number])
+        spans = block_spans(sentence_ends, blocks, targets[number]) if len(ids) else []
         kept = [(first, end) for first, end in spans if end - first >= blocks.min_length]
-        if len(kept) < (2 if blocks.kind == "spans" else 1):
-            counts["too_short"] += 1
+        if len(kept) >= (2 if blocks.kind == "spans" else 1):
+            cut["validation" if in_validation[number] else "train"].add(ids, starts, kept)
+        else:
+            counts["too_short" if spans else "empty"] += 1
             kept = []
-        lengths = [end - first for first, end in kept]
+        n_kept = sum(end - first for first, end in kept)
         counts["rows_dropped"] += len(spans) - len(kept)
-        counts["tokens_kept"] += sum(lengths)
-        counts["tokens_dropped"] += len(ids) - sum(lengths)
-        if kept:
-            whole = len(kept) == len(spans)
-            rows = cut["validation" if in_validation[number] else "train"]
-            rows.tokens += [ids] if whole else [ids[first:end] for first, end in kept]
-            rows.word_starts += [starts] if whole else [starts[first:end] for first, end in kept]
-            rows.lengths += lengths
-            rows.documents += [rows.n_documents] * len(kept)
-            rows.n_documents += 1
+        counts["tokens_kept"] += n_kept
+        counts["tokens_dropped"] += len(ids) - n_kept
     return cut, counts
 
 

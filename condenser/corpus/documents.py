@@ -1,6 +1,6 @@
 """Records to documents: the fields of a JSON object or of a table's row, or a run of lines of plain text.
 
-What cannot be used is a ValueError that names the file and the line; whoever asked decides whether to stop or to count.
+What cannot be used is named, with its file and line, in an error, or in a list where it is to be skipped.
 """
 
 import hashlib
@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from condenser.corpus.readers import Columns, Source, Unit, missing_column, units
+from condenser.corpus.readers import Source, Unit, missing_column, units
 
 
 class Document(NamedTuple):
@@ -16,38 +16,45 @@ class Document(NamedTuple):
     key: int  # 64-bit hash of its id, or of its text where it has none
 
 
-def check(sources: list[Source], columns: Columns, skip_bad_lines: bool) -> None:
+def check(sources: list[Source], skip_bad_lines: bool) -> None:
     """Read the beginning of every source, so that what cannot work stops before any work.
 
     Raises:
         ValueError: as `units` and `documents`, or a source without any document.
     """
     for source in sources:
-        parts = units(source, columns, 1 << 16)
-        first = next((document for unit in parts for document in documents(unit, source, columns)), None)
-        if first is None:
+        found = (documents(unit, skip_bad_lines) for unit in units(source, 1 << 16))
+        if not any(good or bad for good, bad in found):
             raise ValueError(f"{source.name} holds no documents")
-        if isinstance(first, ValueError) and not skip_bad_lines:
-            raise first
 
 
-def documents(unit: Unit, source: Source, columns: Columns) -> Iterator[Document | ValueError]:
-    """What each record of a unit holds, or why it cannot be used, and where it is."""
-    for number, record in records(unit, source):
+def documents(unit: Unit, skip_bad_lines: bool) -> tuple[list[Document], list[str]]:
+    """A unit's documents; and which of its records hold none that can be used, and why.
+
+    Raises:
+        ValueError: the first of these, unless they are skipped.
+    """
+    good: list[Document] = []
+    bad: list[str] = []
+    for number, record in records(unit):
         try:
-            yield document_of(record, source, columns)
+            good.append(document_of(record, unit.source))
         except ValueError as error:
-            unit_of_place = "row" if isinstance(record, dict) else "line"
-            yield ValueError(f"{source.name}, {unit_of_place} {number}: {error}")
+            place = "row" if isinstance(record, dict) else "line"
+            bad.append(f"{unit.source.name}, {place} {number}: {error}")
+            if not skip_bad_lines:
+                raise ValueError(f"{bad[0]} (--skip-bad-lines goes on)") from None
+    return good, bad
 
 
-def records(unit: Unit, source: Source) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
-    """The rows, the lines that are not blank, or the runs of such lines, with the number of each (its first line)."""
+def records(unit: Unit) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
+    """The records of a table, the lines that are not blank, or the runs of such lines, with the number of each (of its
+    first line)."""
     if not isinstance(unit.payload, bytes):
         yield from enumerate(unit.payload, unit.first)
         return
     lines = unit.payload.split(b"\n")
-    if source.kind == "jsonl":
+    if unit.source.kind == "jsonl":
         yield from ((number, line) for number, line in enumerate(lines, unit.first) if line.strip())
         return
     document: list[bytes] = []
@@ -59,12 +66,11 @@ def records(unit: Unit, source: Source) -> Iterator[tuple[int, bytes | dict[str,
             document = []
 
 
-def document_of(record: bytes | dict[str, Any], source: Source, columns: Columns) -> Document:
+def document_of(record: bytes | dict[str, Any], source: Source) -> Document:
     """Raises ValueError for what is not a record, a field that is missing or no text, and text that is none."""
-    if isinstance(record, bytes) and source.kind == "text":
-        record = {columns.text: decoded(record)}
-    elif isinstance(record, bytes):
-        record = json_object(record)
+    columns = source.columns
+    if isinstance(record, bytes):
+        record = {columns.text: decoded(record)} if source.kind == "text" else json_object(record)
     text = field(record, columns.text, "--text-column")
     if columns.title is not None and (title := field(record, columns.title, "--title-column")):
         text = f"{title}\n{text}"

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from condenser.corpus.readers import groups
 from condenser.corpus.words import Segmenter, unspaced, word_starts
 
 PIECE = 1 << 20  # characters that are tokenized at a time
@@ -37,7 +38,7 @@ class Encoder:
         self.tokenizer, self.language, self.segment = tokenizer, language, segment
         self.by_sentence = segment is None and is_bert(tokenizer)
         if self.by_sentence:
-            pieces = [tokenizer.id_to_token(number) or "" for number in range(tokenizer.get_vocab_size())]
+            pieces = [tokenizer.id_to_token(token_id) or "" for token_id in range(tokenizer.get_vocab_size())]
             goes_on = tokenizer.model.continuing_subword_prefix
             bare = [piece.removeprefix(goes_on) or " " for piece in pieces]
             self.alone_from = unspaced("".join(piece[0] for piece in bare))  # by token id
@@ -51,29 +52,29 @@ class Encoder:
         bounds = itertools.pairwise([0, *sentence_bounds(text, self.language)])
         parts = (piece for begin, end in bounds for piece in pieces_of(text[begin:end]))
         sizes: list[int] = []
-        numbers = [np.empty(0, np.int32)]
-        for group in groups_of(parts):
+        ids = [np.empty(0, np.int32)]
+        for group in groups(parts, PIECE, len):
             encodings = self.tokenizer.encode_batch_fast(group, add_special_tokens=False)
             sizes += map(len, encodings)
-            numbers.append(np.fromiter(itertools.chain.from_iterable([e.ids for e in encodings]), np.int32))
-        ids = np.concatenate(numbers)
-        starts = self.starts[ids]
-        starts[1:] |= self.alone_until[ids[:-1]]
-        return Encoded(ids, starts, sorted({*itertools.accumulate(sizes)} - {0}))
+            ids.append(np.fromiter(itertools.chain.from_iterable([e.ids for e in encodings]), np.int32))
+        together = np.concatenate(ids)
+        starts = self.starts[together]
+        starts[1:] |= self.alone_until[together[:-1]]
+        return Encoded(together, starts, sorted({*itertools.accumulate(sizes)} - {0}))
 
     def as_a_whole(self, text: str) -> Encoded:
-        ids, numbers, offsets, base = [], [], [], 0
+        ids, words, offsets, base = [], [], [], 0
         for piece in pieces_of(text):
             encoding = self.tokenizer.encode(piece, add_special_tokens=False)
             ids.append(np.array(encoding.ids, np.int32))
-            numbers.append(np.array(encoding.word_ids, float) + base)  # None outside words: nan, unlike any other
+            words.append(np.array(encoding.word_ids, float) + base)  # None outside words: nan, unlike any other
             flat = itertools.chain.from_iterable(encoding.offsets)  # np.array of the pairs takes four times as long
             offsets.append(np.fromiter(flat, np.int64, 2 * len(encoding)).reshape(-1, 2) + base)
             base += len(piece)
         places = np.concatenate(offsets)
         bounds = sentence_bounds(text, self.language)
         ends = np.searchsorted(np.maximum.accumulate(places[:, 1]), bounds, side="right")
-        starts = word_starts(text, np.concatenate(numbers), places, self.segment)
+        starts = word_starts(text, np.concatenate(words), places, self.segment)
         return Encoded(np.concatenate(ids), starts, sorted({*ends.tolist(), len(places)} - {0}))
 
 
@@ -91,26 +92,8 @@ def sentence_bounds(text: str, language: str) -> list[int]:
     """Where the sentences of a text end, in characters, ascending; the last is the text's end."""
     import sentencex
 
-    bounds, at = [], 0
-    for sentence in sentencex.segment(language, text):
-        found = text.find(sentence, at)  # the blank line between two paragraphs is left out
-        if found >= 0:
-            at = found + len(sentence)
-            bounds.append(at)
+    bounds = [sentence["end_index"] for sentence in sentencex.get_sentence_boundaries(language, text)]
     return [*bounds[:-1], len(text)]
-
-
-def groups_of(parts: Iterator[str]) -> Iterator[list[str]]:
-    """Parts of a text, as many at a time as make up `PIECE` characters."""
-    group, size = [], 0
-    for part in parts:
-        group.append(part)
-        size += len(part)
-        if size >= PIECE:
-            yield group
-            group, size = [], 0
-    if group:
-        yield group
 
 
 def pieces_of(text: str) -> Iterator[str]:

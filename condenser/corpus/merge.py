@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from condenser.corpus.shards import dataset_files
-from condenser.corpus.work import BAD_NAMED, UNFINISHED, read_record
+from condenser.corpus.work import BAD_NAMED, UNFINISHED, outcome_path
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -44,17 +44,15 @@ def merge(store: str, /) -> None:
     folder = Path(store)
     if not (folder / UNFINISHED).is_file():
         raise ValueError(f"{store} is no store in the making: there is nothing to merge")
-    started = read_json(folder / UNFINISHED, "settings", "first_source")
-    first_source = started["first_source"]
-    earlier = read_manifest(folder)["units"] if first_source else []
-    names = sorted([*earlier, *(name for name in shared_units(folder) if source_of(name) >= first_source)])
-    records = [read_record(folder, name) for name in names]
+    state = read_json(folder / UNFINISHED, "settings", "first_source")
+    names = names_of_units(folder, state["first_source"])
+    outcomes = [read_json(outcome_path(folder, name)) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
-    splits = {split: joined(split, records) for split in SPLITS}
-    counts = {name: sum(record["counts"][name] for record in records) for name in records[0]["counts"]}
-    bad = [bad for record in records for bad in record["bad"]][:BAD_NAMED]
+    splits = {split: totals([outcome[split] for outcome in outcomes]) for split in SPLITS}
+    counts = {name: sum(outcome["counts"][name] for outcome in outcomes) for name in outcomes[0]["counts"]}
+    bad = [bad for outcome in outcomes for bad in outcome["bad"]][:BAD_NAMED]
     if not any(about["rows"] for about in splits.values()):
-        reasons = ", ".join(f"{counts[name]} {name.replace('_', ' ')}" for name in ("bad", "empty", "too_short"))
+        reasons = in_words(counts, "bad", "empty", "too_short")
         raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
     verify(folder, splits)
     counts_by_id = token_counts(folder, splits["train"]["shards"], len(tokenizer))
@@ -65,7 +63,7 @@ def merge(store: str, /) -> None:
     for split, about in splits.items():
         dataset_files(folder / split, about["shards"])
     manifest = {
-        "settings": started["settings"],
+        "settings": state["settings"],
         "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(tokenizer)},
         "counts": counts,
         "bad": bad,
@@ -79,8 +77,10 @@ def merge(store: str, /) -> None:
     print(summary(store, manifest))
 
 
-def source_of(unit: str) -> int:
-    return int(unit.partition("-")[0])
+def names_of_units(folder: Path, first_source: int) -> list[str]:
+    """In order: those that were in the store before, and those that are added, from ``first_source`` on."""
+    earlier = read_manifest(folder)["units"] if first_source else []
+    return sorted([*earlier, *(name for name in shared_units(folder) if name >= f"{first_source:05d}")])
 
 
 def shared_units(folder: Path) -> list[str]:
@@ -99,10 +99,11 @@ def shared_units(folder: Path) -> list[str]:
     raise ValueError(f"{folder} is unfinished: first run `condenser prepare` with --shard {missing or 'I/N'}")
 
 
-def joined(split: str, records: list[dict[str, Any]]) -> dict[str, Any]:
-    shards = [shard for record in records for shard in record[split]["shards"]]
+def totals(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A split, of what each unit gave to it."""
+    shards = [shard for part in parts for shard in part["shards"]]
     return {
-        "documents": sum(record[split]["documents"] for record in records),
+        "documents": sum(part["documents"] for part in parts),
         "rows": sum(shard["rows"] for shard in shards),
         "tokens": sum(shard["tokens"] for shard in shards),
         "shards": shards,
@@ -126,18 +127,16 @@ def repeated(files: list[Path]) -> int:
     return n_repeated
 
 
-def summary(output: str, manifest: dict[str, Any]) -> str:
+def in_words(counts: dict[str, int], *names: str) -> str:
+    return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names)
+
+
+def summary(store: str, manifest: dict[str, Any]) -> str:
     counts, splits = manifest["counts"], manifest["splits"]
-    train, validation = splits["train"], splits["validation"]
-    lines = [
-        f"{output}: {train['rows']:,} rows, {train['tokens']:,} tokens for training; "
-        f"{validation['rows']:,} rows for validation",
-        f"{counts['documents']:,} documents: {counts['kept']:,} kept, {counts['empty']:,} empty, "
-        f"{counts['too_short']:,} too short, {counts['bad']:,} bad; {counts['repeated_ids']:,} repeat an id",
-        f"{counts['tokens_kept']:,} tokens kept, {counts['tokens_dropped']:,} dropped, "
-        f"{counts['tokens_unknown']:,} unknown to the tokenizer",
-    ]
+    lines = [f"{store}: for {split} {in_words(about, 'rows', 'tokens')}" for split, about in splits.items()]
+    lines.append(in_words(counts, "documents", "kept", "empty", "too_short", "bad", "repeated_ids"))
+    lines.append(in_words(counts, "tokens_kept", "tokens_dropped", "tokens_unknown"))
     lines += [f"bad: {bad}" for bad in manifest["bad"][:3]]
-    if not validation["rows"]:
+    if not splits["validation"]["rows"]:
         lines.append("no document is in the validation split: raise --validation-fraction to validate during training")
     return "\n".join(lines)

@@ -2,25 +2,32 @@
 
 blocks.py says how documents are cut, store.py what is written, work.py who does it, merge.py how it ends. Here is how
 it begins: settings are checked, and the store is begun, gone on with, or added to.
+
+    source     one input: a file, or a dataset
+    record     a line, a run of lines, or a row of a table: what holds a document
+    unit       a part of a source, some megabytes of whole records: what a process works on at a time
+    share      of the units: what a machine works on
+    row        a piece of a document, in tokens: what is trained on
+    shard      an Arrow file of rows: those of a unit in a split
+    number     the place in an order, from 0; of lines and rows of tables from 1
 """
 
 import shutil
-import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from condenser.corpus.blocks import Blocks
-from condenser.corpus.documents import Document, check, documents
+from condenser.corpus.documents import check, documents
 from condenser.corpus.merge import EmptyStoreError, merge
-from condenser.corpus.readers import Columns, resolve, units
-from condenser.corpus.tokenizers import obtain_tokenizer
-from condenser.corpus.work import UNFINISHED, Job, available_cores, do_share, reading
-from condenser.data.store import MANIFEST, missing_files, read_json, read_manifest, tokenizer_hash, write_json
-from condenser.data.tokenizers import load_tokenizer
+from condenser.corpus.readers import Columns, resolve
+from condenser.corpus.tokenizers import store_tokenizer
+from condenser.corpus.work import UNFINISHED, Job, Share, available_cores, do_share, outcome_path, progress
+from condenser.data.store import MANIFEST, checksum, missing_files, read_json, read_manifest, write_json
 
 UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit; in between, there are 512 units
 
@@ -85,42 +92,35 @@ def prepare(
     if count > 1 and (tokenizer.startswith("train:") or engine == "ray"):
         raise ValueError(f"--shard {shard} needs a tokenizer that is there already, and --engine processes")
     blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
-    columns = Columns(text_column, title_column, id_column)
-    sources = resolve(input)
-    check(sources, columns, skip_bad_lines)  # what cannot work stops here, before anything is written
-    folder = Path(output)
+    sources = resolve(input, Columns(text_column, title_column, id_column))
+    check(sources, skip_bad_lines)  # what cannot work stops here, before anything is written
     settings: dict[str, Any] = {"tokenizer": tokenizer, "text_column": text_column, "title_column": title_column}
     settings |= {"title_prepended": title_column is not None, "id_column": id_column, **asdict(blocks)}
+    folder = Path(output)
     fingerprints = [source.fingerprint() for source in sources]
-    started, todo = find_state(folder, settings, fingerprints, append)
-    if not todo:
+    unit_bytes = int(np.clip(sum(source.size() for source in sources) // 512, *UNIT_BYTES))
+    settings |= {"unit_bytes": unit_bytes, "sources": fingerprints}
+    state = next_state(folder, settings, append)
+    if state is None:
         print(f"{output} is already prepared: nothing to do")
         return
-    if started is None:
-        n_bytes = sum(source.size() for source in sources)
-        started = new_state(folder, settings, [fingerprints[place] for place in todo], n_bytes)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / UNFINISHED, started)  # from here on, the folder is a store in the making
-    first_source = started["first_source"]
-    sources = [sources[place] for place in todo]
-    job = Job(folder, sources, first_source, columns, blocks, started["settings"]["unit_bytes"], skip_bad_lines)
-    try:
-        store_tokenizer(folder, tokenizer, job)
+    todo = state["settings"]["sources"][state["first_source"] :]
+    sources = [source for source, each in zip(sources, fingerprints, strict=True) if each in todo]
+    sources = [replace(source, number=number) for number, source in enumerate(sources, state["first_source"])]
+    share = Share(sources, state["settings"]["unit_bytes"], index, count)
+    with in_the_making(folder, state, alone=count == 1):
+        store_tokenizer(folder, tokenizer, lambda: texts(share, skip_bad_lines))
+        job = Job(folder, checksum(folder / "tokenizer" / "tokenizer.json"), blocks, skip_bad_lines)
         if engine == "ray":
-            from condenser.corpus.ray_engine import do_all
+            from condenser.corpus.ray_engine import do_shares
 
-            do_all(job, workers)
+            do_shares(job, share, workers)
         else:
-            do_share(job, index, count, workers or available_cores())
+            do_share(job, share, workers or available_cores())
         if count == 1:
             merge(output)
         else:
             print(f"{output}: share {index} of {count} is done; `condenser prepare merge {output}` when all are")
-    except BaseException as error:
-        units_there = list(folder.glob(f"units/{first_source:05d}-*.json"))
-        if count == 1 and (not units_there or isinstance(error, EmptyStoreError)):
-            forget(folder, first_source)  # nothing to go on from: leave no trace
-        raise
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
@@ -130,93 +130,79 @@ def share_of(shard: str | None) -> tuple[int, int]:
     return int(index), int(count)
 
 
-def find_state(
-    folder: Path, settings: dict[str, Any], fingerprints: list[dict], append: bool
-) -> tuple[dict[str, Any] | None, list[int]]:
-    """The state of a store in the making, if there is one, and which of the inputs are to be done.
+def next_state(folder: Path, settings: dict[str, Any], append: bool) -> dict[str, Any] | None:
+    """What is kept of a store in the making: its settings, and which of its sources is the first to be done. None if
+    nothing is to be done.
 
     Raises:
-        ValueError: the folder holds something else, or a store of other settings or inputs.
+        ValueError: the folder holds something else, or a store of other settings or sources.
     """
-    if not folder.exists() or (folder.is_dir() and all(path.suffix == ".partial" for path in folder.iterdir())):
-        return None, list(range(len(fingerprints)))
-    if not folder.is_dir():
-        raise ValueError(f"--output {folder} is a file")
-    unfinished = (folder / UNFINISHED).is_file()
-    if not unfinished and not (folder / MANIFEST).is_file():
-        raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
-    state = read_json(folder / UNFINISHED, "settings", "first_source") if unfinished else read_manifest(folder)
-    written, changed = state["settings"], []
-    done = written["sources"][: state["first_source"]] if unfinished else written["sources"] if append else []
-    todo = [place for place, fingerprint in enumerate(fingerprints) if not append or fingerprint not in done]
-    if (unfinished or not append) and [*done, *(fingerprints[place] for place in todo)] != written["sources"]:
-        changed.append("input")
-    changed += sorted(key for key in settings if settings[key] != written.get(key))
+    state = existing_state(folder)
+    if state is None:
+        return {"first_source": 0, "settings": settings}
+    written, finished = state["settings"], "units" in state  # which a manifest lists
+    first_source = state.get("first_source", len(written["sources"]) if append else 0)
+    done = written["sources"][:first_source]
+    sources = [*done, *(each for each in settings["sources"] if not append or each not in done)]
+    changed = [] if sources == written["sources"] or (finished and append) else ["input"]
+    changed += sorted(
+        key for key in settings if settings[key] != written.get(key) and key not in ("unit_bytes", "sources")
+    )
     if changed:
         raise ValueError(
             f"{folder} holds a store made with another {', '.join(changed)}; choose another --output, or remove it"
             + (" (--append adds inputs to it)" if changed == ["input"] and not append else "")
         )
-    if unfinished:
-        return state, todo
-    lost = missing_files(folder, state["splits"]) + [
-        path for unit in state["units"] if not (path := folder / "units" / f"{unit}.json").is_file()
-    ]
+    if not finished:
+        return state
+    lost = lost_files(folder, state)
     if lost and append:
         raise ValueError(f"{lost[0]} is missing or damaged: first repair the store with the command that made it")
-    if lost:
-        return {"first_source": 0, "settings": written}, todo
-    return None, todo if append else []
+    if not lost and sources == written["sources"]:
+        return None
+    return {"first_source": first_source, "settings": written | {"sources": sources}}
 
 
-def new_state(folder: Path, settings: dict[str, Any], new: list[dict[str, Any]], n_bytes: int) -> dict[str, Any]:
-    """What is kept of a store in the making; of a finished one that is added to, with its settings."""
-    unit_bytes = int(np.clip(n_bytes // 512, *UNIT_BYTES))
-    settings, earlier = settings | {"unit_bytes": unit_bytes}, []
+def existing_state(folder: Path) -> dict[str, Any] | None:
+    """What a folder holds: a store in the making, or a finished one's manifest. None if nothing.
+
+    Raises:
+        ValueError: it holds something else.
+    """
+    if (folder / UNFINISHED).is_file():
+        return read_json(folder / UNFINISHED, "settings", "first_source")
     if (folder / MANIFEST).is_file():
-        settings = read_manifest(folder)["settings"]
-        earlier = settings["sources"]
-    return {"first_source": len(earlier), "settings": settings | {"sources": [*earlier, *new]}}
+        return read_manifest(folder)
+    if folder.exists() and not all(path.suffix == ".partial" for path in folder.iterdir()):
+        raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
+    return None
 
 
-def forget(folder: Path, first_source: int) -> None:
-    """Leave a folder as it was before its first unit."""
-    if first_source:
-        (folder / UNFINISHED).unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+def lost_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
+    outcomes = [outcome_path(folder, unit) for unit in manifest["units"]]
+    return missing_files(folder, manifest["splits"]) + [path for path in outcomes if not path.is_file()]
 
 
-def store_tokenizer(folder: Path, spec: str, job: Job) -> None:
-    """Obtain the store's tokenizer the first time; see that it is still the same when the store grows or goes on."""
-    place = folder / "tokenizer"
-    if not place.exists():
-        with reading(job, "training the tokenizer", spec.startswith("train:")) as read:
-            tokenizer = obtain_tokenizer(spec, lambda: texts(job, read))
-        partial = folder / f"tokenizer.{uuid.uuid4().hex[:8]}.partial"
-        tokenizer.init_kwargs.pop("local_files_only", None)  # of the environment, not of the tokenizer
-        try:
-            tokenizer.save_pretrained(partial)
-        except Exception as error:  # the tokenizers library has no kinds of errors
-            raise OSError(f"{place} cannot be written: {error}") from error
-        try:
-            partial.rename(place)
-        except OSError:  # another machine was faster
-            shutil.rmtree(partial)
-    elif not spec.startswith("train:") and tokenizer_hash(load_tokenizer(spec)) != tokenizer_hash(
-        load_tokenizer(place)
-    ):
-        raise ValueError(
-            f"the tokenizer {spec} has changed since {folder} was begun, which holds a copy of the old one"
-        )
+@contextmanager
+def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[None]:
+    """Marks a folder as a store in the making, and takes that back after an error that leaves nothing to go on from,
+    unless other machines may be at work there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / UNFINISHED, state)
+    try:
+        yield
+    except BaseException as error:
+        begun = any(folder.glob(f"units/{state['first_source']:05d}-*.json"))
+        if alone and (isinstance(error, EmptyStoreError) or not begun):
+            if state["first_source"]:
+                (folder / UNFINISHED).unlink()
+            else:
+                shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def texts(job: Job, read: Callable[[int, int], None]) -> Iterator[str]:
-    for place, source in enumerate(job.sources):
-        for unit in units(source, job.columns, job.unit_bytes):
-            for document in documents(unit, source, job.columns):
-                if isinstance(document, Document):
-                    yield document.text
-                elif not job.skip_bad_lines:
-                    raise document
-            read(place, unit.position)
+def texts(share: Share, skip_bad_lines: bool) -> Iterator[str]:
+    with progress(share, "training the tokenizer", shown=True) as show:
+        for unit in share.units():
+            yield from (document.text for document in documents(unit, skip_bad_lines)[0])
+            show(unit)

@@ -1,7 +1,7 @@
 """What text is read from: JSON lines (plain, .gz, .xz, .zst), parquet, plain text, and Hugging Face datasets.
 
-A source is read in units of some megabytes, whose bounds depend on the source alone. Reading only finds where records
-end, which is quick; taking them apart (documents.py) is left to the process that works on the unit.
+A source is read in units, whose bounds depend on the source alone. Reading only finds where records end, which is
+quick; taking them apart (documents.py) is left to the process that works on the unit.
 """
 
 import glob
@@ -13,18 +13,23 @@ import lzma
 import os
 import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 from condenser.data.store import check_file_name
 from condenser.data.tokenizers import is_path
 
-COMPRESSED = (".gz", ".xz", ".zst")
+DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
+    ".gz": gzip.open,
+    ".xz": lzma.open,
+    ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),  # which notices where one is cut off
+}
+COMPRESSED = tuple(DECOMPRESSED)
 READERS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet"}
 LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is not what it was taken for
 
@@ -33,9 +38,9 @@ LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is no
 class Columns:
     """Where the parts of a document are in a record; plain text has only the first."""
 
-    text: str
-    title: str | None
-    id: str
+    text: str = "text"
+    title: str | None = None
+    id: str = "id"
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,8 @@ class Source:
 
     name: str
     kind: str  # jsonl, text, parquet, folder, hub
+    columns: Columns = Columns()
+    number: int = 0  # among all sources of the store
 
     def fingerprint(self) -> dict[str, Any]:
         """Enough to tell another input: name, size, and a hash of both ends of a file."""
@@ -61,32 +68,39 @@ class Source:
         return 0 if self.kind in ("folder", "hub") else os.path.getsize(self.name)
 
 
-class Unit(NamedTuple):
-    """A part of a source: lines that hold whole records, or rows of a table."""
+Payload = bytes | list[dict[str, Any]]  # lines that hold whole records, or the records of a table
 
-    number: int
-    first: int  # the number of its first line or row in the source, from 1
-    payload: bytes | list[dict[str, Any]]
+
+class Unit(NamedTuple):
+    """A part of a source."""
+
+    source: Source
+    number: int  # in its source, from 0
+    first: int  # the line in the source that it begins with, or the row of a table, from 1
+    payload: Payload
     position: int  # how far the source was read, in bytes on disk
 
+    @property
+    def name(self) -> str:
+        return f"{self.source.number:05d}-{self.number:05d}"
 
-def resolve(inputs: list[str]) -> list[Source]:
+
+def resolve(inputs: list[str], columns: Columns = Columns()) -> list[Source]:
     """Files, glob patterns, folders of files, dataset folders and hub names -> sources, in a fixed order.
 
     Raises:
         ValueError: a path that is not there, an empty file, or a format that is not known.
     """
-    sources = []
+    sources: list[Source] = []
     for name in inputs:
-        paths = sorted(glob.glob(name)) if glob.has_magic(name) else [name] if os.path.exists(name) else []
-        if not paths:
-            sources.append(hub_source(name))
+        paths = sorted(glob.glob(name))
+        sources += [] if paths else [hub_source(name)]
         for path in paths:
             sources += folder_sources(path) if os.path.isdir(path) else [file_source(path)]
     paths = [os.path.realpath(source.name) if source.size() else source.name for source in sources]
     if repeated := sorted(path for path, n in Counter(paths).items() if n > 1):
         raise ValueError(f"{repeated[0]} is given twice among the inputs")
-    return sources
+    return [replace(source, columns=columns) for source in sources]
 
 
 def file_source(path: str) -> Source:
@@ -118,70 +132,77 @@ def hub_source(name: str) -> Source:
     return Source(name, "hub")
 
 
-def units(source: Source, columns: Columns, size: int) -> Iterator[Unit]:
+def units(source: Source, size: int) -> Iterator[Unit]:
     """A source's units of about ``size`` bytes (or characters of a table's text), in order.
 
     Raises:
         ValueError: a file that cannot be read to its end, a missing column, or a file where no record ends.
     """
-    if source.kind in ("jsonl", "text"):
-        first = 1
-        with opened(source.name) as (file, raw):
-            for number, payload in enumerate(whole_records(file, source, size)):
-                yield Unit(number, first, payload, raw.tell())
-                first += payload.count(b"\n")
-        return
-    first, number, characters = 1, 0, 0
-    rows: list[dict[str, Any]] = []
-    for row, position in table_rows(source, columns):
-        rows.append(row)
-        characters += len(row[columns.text]) if isinstance(row[columns.text], str | bytes) else 0
-        if characters >= size:
-            yield Unit(number, first, rows, position)
-            first, number, characters, rows = first + len(rows), number + 1, 0, []
-    if rows:
-        yield Unit(number, first, rows, source.size())
+    parts = parts_of_file(source, size) if source.kind in ("jsonl", "text") else parts_of_table(source, size)
+    first = 1
+    for number, (payload, position) in enumerate(parts):
+        yield Unit(source, number, first, payload, position)
+        first += payload.count(b"\n") if isinstance(payload, bytes) else len(payload)
 
 
-def whole_records(file: BinaryIO, source: Source, size: int) -> Iterator[bytes]:
-    """A file in parts of at least ``size`` bytes that end where a line ends; in plain text, where a document does."""
-    while payload := file.read(size):
-        line = file.readline(LONGEST_RECORD)
-        rest = bytearray(line)
-        while source.kind == "text" and line and len(rest) < LONGEST_RECORD:
-            line = file.readline(LONGEST_RECORD)
-            rest += line
-            if not line.strip():
-                break
-        if len(rest) >= LONGEST_RECORD:
-            raise ValueError(
-                f"{source.name} holds a document of more than {LONGEST_RECORD >> 20} MB: a new line ends one in "
-                "JSON lines, a blank line in plain text"
-            )
-        yield payload + rest
+def parts_of_file(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
+    """At least ``size`` bytes at a time, and the position after them; they end where a line ends, in plain text where a
+    document does."""
+    with opened(source.name) as (file, raw):
+        while payload := file.read(size):
+            rest = bytearray(file.readline(LONGEST_RECORD))
+            while source.kind == "text" and len(rest) < LONGEST_RECORD and (line := file.readline(LONGEST_RECORD)):
+                rest += line
+                if not line.strip():
+                    break
+            if len(rest) >= LONGEST_RECORD:
+                raise ValueError(
+                    f"{source.name} holds a document of more than {LONGEST_RECORD >> 20} MB: a new line ends one in "
+                    "JSON lines, a blank line in plain text"
+                )
+            yield payload + rest, raw.tell()
+
+
+def parts_of_table(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
+    """Records of at least ``size`` characters of text at a time, and the position after them."""
+
+    def characters(found: tuple[dict[str, Any], int]) -> int:
+        text = found[0][source.columns.text]
+        return len(text) if isinstance(text, str | bytes) else 0
+
+    for group in groups(table_records(source), size, characters):
+        records, positions = zip(*group, strict=True)
+        yield list(records), positions[-1]
+
+
+def groups(items: Iterator[Any], size: int, size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """Items in order, as many at a time as make up ``size``."""
+    group, filled = [], 0
+    for item in items:
+        group.append(item)
+        filled += size_of(item)
+        if filled >= size:
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group
 
 
 @contextmanager
 def opened(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """A file to read, decompressed by its suffix, and as it is on disk. ValueError if it cannot be read to its end."""
     with open(path, "rb") as raw:
-        suffix, file = Path(path).suffix, raw
-        if suffix == ".gz":
-            file = cast(Any, gzip.GzipFile(fileobj=raw))
-        elif suffix == ".xz":
-            file = cast(Any, lzma.LZMAFile(raw))  # noqa: SIM115, holds nothing but `raw`
-        elif suffix == ".zst":
-            file = cast(Any, io.BufferedReader(pa.CompressedInputStream(raw, "zstd")))  # notices where one is cut off
+        decompressed = DECOMPRESSED.get(Path(path).suffix)
         try:
-            yield file, raw
+            yield decompressed(raw) if decompressed else raw, raw
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{path} cannot be decompressed to its end: {error}") from None
 
 
-def table_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], int]]:
-    """The columns that are needed of each row, and how far the source was read in bytes."""
+def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
+    """The columns that are needed of each record, and how far the source was read in bytes."""
     if source.kind == "parquet":
-        yield from parquet_rows(source, columns)
+        yield from parquet_records(source)
         return
     import datasets
 
@@ -195,9 +216,9 @@ def table_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any
             dataset = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
         except Exception as error:  # the library raises many kinds, network errors among them
             raise ValueError(f"{source.name} is neither a file nor a dataset that could be loaded: {error}") from error
-    needed = needed_columns(columns, list(dataset.features or next(iter(dataset))), source.name)
-    for row in dataset.select_columns(needed):
-        yield row, 0
+    needed = needed_columns(source, list(dataset.features or next(iter(dataset))))
+    for record in dataset.select_columns(needed):
+        yield record, 0
 
 
 def check_dataset(folder: Path) -> None:
@@ -208,30 +229,31 @@ def check_dataset(folder: Path) -> None:
             check_file_name(name, path)
 
 
-def parquet_rows(source: Source, columns: Columns) -> Iterator[tuple[dict[str, Any], int]]:
+def parquet_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
     import pyarrow.parquet as pq
 
     with open(source.name, "rb") as file:
         try:
             table = pq.ParquetFile(file)
-            needed = needed_columns(columns, table.schema_arrow.names, source.name)
+            needed = needed_columns(source, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=256, columns=needed):
-                for row in as_bytes(batch).to_pylist():
-                    yield row, file.tell()
+                for record in as_bytes(batch).to_pylist():
+                    yield record, file.tell()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{source.name} is not a parquet file, or damaged: {error}") from None
 
 
 def as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Texts as bytes, so that one that is not UTF-8 spoils its own row only."""
+    """Texts as bytes, so that one that is not UTF-8 spoils its own record only."""
     binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
     return batch.cast(pa.schema([pa.field(each.name, binary.get(each.type, each.type)) for each in batch.schema]))
 
 
-def needed_columns(columns: Columns, existing: list[str], where: str) -> list[str]:
+def needed_columns(source: Source, existing: list[str]) -> list[str]:
+    columns = source.columns
     for column, option in ((columns.text, "--text-column"), (columns.title, "--title-column")):
         if column is not None and column not in existing:
-            raise ValueError(f"{where}: {missing_column(column, option, existing)}")
+            raise ValueError(f"{source.name}: {missing_column(column, option, existing)}")
     return [column for column in dict.fromkeys((columns.text, columns.title, columns.id)) if column in existing]
 
 

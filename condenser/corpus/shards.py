@@ -8,30 +8,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from condenser.corpus.blocks import Cut
 from condenser.data.store import checksum, write_json, written
 
 
-def write_shard(
-    path: Path,
-    tokens: np.ndarray,
-    word_starts: np.ndarray,
-    lengths: np.ndarray,
-    token_type: str,
-    documents: np.ndarray | None = None,
-) -> dict[str, Any]:
-    """Write rows to a file; what is known of it.
-
-    Args:
-        tokens, word_starts: of all rows, one after the other, ``[lengths.sum()]``.
-        lengths, documents: of each row; the number of its document.
-    """
+def write_shard(path: Path, rows: Cut, token_type: str, with_documents: bool) -> dict[str, Any]:
+    """Write rows to a file, if asked with the number of each one's document; gives what is known of the file."""
+    tokens, lengths = np.concatenate(rows.tokens), np.array(rows.lengths)
     columns = {
         "input_ids": list_array(tokens.astype(token_type), lengths),
-        "word_starts": packed_bits(word_starts, lengths),
+        "word_starts": packed_bits(np.concatenate(rows.word_starts), lengths),
         "length": pa.array(lengths.astype(np.uint16)),
     }
-    if documents is not None:
-        columns["document"] = pa.array(documents.astype(np.uint32))
+    if with_documents:
+        columns["document"] = pa.array(np.array(rows.documents, np.uint32))
     table = pa.table(columns)
     with written(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
         out.write_table(table, max_chunksize=len(table))  # one record batch: see Shard

@@ -1,32 +1,61 @@
 """The tokenizer of a store: loaded from a folder or the hub, or trained on the corpus itself (``train:8192``)."""
 
 import itertools
+import shutil
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+from condenser.data.store import tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
-def obtain_tokenizer(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
-    """A fast tokenizer from a folder, a hub name, or ``train:SIZE`` (lower-casing WordPiece trained on ``texts()``).
+def store_tokenizer(folder: Path, spec: str, texts: Callable[[], Iterator[str]]) -> None:
+    """Give a store its tokenizer, and see that it is still the same when the store grows or goes on.
+
+    Args:
+        spec: a folder, a hub name, or ``train:SIZE`` (lower-casing WordPiece trained on ``texts()``).
 
     Raises:
-        ValueError: none there, one without [MASK] or [CLS], or a bad size.
+        ValueError: none there, one without [MASK] or [CLS], a bad size, or one that has changed.
     """
     from condenser.data.collate import Vocabulary
 
-    tokenizer = train_wordpiece(spec, texts) if spec.startswith("train:") else load_tokenizer(spec)
-    Vocabulary.of(tokenizer)
-    return tokenizer
+    place, to_train = folder / "tokenizer", spec.startswith("train:")
+    if place.exists() and to_train:
+        return
+    tokenizer = train_wordpiece(spec, texts) if to_train else load_tokenizer(spec)
+    if not place.exists():
+        Vocabulary.of(tokenizer)
+        save_tokenizer(tokenizer, place)
+    elif tokenizer_hash(tokenizer) != tokenizer_hash(load_tokenizer(place)):
+        raise ValueError(
+            f"the tokenizer {spec} has changed since {folder} was begun, which holds a copy of the old one"
+        )
+
+
+def save_tokenizer(tokenizer: Any, place: Path) -> None:
+    """Whole or not at all; another machine that was faster has saved the same one."""
+    tokenizer.init_kwargs.pop("local_files_only", None)  # of the environment, not of the tokenizer
+    partial = place.with_name(f"tokenizer.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        tokenizer.save_pretrained(partial)
+    except Exception as error:  # the tokenizers library has no kinds of errors
+        raise OSError(f"{place} cannot be written: {error}") from error
+    try:
+        partial.rename(place)
+    except OSError:
+        shutil.rmtree(partial)
 
 
 def train_wordpiece(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
     """The same vocabulary every time: the trainer numbers continuing characters (##a) in the order of a hash map, and
     breaks ties by number, so these are given to it first, as if they were special tokens."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
     from transformers import BertTokenizer
 
     size = spec.removeprefix("train:")
@@ -44,12 +73,7 @@ def train_wordpiece(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
         show_progress=False,
     )
     wordpiece.train_from_iterator(texts(), trainer)
-    trained = Tokenizer(models.WordPiece(vocab=wordpiece.get_vocab(), unk_token="[UNK]"))
-    trained.normalizer, trained.pre_tokenizer = wordpiece.normalizer, wordpiece.pre_tokenizer
-    trained.decoder = decoders.WordPiece()
-    sep, cls = (SPECIAL_TOKENS.index(token) for token in ("[SEP]", "[CLS]"))
-    trained.post_processor = processors.BertProcessing(("[SEP]", sep), ("[CLS]", cls))
-    return BertTokenizer(tokenizer_object=trained, model_max_length=512)
+    return BertTokenizer(vocab=wordpiece.get_vocab(), model_max_length=512)
 
 
 def frequent_characters(texts: Iterator[str], at_most: int) -> list[str]:

@@ -25,18 +25,18 @@ def unspaced(text: str) -> np.ndarray:
     return UNSPACED[np.frombuffer(text.encode("utf-32-le"), np.uint32) >> 5]
 
 
-def word_starts(text: str, numbers: np.ndarray, offsets: np.ndarray, segment: Segmenter | None) -> np.ndarray:
+def word_starts(text: str, words: np.ndarray, offsets: np.ndarray, segment: Segmenter | None) -> np.ndarray:
     """True at each token that begins a word.
 
     Args:
-        numbers: ``[n]`` the number of each token's word, by the tokenizer.
+        words: ``[n]`` the number of each token's word, by the tokenizer.
         offsets: ``[n, 2]`` where each token begins and ends in the text, in characters.
         segment: a word segmenter, whose words count instead of the tokenizer's.
     """
     if segment is not None:
-        numbers = np.searchsorted(words_of(segment, text), offsets[:, 0], side="right")
-    starts = np.ones(len(numbers), bool)
-    starts[1:] = numbers[1:] != numbers[:-1]
+        words = np.searchsorted(words_of(segment, text), offsets[:, 0], side="right")
+    starts = np.ones(len(words), bool)
+    starts[1:] = words[1:] != words[:-1]
     if segment is None and not text.isascii():
         alone, (first, end) = unspaced(text), offsets.T
         starts |= alone[first]  # BERT's tokenizers number each Chinese character, SentencePiece's a sentence

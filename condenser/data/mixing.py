@@ -1,27 +1,31 @@
 """Several token stores read as one, each with a weight.
 
 An epoch holds ``round(weight * rows)`` samples of each store. It goes on through a store where the epoch before it
-stopped, so all rows are seen once before any is seen twice, in an order that is drawn anew for each pass. Which row a
-sample is, and how often that row was seen before (its *visit*, which its masks depend on), is computed where it is
-asked for.
+stopped, so all rows are seen once before any is seen twice, in an order that is drawn anew for each pass. Everything
+is computed where it is asked for.
+
+    sample   what is fed once; its number is its place in its epoch, from 0
+    row      what a sample reads; its number counts the rows of all stores, one store after the other
+    visit    how often the row was read before, over all epochs: the epoch itself, for a single store of weight 1
+    id       of a row: the same whatever else is mixed with it. Masks are drawn by (visit, id)
 
 Legend: n samples of an epoch, N rows of all stores, B samples asked for.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from condenser.data.hashing import permuted
-from condenser.data.store import Rows, TokenStore, joined
+from condenser.data.store import Rows, TokenStore, read_rows
 
 PASS = 7  # tells this draw from those of batching.py
-STORE_BITS = 40  # a sample id is a row's number in its store; the store's own number stands above these bits
+STORE_BITS = 40  # an id is a row's number in its store; the store's own number stands above these bits
 
 
 class Samples(NamedTuple):
-    """``[B]`` each: the row among those of all stores, how often it was seen before, and the sample's id."""
+    """``[B]`` each: numbers of rows, their visits, and their ids."""
 
     rows: np.ndarray
     visits: np.ndarray
@@ -61,25 +65,18 @@ class Mixture:
     def samples(self, epoch: int, numbers: np.ndarray) -> Samples:
         """The samples with these ``numbers`` (0 to n - 1) of an epoch."""
         store = np.searchsorted(self.first_samples, numbers, side="right") - 1
-        place = epoch * self.quotas[store] + numbers - self.first_samples[store]
-        visits, row = np.divmod(place, self.sizes[store])
-        for number in np.flatnonzero(
-            self.quotas % np.maximum(self.sizes, 1)
-        ):  # whole passes need no order of their own
-            for visit in np.unique(visits[store == number]):
-                here = (store == number) & (visits == visit)
-                row[here] = permuted(row[here], int(self.sizes[number]), self.seed, PASS, int(number), int(visit))
+        earlier = epoch * self.quotas[store] + numbers - self.first_samples[store]  # samples of the store
+        visits, row = np.divmod(earlier, self.sizes[store])  # numbered in its store
+        for mixed in np.flatnonzero(self.quotas % np.maximum(self.sizes, 1)):  # whole passes need no order of their own
+            for visit in np.unique(visits[store == mixed]):
+                here = (store == mixed) & (visits == visit)
+                row[here] = permuted(row[here], int(self.sizes[mixed]), self.seed, PASS, int(mixed), int(visit))
         return Samples(self.first_rows[store] + row, visits, (store << STORE_BITS) | row)
 
     def read(self, rows: np.ndarray) -> Rows:
-        """These rows ``[B]``, as `TokenStore.rows`."""
+        """The rows with these numbers ``[B]``, as `TokenStore.rows`."""
         if len(self.stores) == 1:
             return self.stores[0].rows(rows)
-        store_of = np.searchsorted(self.first_rows, rows, side="right") - 1
-        slices: list[Any] = [None] * len(rows)
-        for number in np.unique(store_of):
-            here = np.flatnonzero(store_of == number)
-            found = self.stores[number].slices(rows[here] - self.first_rows[number])
-            for place, piece in zip(here.tolist(), found, strict=True):
-                slices[place] = piece
-        return joined(slices, self.lengths[rows])
+        shards = [shard for store in self.stores for shard in store.shards]
+        in_order = zip(self.first_rows, self.stores, strict=True)
+        return read_rows(shards, np.concatenate([first + store.first_rows for first, store in in_order]), rows)

@@ -5,9 +5,9 @@
     token_counts.npy   how often each id occurs in the training split (the unigram baseline)
     train/ validation/ a `datasets` Arrow folder each: input_ids (no special tokens), word_starts (bits), length; of
                        stores of spans also document, the number of a row's document in its shard
-    units/             what is known of each unit of the input, shard by shard; kept so that input can be appended
+    units/             what became of each unit of the input; kept so that input can be appended
 
-Legend: B samples, T tokens of all of them.
+Legend: B rows, T tokens of all of them.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ SPECIAL_TOKENS = 2  # [CLS] and [SEP], which a row gets when it is fed
 
 
 class TokenStore:
-    """One split of a store, memory-mapped. Rows are numbered over all shards in order: the sample ids.
+    """One split of a store, memory-mapped. Rows are numbered over all shards in order.
 
     Raises:
         ValueError: no such store, one without a manifest, or a shard that is missing or has another size than it had.
@@ -56,36 +56,32 @@ class TokenStore:
         """
         if self.manifest["settings"]["kind"] != "spans":
             raise ValueError(f"{self.folder} holds blocks; pairs of spans need a store of `prepare --kind spans`")
-        changes = [
-            first + 1 + np.flatnonzero(np.diff(shard.documents))  # type: ignore[arg-type, type-var]
-            for first, shard in zip(self.first_rows, self.shards, strict=True)
-        ]
-        return np.unique(np.concatenate([self.first_rows, *changes, [len(self)]])).astype(np.int64)
+        in_order = zip(self.first_rows, self.shards, strict=True)
+        bounds = [first + np.flatnonzero(np.diff(shard.documents, prepend=-1)) for first, shard in in_order]
+        return np.concatenate([*bounds, [len(self)]])
 
     def rows(self, index: np.ndarray) -> "Rows":
-        """The samples ``index`` ``[B]``, one after the other."""
-        return joined(self.slices(index), self.lengths[index])
-
-    def slices(self, index: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Of each sample its tokens and the bytes of its word starts, not copied yet."""
-        shard_of = np.searchsorted(self.first_rows, index, side="right") - 1
-        local = index - self.first_rows[shard_of]
-        return [self.shards[number].row(row) for number, row in zip(shard_of.tolist(), local.tolist(), strict=True)]
+        """The rows ``index`` ``[B]``, one after the other."""
+        return read_rows(self.shards, self.first_rows, index)
 
 
 class Rows(NamedTuple):
-    """Samples one after the other, without special tokens."""
+    """Rows one after the other, without special tokens."""
 
     tokens: np.ndarray  # [T], of the type they are stored in
     word_starts: np.ndarray  # [T] bool
     lengths: np.ndarray  # [B] int64
 
 
-def joined(slices: list[tuple[np.ndarray, np.ndarray]], lengths: np.ndarray) -> Rows:
-    lengths = lengths.astype(np.int64)
-    tokens, packed = (np.concatenate(parts) for parts in zip(*slices, strict=True))
+def read_rows(shards: "list[Shard]", first_rows: np.ndarray, index: np.ndarray) -> Rows:
+    """The rows ``index`` ``[B]``, as they are numbered over all ``shards``, of which ``first_rows`` begin one each."""
+    shard_of = np.searchsorted(first_rows, index, side="right") - 1
+    places = index - first_rows[shard_of]
+    found = [shards[shard].row(place) for shard, place in zip(shard_of.tolist(), places.tolist(), strict=True)]
+    tokens, packed = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    lengths = np.array([len(of_row) for of_row, _ in found])
     bits = np.unpackbits(packed, bitorder="little")
-    n_bits = -(-lengths // 8) * 8  # of each sample, which begins with a byte of its own
+    n_bits = -(-lengths // 8) * 8  # of each row, which begins with a byte of its own
     skipped = (n_bits.cumsum() - n_bits) - (lengths.cumsum() - lengths)
     return Rows(tokens, bits[np.arange(len(tokens)) + np.repeat(skipped, lengths)].astype(bool), lengths)
 
@@ -110,12 +106,12 @@ class Shard:
         self.tokens, self.token_offsets = tokens.values.to_numpy(), tokens.offsets.to_numpy()
         self.bits, self.bit_offsets = bits.values.to_numpy(), bits.offsets.to_numpy()
         self.lengths = table["length"].to_numpy()
-        self.documents = table["document"].to_numpy() if "document" in table.column_names else None
+        self.documents: Any = table["document"].to_numpy() if "document" in table.column_names else None
 
-    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A row's tokens and the bytes of its word starts."""
+    def row(self, place: int) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a row of the shard, and the bytes of its word starts; not copied."""
         tokens, bits = self.token_offsets, self.bit_offsets
-        return self.tokens[tokens[number] : tokens[number + 1]], self.bits[bits[number] : bits[number + 1]]
+        return self.tokens[tokens[place] : tokens[place + 1]], self.bits[bits[place] : bits[place + 1]]
 
 
 @contextmanager

@@ -18,9 +18,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from condenser.corpus.documents import Document, documents
+from condenser.corpus.documents import documents
 from condenser.corpus.prepare import prepare
-from condenser.corpus.readers import Columns, resolve, units
+from condenser.corpus.readers import resolve, units
 from condenser.corpus.work import available_cores
 from condenser.data.collate import Vocabulary
 from condenser.data.store import SPECIAL_TOKENS, read_manifest, write_json
@@ -156,8 +156,9 @@ def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
 
 
 def texts_of(input: list[str]) -> list[str]:
-    columns, texts = Columns("text", None, "id"), []
+    texts = []
     for source in resolve(input):
-        for unit in units(source, columns, 1 << 24):
-            texts += [each.text for each in documents(unit, source, columns) if isinstance(each, Document)]
+        for unit in units(source, 1 << 24):
+            good, _ = documents(unit, skip_bad_lines=True)
+            texts += [document.text for document in good]
     return texts
