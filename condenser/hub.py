@@ -5,6 +5,7 @@ unpickled but through torch's restricted unpickler, and code that a model folder
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from condenser.data.tokenizers import is_path
 from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
+from condenser.models.objective import Objective
 
 HEAD_FILE = "condenser_head.safetensors"
 AUTHORS_FILE = "model.pt"
@@ -25,17 +27,20 @@ def warm_start(
     backbone: str | None,
     settings: dict[str, Any],
     tokenizer: Any,
-    objective: type[Condenser] = Condenser,
-    **head: Any,
-) -> Condenser:
+    objective: type[Objective] = Condenser,
+    say: Callable[[str], Any] = print,
+    **options: Any,
+) -> Objective:
     """The model that training starts from: see `build_masked_lm`; a head found beside the weights is loaded too.
 
     Args:
         tokenizer: the token store's; the backbone's must be the same.
-        head: arguments of `Condenser.from_masked_lm`.
+        say: is told where trained weights get an untrained head.
+        options: further arguments of the objective.
 
     Raises:
-        ValueError: another tokenizer or vocabulary than the store's, or a head of another shape.
+        ValueError: another tokenizer or vocabulary than the store's, options that the objective does not take, or a
+            head of another shape.
     """
     if backbone is not None:
         if is_path(backbone) and not Path(backbone).is_dir():
@@ -46,10 +51,20 @@ def warm_start(
         raise ValueError(
             f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({len(tokenizer)})"
         )
-    model = objective.from_masked_lm(lm, **head)
-    weights = saved_head(Path(backbone)) if backbone is not None else None
-    if weights and len(model.c_head):
-        load_head(model, weights, backbone or "")
+    try:
+        model = objective.from_masked_lm(lm, **options)
+    except TypeError as error:
+        raise ValueError(f"model.objective_options: {error}") from None
+    if backbone is not None and model.head_state():
+        found = saved_head(Path(backbone)) or {}
+        if model.head_state().keys() & found.keys():
+            load_head(model, found, backbone)
+        else:
+            what = f"the head of another objective ({sorted(found)[0]}, ...)" if found else "no head"
+            say(
+                f"{backbone} has {what}, so that of {objective.__name__} begins with random weights: "
+                "--model.optimizer.head_only_steps trains it alone at first"
+            )
     return model
 
 
@@ -82,14 +97,16 @@ def saved_head(folder: Path) -> dict[str, Tensor] | None:
     return None
 
 
-def load_head(model: Condenser, weights: dict[str, Tensor], origin: str) -> None:
-    try:
-        model.c_head.load_state_dict({key.removeprefix("c_head."): value for key, value in weights.items()})
-    except RuntimeError as error:
-        raise ValueError(
-            f"the head in {origin} has another shape than n_head_layers={len(model.c_head)} of this backbone: "
-            f"{str(error).splitlines()[-1].strip()}"
-        ) from None
+def load_head(model: Objective, weights: dict[str, Tensor], origin: str) -> None:
+    own = model.head_state()
+    for name in sorted(own.keys() | weights.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, own)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the head in {origin} has another shape than that of a {type(model).__name__} with {model.settings}: "
+                f"{name} is {shapes[0]} there and {shapes[1]} here"
+            )
+    model.load_state_dict(weights, strict=False)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -119,7 +136,7 @@ def load_authors_checkpoint(directory: str | Path, skip_from: int, late_mlm: boo
     return model.eval()
 
 
-def load_export(directory: str | Path) -> Condenser:
+def load_export(directory: str | Path) -> Objective:
     """What `condenser export` wrote, head included: training can go on from it.
 
     Raises:
@@ -128,32 +145,44 @@ def load_export(directory: str | Path) -> Condenser:
     if not (Path(directory) / HEAD_FILE).is_file():
         raise ValueError(f"{directory} has no {HEAD_FILE}: not a folder that `condenser export` wrote")
     weights, about = read_safetensors(Path(directory) / HEAD_FILE)
-    model = Condenser.from_masked_lm(build_masked_lm(str(directory), {}), **json.loads(about["head"]))
-    load_head(model, weights, str(directory))
+    settings = json.loads(about["head"])
+    model = rebuilt(build_masked_lm(str(directory), {}), about.get("objective", class_path(Condenser)), settings)
+    load_head(model, {name: weights[name] for name in weights.keys() & model.head_state().keys()}, str(directory))
     return model.eval()
 
 
-def description(model: Condenser, tokenizer: Path, data: dict[str, Any], run_config: str) -> dict[str, Any]:
+def rebuilt(lm: Any, objective: str, settings: dict[str, Any]) -> Objective:
+    """The objective of this class path, if it is one of ours or was imported; of another what a Condenser is of it. (A
+    path that a file holds is not imported: it could run anything.)"""
+    from condenser.models import cocondenser, retromae  # noqa: F401, they make their classes known
+
+    waiting: list[type[Objective]] = [Objective]
+    while waiting:
+        known = waiting.pop()
+        if class_path(known) == objective:
+            return known.from_masked_lm(lm, **settings)
+        waiting += known.__subclasses__()
+    own = {name: settings[name] for name in ("skip_from", "n_head_layers", "late_mlm", "pruned") if name in settings}
+    return Condenser.from_masked_lm(lm, **({"n_head_layers": 0} | own))
+
+
+def class_path(objective: type[Objective]) -> str:
+    return f"{objective.__module__}.{objective.__qualname__}"
+
+
+def description(model: Objective, tokenizer: Path, data: dict[str, Any], run_config: str) -> dict[str, Any]:
     """What a checkpoint must hold besides weights so that it can be exported on its own; plain values only."""
     return {
         "config": json.dumps(model.lm.config.to_dict()),
-        "head": head_settings(model),
+        "objective": class_path(type(model)),
+        "head": model.settings,
         "tokenizer": {path.name: path.read_text() for path in sorted(tokenizer.iterdir())},
         "manifest": json.dumps(data),
         "run_config": run_config,
     }
 
 
-def head_settings(model: Condenser) -> dict[str, Any]:
-    return {
-        "skip_from": model.skip_from,
-        "n_head_layers": len(model.c_head),
-        "late_mlm": model.late_mlm,
-        "pruned": model.pruned,
-    }
-
-
-def load_checkpoint(path: str | Path) -> tuple[Condenser, dict[str, Any]]:
+def load_checkpoint(path: str | Path) -> tuple[Objective, dict[str, Any]]:
     """A training checkpoint -> its model, and the checkpoint without weights.
 
     Raises:
@@ -171,10 +200,11 @@ def load_checkpoint(path: str | Path) -> tuple[Condenser, dict[str, Any]]:
     values = json.loads(about["config"])
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     lm = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
-    model = Condenser.from_masked_lm(lm, **about["head"])
+    model = rebuilt(lm, about.get("objective", class_path(Condenser)), about["head"])
+    weights = {name.removeprefix("model."): weight for name, weight in state.items()}
     try:
-        own = ("model.lm.", "model.c_head.")  # what else an objective has is for training alone
-        model.load_state_dict({k.removeprefix("model."): v for k, v in state.items() if k.startswith(own)})
+        own = model.state_dict().keys()  # what else an objective of others has is for training alone
+        model.load_state_dict({name: weight for name, weight in weights.items() if name in own})
     except RuntimeError as error:
         raise ValueError(f"{path}: weights and configuration do not belong together: {error}") from None
     return model.eval(), checkpoint

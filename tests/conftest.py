@@ -158,3 +158,13 @@ def roberta(corpus, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     RobertaForMaskedLM(RobertaConfig(**TINY_MODEL, vocab_size=len(tokenizer))).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def spans(corpus, store, tmp_path_factory):
+    """A token store of spans of documents, with the tokenizer of the blocks."""
+    folder = tmp_path_factory.mktemp("spans") / "tiny"
+    options = ["--kind", "spans", "--max-length", "32", "--validation-fraction", "0.1", "--workers", "1"]
+    source = ["--input", str(corpus), "--tokenizer", str(store / "tokenizer")]
+    assert main(["prepare", *source, "--output", str(folder), *options]) == 0
+    return folder

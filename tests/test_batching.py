@@ -108,7 +108,7 @@ def test_a_hundred_million_rows_take_two_bytes_each_and_any_step_a_moment(capsys
         order.step(order.steps_per_epoch * 3 + 1234)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert order.lengths is lengths
+        assert order.samples.lengths is lengths
         assert lengths.nbytes == 2 * n
     assert peaks[1] < 1.5 * peaks[0] < 2**21
 
@@ -126,7 +126,7 @@ def test_equal_bounds_cut_everything_into_parts_that_are_not_empty(lengths, n_pa
     [
         ({"batch_size": 4}, "batch_size is 4"),
         ({"micro_batches_per_step": 0}, "must be at least 1"),
-        ({"lengths": np.array([5] * 7)}, "there are 7 samples"),
+        ({"lengths": np.array([5] * 7)}, "there are 7 sequences"),
         ({"lengths": np.array([5, 0] * 9)}, "sample 1 has length 0"),
     ],
 )

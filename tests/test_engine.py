@@ -30,7 +30,7 @@ from condenser.models.attention import attend, bounds_of
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens, bf16_peak, training_flops
 from condenser.models.losses import predicted_right, token_losses
-from condenser.models.objective import Term
+from condenser.models.objective import COUNTS, Term
 from condenser.reports.trial import Authors
 from condenser.training.module import CondenserModule
 from condenser.training.step import TrainingStep, inputs_of, pass_loss
@@ -247,7 +247,7 @@ def training_step(model, **options):
 
 
 def scale_of(batch):
-    return 1 / torch.tensor([batch.total(name) for name in ("n_masked", "n_tokens", "n_sequences")])
+    return 1 / torch.tensor([batch.total(name) for name in COUNTS])
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -363,9 +363,9 @@ def test_a_step_dispatches_few_operations_and_none_for_each_weight():
     settings = {"num_hidden_layers": 12, "attention_probs_dropout_prob": 0.0}
     model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config(**settings)), skip_from=6)
     step, batch = training_step(model, clip=1.0), step_batch(flat_pass(72))
-    step.take(batch, torch.ones(3))
+    step.take(batch, torch.ones(4))
     with Counting() as whole:
-        step.take(batch, torch.ones(3))
+        step.take(batch, torch.ones(4))
     with Counting() as update:
         step.update(torch.ones(()), torch.zeros(()), step.optimizer.step)
     n_weights = len(step.weights)
@@ -424,8 +424,8 @@ class StubGraph:
     def replay(self):
         replays = self.step.replays
         (entry,) = (entry for entry in replays.captured.values() if entry[0] is self)
-        _, own, own_scale, (loss, shares) = entry
-        new_loss, new_shares = replays.run(own, own_scale, True)
+        _, own, own_scale, (loss, shares, _) = entry
+        new_loss, new_shares, _ = replays.run(own, own_scale, True)
         loss.copy_(new_loss)
         for name, value in new_shares.items():
             shares[name].copy_(value)
@@ -668,7 +668,7 @@ def test_passes_have_few_shapes_and_a_large_step_few_dummies(batch_size, micro_b
     if not long_rows:
         store.lengths = np.random.default_rng(0).lognormal(3, 0.8, len(store)).clip(1, 126).astype(np.uint16)
     mixture, sizes = Mixture([store], seed=0), {"batch_size": batch_size, "micro_batches_per_step": micro_batches}
-    batches = BucketedBatches(store.lengths, seed=0, added=2, mixture=mixture, **sizes)
+    batches = BucketedBatches(mixture, seed=0, added=2, **sizes)
     steps = Steps(mixture, batches, VOCABULARY, Masking(0), tokens_per_pass=65536, few_shapes=True)
     found = [steps[number] for number in range(min(100, batches.steps_per_epoch))]
     shapes = {tuple(len(value) for value in inputs_of(f).values() if torch.is_tensor(value)) for s in found for f in s}
@@ -680,8 +680,8 @@ def test_passes_have_few_shapes_and_a_large_step_few_dummies(batch_size, micro_b
 class Uniform(Condenser):
     """Has a term of its own, over sequences, that says nothing of what it sums; and a weight that is not exported."""
 
-    def __init__(self, *args):
-        super().__init__(*args)
+    def __init__(self, *args, **settings):
+        super().__init__(*args, **settings)
         self.scale = nn.Parameter(torch.ones(()))
 
     def losses(self, batch, score=False):
@@ -756,7 +756,8 @@ def test_the_authors_recipe_of_the_bench_is_the_same_loss(n_head_layers, monkeyp
     torch.manual_seed(0)
     model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2, n_head_layers=n_head_layers).eval()
     monkeypatch.setattr(Authors, "longest", 40)
-    authors = Authors(model.lm, model.c_head, 2, True, False).eval()
+    authors = Authors(model.lm, 2, n_head_layers, pruned=False).eval()
+    authors.c_head = model.c_head
     torch.testing.assert_close(
         loss_and_gradients(authors, inputs()), loss_and_gradients(model, inputs()), rtol=1e-4, atol=1e-6
     )
@@ -768,7 +769,7 @@ def test_what_is_minimised_is_the_weighted_sum_of_means(monkeypatch):
     (fields,) = batch
     weighted = {"a": Term(torch.tensor(6.0), "n_masked", 0.5), "b": Term(torch.tensor(9.0), "n_sequences", 2.0)}
     monkeypatch.setattr(model, "losses", lambda *_: weighted)
-    loss, shares = pass_loss(model, inputs_of(fields), scale_of(batch), False)
+    loss, shares, _ = pass_loss(model, inputs_of(fields), scale_of(batch), False)
     assert loss.item() == pytest.approx(0.5 * 6 / fields["n_masked"] + 2 * 9 / 9)
     assert shares["b_loss"].item() == pytest.approx(1)
 

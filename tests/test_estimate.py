@@ -52,7 +52,7 @@ def small_module(**settings):
 
 def with_real_model(module, setting=None):
     lm = build_masked_lm(None, module.backbone_config)
-    module.model = Condenser.from_masked_lm(lm, **module.head).train()
+    module.model = Condenser.from_masked_lm(lm, **module.options).train()
     if setting:
         module.model.gradient_checkpointing, module.model.fused_loss = setting.checkpointing, setting.fused
     return module

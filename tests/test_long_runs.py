@@ -48,7 +48,7 @@ class Steps:
         n = n_steps // epochs
         self.mixture = Mixture([Store(n), Store(n)], [1.0, 2.0], seed=3)
         settings = {"batch_size": 4, "micro_batches_per_step": 1, "window": 64}
-        self.batches = BucketedBatches(self.mixture.lengths, seed=3, mixture=self.mixture, **settings)
+        self.batches = BucketedBatches(self.mixture, seed=3, **settings)
 
     def __getitem__(self, step):
         epoch, numbers = step // self.batches.steps_per_epoch, self.batches.step(step)

@@ -164,8 +164,7 @@ def test_what_the_head_reads_can_be_set_for_padded_rows_too():
 def test_head_losses_need_a_head_and_another_row():
     with pytest.raises(ValueError, match="two rows or more"):
         head_losses(tiny_model(), [step_batch(flat_pass(1))])
-    model = tiny_model()
-    model.c_head = torch.nn.ModuleList()
+    model = Condenser(tiny_model().lm, n_head_layers=0)
     with pytest.raises(ValueError, match="no head whose loss could be probed"):
         head_losses(model, [step_batch(flat_pass())])
 

@@ -19,8 +19,9 @@ from condenser.corpus.work import Share
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, Vocabulary, collate
 from condenser.data.datamodule import CondenserDataModule, StepLoader, Steps
+from condenser.data.hashing import hash_ints
 from condenser.data.mixing import Mixture
-from condenser.data.spans import span_pairs
+from condenser.data.pairs import two_of
 from condenser.data.store import TokenStore, read_manifest
 from condenser.data.tokenizers import load_tokenizer
 from condenser.training.failures import explained
@@ -288,7 +289,7 @@ def test_an_epoch_holds_the_weighted_share_of_each_store_and_rows_come_once_befo
     mixture = Mixture(stores, [1.0, 0.3], seed=1)
     quota = round(0.3 * len(stores[1]))
     assert len(mixture) == len(stores[0]) + quota
-    order = BucketedBatches(mixture.lengths, batch_size=8, micro_batches_per_step=2, seed=1, mixture=mixture)
+    order = BucketedBatches(mixture, batch_size=8, micro_batches_per_step=2, seed=1)
     counts, seen = np.zeros(len(mixture.lengths), int), []
     for epoch in range(10):
         numbers = [order.step(epoch * order.steps_per_epoch + step) for step in range(order.steps_per_epoch)]
@@ -448,21 +449,8 @@ def test_the_spans_of_a_document_stand_together_and_lone_ones_are_dropped_and_co
         assert tuple(token for row in rows[first:end] for token in row) in whole
 
 
-def test_a_documents_pair_is_a_function_of_seed_epoch_and_document(spans):
-    bounds = TokenStore(spans, "train").document_bounds()
-    documents = np.arange(len(bounds) - 1)
-    pairs = span_pairs(bounds, documents, seed=3, epoch=5)
-    assert (pairs[:, 0] != pairs[:, 1]).all()
-    assert ((bounds[:-1, None] <= pairs) & (pairs < bounds[1:, None])).all()
-    some = np.array([7, 0, 31])
-    assert (span_pairs(bounds, some, seed=3, epoch=5) == pairs[some]).all()
-    for other in ({"seed": 4, "epoch": 5}, {"seed": 3, "epoch": 6}):
-        assert (span_pairs(bounds, documents, **other) != pairs).any()
-
-
 def test_every_pair_of_a_document_is_drawn_equally_often():
-    bounds = np.array([0, 4])
-    pairs = np.concatenate([span_pairs(bounds, np.array([0]), seed=1, epoch=epoch) for epoch in range(6000)])
+    pairs = two_of(np.full(6000, 4), hash_ints(1, np.arange(6000)))
     _, counts = np.unique(pairs, axis=0, return_counts=True)
     assert len(counts) == 12
     assert (abs(counts - 500) < 4.5 * np.sqrt(500)).all()

@@ -8,7 +8,7 @@ sequences fill them up; they stand at the end, nothing of them is scored, and th
 Legend: B sequences, T tokens, Q positions read in the last layers ([CLS] and the masked tokens), M masked tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from condenser.data.hashing import hash_ints
 from condenser.data.masking import IGNORED, Unit, mask_flat
 from condenser.data.store import SPECIAL_TOKENS, Rows
 
@@ -62,20 +63,32 @@ class Masking:
             raise ValueError(f"mask_rates={list(self.rates)} must be three shares (mask, random, keep) that sum to 1")
 
 
+EXTRAS = ("original_ids", "keys")  # what objectives may ask for beside what all get
+KEYS = 8  # tells this draw from those of masking.py
+
+
 def collate(
-    rows: Rows, sample_ids: np.ndarray, visits: int | np.ndarray, vocabulary: Vocabulary, masking: Masking
+    rows: Rows,
+    sample_ids: np.ndarray,
+    visits: int | np.ndarray,
+    vocabulary: Vocabulary,
+    masking: Masking,
+    extras: Sequence[str] = (),
 ) -> Fields:
     """Mask samples and add special tokens: a pass.
 
     Args:
         sample_ids: ``[B]``.
         visits: how often each sample was seen before (the epoch, for a single store); its masks depend on it.
+        extras: of `EXTRAS`: ``original_ids [T]``, the tokens before they were masked, -100 where they are special or
+            a dummy's; ``keys [B]``, a number below 2**31 for each sample, drawn anew at each visit.
 
     Returns:
         Arrays: ``input_ids, position_ids [T]``; ``cu_seqlens [B + 1]``, where each sequence begins; of masked tokens
         ``masked_index [M]`` and ``labels [M]``; ``query_index [Q]``, every [CLS] and masked position in order,
         ``cu_seqlens_query [B + 1]``, and where the masked ones are in it, ``masked_slot [M]``; ``sample_ids [B]``.
-        Host ints: ``max_seqlen, max_query``; ``n_sequences, n_tokens, n_masked``; and how many pairs of a query and a
+        Host ints: ``max_seqlen, max_query``; ``n_sequences, n_tokens, n_masked``, ``n_ordinary`` tokens that are not
+        special; and how many pairs of a query and a
         key attention has in a whole layer (``pairs``) and in a last one (``query_pairs``).
     """
     tokens, word_starts, lengths = rows
@@ -107,7 +120,14 @@ def collate(
     masked_slot = np.arange(len(masked)) + sample_of_masked + 1
     query_index = np.empty(begins_query[-1], np.int64)
     query_index[begins_query[:-1]], query_index[masked_slot] = begins[:-1], place[masked]
-    return {
+    more: Fields = {}
+    if "original_ids" in extras:
+        more["original_ids"] = np.full(len(input_ids), IGNORED)
+        more["original_ids"][place] = tokens
+    if "keys" in extras:
+        drawn = hash_ints(masking.seed, visits, sample_ids, KEYS) >> np.uint64(33)
+        more["keys"] = np.broadcast_to(drawn, sample_ids.shape).astype(np.int64)
+    return more | {
         "input_ids": input_ids,
         "position_ids": np.arange(len(input_ids)) - np.repeat(begins[:-1], framed),
         "cu_seqlens": begins,
@@ -122,6 +142,7 @@ def collate(
         "n_sequences": len(lengths),
         "n_tokens": len(input_ids),
         "n_masked": len(masked),
+        "n_ordinary": len(tokens),
         "pairs": int((framed**2).sum()),
         "query_pairs": int((framed * n_read).sum()),
     }
@@ -202,7 +223,11 @@ def filled(fields: Fields, shape: Shape) -> Fields:
         "query_index": np.repeat(ends - lengths, n_read),
         "cu_seqlens_query": np.append(np.full(n_empty, n_queries), n_queries + n_read.cumsum()),
         "masked_slot": np.full(n_masked, shape.queries - 1),
+        "original_ids": np.full(ends[-1] - n_tokens, IGNORED),
+        "keys": np.zeros(n_empty + n, np.int64),
+        "slots": np.full(n_empty + n, fields.get("n_slots", 0)),  # past the step's
     }
+    more = {name: values for name, values in more.items() if name in fields}
     arrays = {name: np.concatenate([fields[name], values]) for name, values in more.items()}
     return {**fields, **arrays, "max_seqlen": shape.longest, "max_query": shape.longest}
 
@@ -215,11 +240,12 @@ class StepBatch:
     """The passes of one optimizer step of one rank. Their arrays lie in one buffer, which crosses processes (as one
     file descriptor) and goes to a device (as one copy) in one piece."""
 
-    def __init__(self, buffer: Tensor, layout: list[Fields]):
+    def __init__(self, buffer: Tensor, layout: list[Fields], n_sequences: int = 0):
         self.buffer, self.layout = buffer, layout  # layout: of each pass (first, end) in the buffer, and host ints
+        self.n_sequences = n_sequences  # of the whole step, on all devices, where passes have ``slots``
 
     @classmethod
-    def of(cls, passes: list[Fields]) -> "StepBatch":
+    def of(cls, passes: list[Fields], n_sequences: int = 0) -> "StepBatch":
         """Of no passes too, as a device has of a validation split of fewer rows than devices."""
         layout, arrays, end = [], [np.empty(0, np.int64)], 0
         for fields in passes:
@@ -230,7 +256,7 @@ class StepBatch:
                     value = (end, end := end + len(value))
                 placed[name] = value
             layout.append(placed)
-        return cls(torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False)), layout)
+        return cls(torch.from_numpy(np.concatenate(arrays).astype(np.int64, copy=False)), layout, n_sequences)
 
     def __len__(self) -> int:
         return len(self.layout)
@@ -250,7 +276,7 @@ class StepBatch:
         return sum(end - first for first, end in (placed["input_ids"] for placed in self.layout))
 
     def to(self, device: Any, non_blocking: bool = True) -> "StepBatch":
-        return StepBatch(self.buffer.to(device, non_blocking=non_blocking), self.layout)
+        return StepBatch(self.buffer.to(device, non_blocking=non_blocking), self.layout, self.n_sequences)
 
     def pin_memory(self) -> "StepBatch":
-        return StepBatch(self.buffer.pin_memory(), self.layout)
+        return StepBatch(self.buffer.pin_memory(), self.layout, self.n_sequences)

@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Fields, Masking, Shapes, StepBatch, Vocabulary, collate, filled
 from condenser.data.masking import Unit
-from condenser.data.mixing import Mixture
+from condenser.data.mixing import Mixture, check_one_tokenizer
+from condenser.data.pairs import Pairs
 from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, load_array, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
@@ -39,6 +40,9 @@ class CondenserDataModule(L.LightningDataModule):
         mask_rates: shares of these that become [MASK], a random token, or stay as they are.
         tokens_per_pass: tokens that a device computes at once, as whole micro-batches, of which there is at least one;
             by default one micro-batch on a CPU, and on a GPU 65,536 tokens, or as many as its memory surely holds.
+        pairs: two spans of each document in a step, from stores of `prepare --kind spans`; by default where the
+            objective contrasts them.
+        span_length: tokens of these spans, cut anew each epoch; by default they are the rows as stored.
         num_workers: loader processes per device; the batches do not depend on it.
         seed: seed of order and masks; follows seed_everything.
     """
@@ -53,6 +57,8 @@ class CondenserDataModule(L.LightningDataModule):
         mask_probability: float = 0.15,
         mask_rates: tuple[float, float, float] = (0.8, 0.1, 0.1),
         tokens_per_pass: int | None = None,
+        pairs: bool | None = None,
+        span_length: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
     ):
@@ -69,6 +75,8 @@ class CondenserDataModule(L.LightningDataModule):
             raise ValueError(f"data.tokens_per_pass={tokens_per_pass} must be at least 1; leave it out for the default")
         self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step
         self.tokens_per_pass, self.few_shapes = tokens_per_pass, False  # the module settles what depends on the device
+        self.pairs, self.span_length = pairs, span_length
+        self.extras: tuple[str, ...] = ()  # what the objective asks for
         self.num_workers, self.seed = num_workers, seed
         self.masking = Masking(seed, mask_probability, mask_rates, mask_unit)
 
@@ -112,31 +120,63 @@ class CondenserDataModule(L.LightningDataModule):
                 f"data.micro_batches_per_step={self.micro_batches_per_step} cannot be shared out evenly over "
                 f"{world_size} devices; make it a multiple of {world_size}"
             )
-        train, validation = ([TokenStore(folder, split) for folder in self.weights] for split in SPLITS)
-        self.train = Mixture(train, list(self.weights.values()), seed=self.seed)
-        self.validation = Mixture(validation, seed=self.seed)
-        if not len(self.train):
+        self.stores = {split: [TokenStore(folder, split) for folder in self.weights] for split in SPLITS}
+        self.made: dict[Any, Mixture] = {}
+        check_one_tokenizer(self.stores["train"])
+        shares = zip(self.weights.values(), self.stores["train"], strict=True)
+        if not any(weight and len(store) for weight, store in shares):
             raise ValueError(f"{', '.join(map(str, self.weights))}: nothing to train on, no rows or no weight")
+
+    @property
+    def train(self) -> Mixture:
+        return self.samples("train", list(self.weights.values()))
+
+    @property
+    def validation(self) -> Mixture:
+        return self.samples("validation")
+
+    def samples(self, split: str, weights: list[float] | None = None) -> Mixture:
+        """Of a split: rows, or documents where pairs are wanted."""
+        key = split, self.pairs
+        if key not in self.made:
+            if self.pairs:
+                self.made[key] = Pairs(self.stores[split], weights, seed=self.seed, span_length=self.span_length)
+            elif self.span_length is not None:
+                raise ValueError(f"data.span_length={self.span_length} is of pairs of spans: set data.pairs to true")
+            else:
+                self.made[key] = Mixture(self.stores[split], weights, seed=self.seed)
+        return self.made[key]
+
+    def serve(self, objective: Any) -> None:
+        """Give passes what an objective (or its class) asks for.
+
+        Raises:
+            ValueError: one that contrasts pairs, without pairs.
+        """
+        contrasts, self.extras = objective.contrast is not None, objective.asks
+        self.pairs = contrasts if self.pairs is None else self.pairs
+        if contrasts and not self.pairs:
+            raise ValueError("data.pairs=false: the objective contrasts pairs of spans")
 
     def train_dataloader(self) -> "StepLoader":
         return self.loader(self.train, self.batch_size, self.micro_batches_per_step, training=True)
 
     def val_dataloader(self) -> "StepLoader | list":
         """The validation split, each sample once and masked as in epoch 0, the same on any number of devices."""
-        n = len(self.validation)
+        validation = self.validation
+        n = len(validation) * validation.each
         if not n:
             return []
         batch_size = min(self.batch_size, n)
-        return self.loader(self.validation, batch_size, min(self.micro_batches_per_step, batch_size), training=False)
+        return self.loader(validation, batch_size, min(self.micro_batches_per_step, batch_size), training=False)
 
     def loader(self, mixture: Mixture, batch_size: int, micro_batches_per_step: int, training: bool) -> "StepLoader":
         batches = BucketedBatches(
-            mixture.lengths,
+            mixture,
             batch_size=batch_size,
             micro_batches_per_step=micro_batches_per_step,
             seed=self.seed,
             added=SPECIAL_TOKENS,
-            mixture=mixture,
         )
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         steps = Steps(
@@ -147,6 +187,7 @@ class CondenserDataModule(L.LightningDataModule):
             (rank, world_size),
             self.tokens_per_pass or 1,
             few_shapes=self.few_shapes and training,
+            extras=self.extras,
         )
         return StepLoader(steps, training, self.num_workers if training else 0)
 
@@ -164,6 +205,7 @@ class Steps(Dataset):
         device: rank and world size.
         tokens_per_pass: as many micro-batches as have so many tokens on average, and at least one, make up a pass.
         few_shapes: fill passes up.
+        extras: see `collate`.
     """
 
     def __init__(
@@ -175,24 +217,28 @@ class Steps(Dataset):
         device: tuple[int, int] = (0, 1),
         tokens_per_pass: int = 1,
         few_shapes: bool = False,
+        extras: tuple[str, ...] = (),
     ):
+        self.extras = extras
         self.mixture, self.batches, self.vocabulary, self.masking = mixture, batches, vocabulary, masking
         self.device = device
-        shapes = Shapes.of(mixture.lengths, masking.probability)
+        shapes = Shapes.of(mixture.typical_lengths(), masking.probability)
         self.shapes = shapes if few_shapes else None
-        micro_batch = shapes.tokens * batches.n / batches.steps_per_epoch / batches.micro_batches_per_step  # tokens
+        n_sequences = batches.n * mixture.each / batches.steps_per_epoch  # of a step
+        micro_batch = shapes.tokens * n_sequences / batches.micro_batches_per_step  # tokens
         n_micro_batches = -(-batches.micro_batches_per_step // device[1])
         self.n_passes = -(-n_micro_batches // max(1, int(tokens_per_pass / micro_batch)))
 
     def __getitem__(self, step: int) -> StepBatch:
         rank, world_size = self.device
         epoch = step // self.batches.steps_per_epoch
+        pairs = np.sort(np.concatenate(self.batches.step(step))) if self.mixture.each == 2 else None
         passes = [
-            self.one_pass(epoch, numbers)
+            self.one_pass(epoch, numbers, pairs)
             | {"epoch": epoch, "step": step, "micro_batch": rank + place * world_size}  # of several the first
             for place, numbers in enumerate(self.parts(step))
         ]
-        return StepBatch.of(passes)
+        return StepBatch.of(passes, len(pairs) if pairs is not None else 0)
 
     def parts(self, step: int) -> list[np.ndarray]:
         """The numbers of the samples in each pass."""
@@ -204,10 +250,13 @@ class Steps(Dataset):
             return [np.concatenate(micro_batches[first::n]) for first in range(n)]
         return micro_batches
 
-    def one_pass(self, epoch: int, numbers: np.ndarray) -> Fields:
-        """The samples with these ``numbers`` ``[B]`` of an epoch."""
-        rows, visits, ids = self.mixture.samples(epoch, numbers)
-        fields = collate(self.mixture.read(rows), ids, visits, self.vocabulary, self.masking)
+    def one_pass(self, epoch: int, numbers: np.ndarray, pairs: np.ndarray | None = None) -> Fields:
+        """The sequences with these ``numbers`` ``[B]`` of an epoch. Where a step has ``pairs``, all its sequences in
+        order, ``slots`` ``[B]`` says where among them each is."""
+        rows, visits, ids = self.mixture.sequences(epoch, numbers)
+        fields = collate(rows, ids, visits, self.vocabulary, self.masking, self.extras)
+        if pairs is not None:
+            fields |= {"slots": np.searchsorted(pairs, numbers), "n_slots": len(pairs)}
         return filled(fields, self.shapes.fitting(fields)) if self.shapes else fields
 
 

@@ -25,7 +25,7 @@ STORE_BITS = 40  # an id is a row's number in its store; the store's own number 
 
 
 class Samples(NamedTuple):
-    """``[B]`` each: numbers of rows, their visits, and their ids."""
+    """``[B]`` each: numbers of rows (of `Pairs`: of documents), their visits, and their ids."""
 
     rows: np.ndarray
     visits: np.ndarray
@@ -39,28 +39,50 @@ class Mixture:
         stores: read with the same tokenizer.
         weights: passes over each store in an epoch; 1 for each by default.
         seed: seed of the order of the passes.
+        sizes: samples in each store; its rows by default.
 
     Raises:
         ValueError: a negative weight, or stores of different tokenizers.
     """
 
-    def __init__(self, stores: Sequence[TokenStore], weights: Sequence[float] | None = None, *, seed: int):
+    each = 1  # sequences of a sample
+
+    def __init__(
+        self,
+        stores: Sequence[TokenStore],
+        weights: Sequence[float] | None = None,
+        *,
+        seed: int,
+        sizes: Sequence[int] | None = None,
+    ):
         self.stores, self.seed = list(stores), seed
         weights = [1.0] * len(self.stores) if weights is None else weights
-        self.sizes = np.array([len(store) for store in self.stores])
+        self.sizes = np.array([len(store) for store in self.stores] if sizes is None else sizes)
         if min(weights) < 0:
             raise ValueError(f"the weights of stores must not be negative: {list(weights)}")
         self.quotas = np.rint(np.array(weights) * self.sizes).astype(np.int64)
-        for store in self.stores[1:]:
-            if store.manifest["tokenizer"] != self.stores[0].manifest["tokenizer"]:
-                raise ValueError(f"{store.folder} and {self.stores[0].folder} were made with different tokenizers")
+        check_one_tokenizer(self.stores)
         alone = len(self.stores) == 1
         self.lengths = stores[0].lengths if alone else np.concatenate([store.lengths for store in self.stores])  # [N]
-        self.first_rows = np.cumsum([0, *self.sizes])[:-1]
+        self.first_rows = np.cumsum([0, *map(len, self.stores)])[:-1]
+        self.first_items = np.cumsum([0, *self.sizes])[:-1]
         self.first_samples = np.cumsum([0, *self.quotas])[:-1]
 
     def __len__(self) -> int:
         return int(self.quotas.sum())
+
+    def typical_lengths(self) -> np.ndarray:
+        """Tokens of sequences that stand for all, the longest among them."""
+        return self.lengths
+
+    def tokens(self, epoch: int, numbers: np.ndarray) -> np.ndarray:
+        """Of the sequences of samples with these ``numbers`` ``[B]`` of an epoch: ``[B, each]``."""
+        return self.lengths[self.samples(epoch, numbers).rows, None].astype(np.int64)
+
+    def sequences(self, epoch: int, numbers: np.ndarray) -> tuple[Rows, np.ndarray, np.ndarray]:
+        """The sequences with these ``numbers`` ``[B]`` of an epoch: tokens, visits ``[B]``, ids ``[B]``."""
+        rows, visits, ids = self.samples(epoch, numbers)
+        return self.read(rows), visits, ids
 
     def samples(self, epoch: int, numbers: np.ndarray) -> Samples:
         """The samples with these ``numbers`` (0 to n - 1) of an epoch."""
@@ -71,7 +93,7 @@ class Mixture:
             for visit in np.unique(visits[store == mixed]):
                 here = (store == mixed) & (visits == visit)
                 row[here] = permuted(row[here], int(self.sizes[mixed]), self.seed, PASS, int(mixed), int(visit))
-        return Samples(self.first_rows[store] + row, visits, (store << STORE_BITS) | row)
+        return Samples(self.first_items[store] + row, visits, (store << STORE_BITS) | row)
 
     def read(self, rows: np.ndarray) -> Rows:
         """The rows with these numbers ``[B]``, as `TokenStore.rows`."""
@@ -80,3 +102,10 @@ class Mixture:
         shards = [shard for store in self.stores for shard in store.shards]
         in_order = zip(self.first_rows, self.stores, strict=True)
         return read_rows(shards, np.concatenate([first + store.first_rows for first, store in in_order]), rows)
+
+
+def check_one_tokenizer(stores: Sequence[TokenStore]) -> None:
+    """Raises ValueError for stores of different tokenizers."""
+    for store in stores[1:]:
+        if store.manifest["tokenizer"] != stores[0].manifest["tokenizer"]:
+            raise ValueError(f"{store.folder} and {stores[0].folder} were made with different tokenizers")

@@ -26,6 +26,10 @@ class SyntheticStore:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def document_bounds(self) -> np.ndarray:
+        """Two rows make up a document."""
+        return np.arange(0, len(self) + 1, 2)
+
     def rows(self, index: np.ndarray) -> Rows:
         """As `TokenStore.rows`."""
         lengths = self.lengths[index].astype(np.int64)

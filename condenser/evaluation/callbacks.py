@@ -30,8 +30,7 @@ from condenser.data.collate import Vocabulary
 from condenser.evaluation.probes import probe, sample_batches
 from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import dense_search, score
-from condenser.hub import head_settings
-from condenser.models.condenser import Condenser
+from condenser.models.objective import Objective
 
 SHARE = 0.05  # of the time; what takes more is warned about
 ENCODED_TOGETHER = 64  # texts
@@ -72,7 +71,7 @@ class Diagnostic(Callback):
                 logger.log_metrics({"epoch": trainer.current_epoch, **found}, step=step - 1)  # as Lightning counts
         self.since = time.perf_counter()
 
-    def measure(self, model: Condenser, trainer: Any) -> dict[str, float]:
+    def measure(self, model: Objective, trainer: Any) -> dict[str, float]:
         raise NotImplementedError
 
     def watch(self, share: float) -> None:
@@ -104,9 +103,9 @@ class Probes(Diagnostic):
     def on_fit_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         data = trainer.datamodule
         vocabulary = Vocabulary.of(data.tokenizer)
-        self.batches = sample_batches(data.validation, vocabulary, data.masking, self.n_sequences)
+        self.batches = sample_batches(data.validation, vocabulary, data.masking, self.n_sequences, data.extras)
 
-    def measure(self, model: Condenser, trainer: Any) -> dict[str, float]:
+    def measure(self, model: Objective, trainer: Any) -> dict[str, float]:
         found = probe(model, model.lm, self.batches)
         losses = {f"head_loss_{name}": value for name, value in found.get("head_loss", {}).items()}
         layers = enumerate(found["cls_entropy"], start=1)
@@ -147,7 +146,7 @@ class ZeroShotRetrieval(Diagnostic):
         if trainer.is_global_zero:
             self.collection = part_of(read_collection(Path(self.folder)), self.n_documents, self.n_queries)
 
-    def measure(self, model: Condenser, trainer: Any) -> dict[str, float]:
+    def measure(self, model: Objective, trainer: Any) -> dict[str, float]:
         data, collection = trainer.datamodule, self.collection
         encoder: Any = ClsEncoder(model, data.tokenizer, self.max_length or data.about()["settings"]["max_length"])
         found = score(dense_search(encoder, collection.documents, collection.queries), collection.qrels)
@@ -159,7 +158,7 @@ class ClsEncoder:
 
     similarity_fn_name = "dot"
 
-    def __init__(self, model: Condenser, tokenizer: Any, max_length: int):
+    def __init__(self, model: Objective, tokenizer: Any, max_length: int):
         self.encoder: Any = model.lm.base_model
         self.tokenizer, self.max_length = tokenizer, max_length
 
@@ -204,7 +203,7 @@ def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collect
 
 
 @torch.no_grad()
-def whole_copy(model: Condenser) -> Condenser:
+def whole_copy(model: Objective) -> Objective:
     """The model as it is now, in fp32: not packed, not compiled, nothing shared with the one in training. No random
     numbers are drawn. Sharded weights are put together, for which all ranks have to ask."""
     theirs = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
@@ -212,7 +211,7 @@ def whole_copy(model: Condenser) -> Condenser:
     with torch.device("meta"):
         config = copy.deepcopy(model.lm.config)
         lm = type(model.lm)._from_config(config, attn_implementation="sdpa", dtype=torch.float32)
-        own = Condenser.from_masked_lm(lm, **head_settings(model))
+        own = type(model).from_masked_lm(lm, **model.settings)
     own.to_empty(device=device).lm.tie_weights()
     for name, mine in itertools.chain(own.named_parameters(), own.named_buffers()):
         value: Any = theirs[name]

@@ -26,7 +26,7 @@ from condenser.data.mixing import Mixture
 from condenser.data.store import TokenStore
 from condenser.data.tokenizers import load_tokenizer
 from condenser.models.backbones.base import families
-from condenser.models.condenser import Condenser, identity
+from condenser.models.objective import Objective, identity
 
 BATCH_SIZE = 32  # at most: attention weights are [B, A, L, L]
 READ_BY_HEAD = {  # in place of the last [CLS] states [B, H]
@@ -37,7 +37,7 @@ READ_BY_HEAD = {  # in place of the last [CLS] states [B, H]
 
 
 def probe_store(
-    model: Condenser | None, encoder: PreTrainedModel, store_folder: str | Path, n_sequences: int = 64, seed: int = 0
+    model: Objective | None, encoder: PreTrainedModel, store_folder: str | Path, n_sequences: int = 64, seed: int = 0
 ) -> dict[str, Any]:
     """`probe` on ``n_sequences`` of a store's validation split.
 
@@ -50,34 +50,38 @@ def probe_store(
     """
     validation = Mixture([TokenStore(store_folder, "validation")], seed=seed)
     vocabulary = Vocabulary.of(load_tokenizer(Path(store_folder) / "tokenizer"))
-    return probe(model, encoder, sample_batches(validation, vocabulary, Masking(seed), n_sequences))
+    extras = model.asks if model is not None else ()
+    return probe(model, encoder, sample_batches(validation, vocabulary, Masking(seed), n_sequences, extras))
 
 
-def probe(model: Condenser | None, encoder: PreTrainedModel, batches: Sequence[StepBatch]) -> dict[str, Any]:
+def probe(model: Objective | None, encoder: PreTrainedModel, batches: Sequence[StepBatch]) -> dict[str, Any]:
     """Plain numbers on batches of a pass each: ``sequences``; ``cls_entropy_nats`` and ``cls_entropy`` (normalised), a
     list by layer each; and of a ``model`` that has a head ``head_loss``, with ``true``, ``other`` and ``zeros``."""
     rows = torch.tensor([float(batch.total("n_sequences")) for batch in batches])
     means = [torch.stack(cls_attention_entropy(encoder, *unmasked(batch))).cpu() for batch in batches]
     nats, normalised = (torch.stack(means, dim=-1) @ rows / rows.sum()).tolist()
     found = {"sequences": int(rows.sum()), "cls_entropy_nats": nats, "cls_entropy": normalised}
-    return found | ({"head_loss": head_losses(model, batches)} if model is not None and len(model.c_head) else {})
+    return found | ({"head_loss": head_losses(model, batches)} if model is not None and model.head_term else {})
 
 
-def sample_batches(validation: Mixture, vocabulary: Vocabulary, masking: Masking, n_sequences: int) -> list[StepBatch]:
+def sample_batches(
+    validation: Mixture, vocabulary: Vocabulary, masking: Masking, n_sequences: int, extras: Sequence[str] = ()
+) -> list[StepBatch]:
     """``n_sequences`` in batches of a pass each, always the same: spread evenly over the split, so that neighbours are
     of different documents, and masked as in epoch 0."""
-    n_sequences = min(n_sequences, len(validation))
+    n = len(validation) * validation.each
+    n_sequences = min(n_sequences, n)
     if n_sequences < 2:
         where = ", ".join(str(store.folder) for store in validation.stores)
         raise ValueError(
-            f"probes compare n_sequences >= 2 of a validation split, and {where} has {len(validation)} there: "
+            f"probes compare n_sequences >= 2 of a validation split, and {where} has {n} there: "
             "prepare it with a larger --validation-fraction"
         )
-    numbers = np.arange(n_sequences) * len(validation) // n_sequences
+    numbers = np.arange(n_sequences) * n // n_sequences
     batches = []
     for some in np.array_split(numbers, -(-n_sequences // BATCH_SIZE)):
-        rows, visits, ids = validation.samples(0, some)
-        batches.append(StepBatch.of([collate(validation.read(rows), ids, visits, vocabulary, masking)]))
+        rows, visits, ids = validation.sequences(0, some)
+        batches.append(StepBatch.of([collate(rows, ids, visits, vocabulary, masking, extras)]))
     return batches
 
 
@@ -90,30 +94,31 @@ def unmasked(batch: StepBatch) -> tuple[Tensor, Tensor]:
     return pad_sequence(rows, batch_first=True), mask
 
 
-def head_losses(model: Condenser, batches: Sequence[StepBatch]) -> dict[str, float]:
-    """The head's loss in nats per masked token, by what it reads in place of the last [CLS]: the sample's own (true),
-    that of the row before in its batch (other), or zeros.
+def head_losses(model: Any, batches: Sequence[StepBatch]) -> dict[str, float]:
+    """The loss of a head (or decoder) in nats per token that it predicts, by what it reads in place of the last [CLS]:
+    the sample's own (true), that of the row before in its batch (other), or zeros.
 
     Raises:
         ValueError: there is no head, or a batch of one row, in which there is no other.
     """
-    if not len(model.c_head):
-        raise ValueError("n_head_layers=0: there is no head whose loss could be probed")
+    if not model.head_term:
+        raise ValueError("there is no head whose loss could be probed (n_head_layers=0?)")
     if min(batch.total("n_sequences") for batch in batches) < 2:
         raise ValueError("head losses need batches of two rows or more: one reads the [CLS] of the other")
     device, before = next(model.parameters()).device, model.condensed
-    sums, n_masked = dict.fromkeys(READ_BY_HEAD, 0.0), sum(batch.total("n_masked") for batch in batches)
+    sums, n_scored = dict.fromkeys(READ_BY_HEAD, 0.0), 0
     try:
         with at_rest(model):
             for batch in batches:
                 for fields in batch.to(device):
                     for name, model.condensed in READ_BY_HEAD.items():
-                        losses = model.losses(fields, score=True)["head_mlm"].losses
-                        assert losses is not None
-                        sums[name] += losses.double().sum().item()
+                        term = model.losses(fields, score=True)[model.head_term]
+                        assert term.losses is not None
+                        sums[name] += term.losses.double().sum().item()
+                    n_scored += fields[term.over]
     finally:
         model.condensed = before
-    return {name: value / n_masked for name, value in sums.items()}
+    return {name: value / n_scored for name, value in sums.items()}
 
 
 def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,7 +52,7 @@ class Bounds(NamedTuple):
     cu_seqlens: Tensor  # [B + 1] int32
     longest: int  # at least the length of the longest
     slots: Tensor | None = None  # [T] where each position is in [B * L]; None where the kernel takes the bounds
-    mask: Tensor | None = None  # [B, 1, 1, L], false past the end of a sequence (never at its first position)
+    mask: Tensor | None = None  # [B, 1, 1 or L, L] seen; false past the end of a sequence (not at its first position)
 
 
 class Sequences(NamedTuple):

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from condenser.models.attention import sequences_of, take
-from condenser.models.backbones.base import backbone_of
+from condenser.models.attention import take
 from condenser.models.flops import Work, training_flops
 from condenser.models.losses import token_losses
-from condenser.models.objective import Objective, Term, flattened, padded
+from condenser.models.objective import Objective, Term, flattened, identity, padded
 
 
 @dataclass
@@ -47,64 +46,66 @@ class CondenserOutput:
 
 
 class Condenser(Objective):
-    """A Hugging Face masked LM ``lm`` with a Condenser head ``c_head`` (section 3.2 of the paper)."""
+    """A Hugging Face masked LM ``lm`` with a freshly initialised Condenser head ``c_head`` (section 3.2 of the paper).
 
-    def __init__(self, lm: PreTrainedModel, c_head: nn.ModuleList, skip_from: int, late_mlm: bool, pruned: bool):
+    Args:
+        lm: kept, not copied.
+        skip_from: the layer (1 .. N-1) whose output the head reads for all tokens but [CLS].
+        n_head_layers: layers of the head, of the backbone's own class and initialisation; 0 is plain MLM.
+        late_mlm: whether the backbone's own MLM loss is added to the head's.
+        pruned: run the last layers only at the positions that the loss reads; same loss, same gradients.
+
+    Raises:
+        ValueError: a ``skip_from`` outside 1 .. N-1, or nothing to train.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        skip_from: int = 6,
+        n_head_layers: int = 2,
+        late_mlm: bool = True,
+        pruned: bool = True,
+    ):
         super().__init__(lm)
-        self.c_head, self.skip_from, self.late_mlm, self.pruned = c_head, skip_from, late_mlm, pruned
-        self.terms = ("mlm",) * late_mlm + ("head_mlm",) * (len(c_head) > 0)
-        self.condensed: Callable[[Tensor], Tensor] = identity  # what the head reads of the last [CLS] states [B, H]
-
-    @classmethod
-    def from_masked_lm(
-        cls, lm: PreTrainedModel, skip_from: int = 6, n_head_layers: int = 2, late_mlm: bool = True, pruned: bool = True
-    ) -> "Condenser":
-        """Put a freshly initialised head on ``lm``, which is kept, not copied.
-
-        Args:
-            skip_from: the layer (1 .. N-1) whose output the head reads for all tokens but [CLS].
-            n_head_layers: layers of the head, of the backbone's own class and initialisation; 0 is plain MLM.
-            late_mlm: whether the backbone's own MLM loss is added to the head's.
-            pruned: run the last layers only at the positions that the loss reads; same loss, same gradients.
-
-        Raises:
-            ValueError: a ``skip_from`` outside 1 .. N-1, or nothing to train.
-        """
-        backbone = backbone_of(lm)
-        n_layers = len(backbone.layers)
-        if n_head_layers < 0 or (n_head_layers == 0 and not late_mlm):
+        n_layers = self.n_layers
+        if n_head_layers < 0 or (n_head_layers == 0 and not late_mlm and self.contrast is None):
             raise ValueError(f"n_head_layers={n_head_layers}, late_mlm={late_mlm} leaves no loss to train on")
         if n_head_layers and not 1 <= skip_from < n_layers:
             raise ValueError(f"skip_from={skip_from} must be in 1..{n_layers - 1}: the backbone has {n_layers} layers")
-        c_head = nn.ModuleList(backbone.fresh_layer() for _ in range(n_head_layers))
-        c_head.apply(lm._init_weights)
-        return cls(lm, c_head, skip_from, late_mlm, pruned).train(lm.training)
+        self.skip_from, self.n_head_layers, self.late_mlm, self.pruned = skip_from, n_head_layers, late_mlm, pruned
+        self.c_head = nn.ModuleList(self.backbone.fresh_layer() for _ in range(n_head_layers))
+        self.c_head.apply(lm._init_weights)
+        self.n_layers += n_head_layers
+        self.head_term = "head_mlm" if n_head_layers else ""
+        self.terms = ("mlm",) * late_mlm + ("head_mlm",) * (n_head_layers > 0)
+        self.condensed: Callable[[Tensor], Tensor] = identity  # what the head reads of the last [CLS] states [B, H]
 
     def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
-        return self.terms_of(self.states(batch), batch, score)
+        return self.cls_and_losses(batch, score)[1]
+
+    def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
+        states = self.states(batch)
+        return self.cls_of(states[0], batch, self.pruned), self.terms_of(states, batch, score)
 
     def flops(self, work: Work) -> float:
         return training_flops(self.lm.config, len(self.c_head), self.late_mlm, work)
 
     def states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Last, early and head states ``[T, H]``; with ``pruned`` the last and the head's at the queries ``[Q, H]``."""
-        early = late = self.backbone.embed(batch["input_ids"], batch["position_ids"], batch.get("token_type_ids"))
-        attention_dropout = self.lm.config.attention_probs_dropout_prob if self.training else 0.0
-        where = sequences_of(batch, late.dtype, attention_dropout)
-        layers = self.backbone.layers
-        for depth, layer in enumerate(layers, start=1):
-            late = self.run(layer, late, where, at_queries=self.pruned and depth == len(layers))
-            if depth == self.skip_from:
-                early = late
-        first = batch["cu_seqlens"][:-1]  # [B], where the [CLS] are
-        cls = take(late, batch["cu_seqlens_query"][:-1] if self.pruned else first)
-        head = early.index_copy(0, first, self.condensed(cls)) if len(self.c_head) else early
+        late, early, where = self.encoded(batch, self.skip_from, self.pruned)
+        head = early
+        if len(self.c_head):
+            cls = self.condensed(self.cls_of(late, batch, self.pruned))
+            head = early.index_copy(0, batch["cu_seqlens"][:-1], cls)
         for depth, layer in enumerate(self.c_head, start=1):
             head = self.run(layer, head, where, at_queries=self.pruned and depth == len(self.c_head))
         return late, early, head
 
     def terms_of(self, states: tuple[Tensor, Tensor, Tensor], batch: dict[str, Any], score: bool) -> dict[str, Term]:
         """Cross-entropies at the masked tokens, of both streams by one product with the vocabulary."""
+        if not self.terms:
+            return {}
         late, _, head = states
         read_at = batch["masked_slot"] if self.pruned else batch["masked_index"]
         streams = [{"mlm": late, "head_mlm": head}[name] for name in self.terms]
@@ -137,7 +138,3 @@ class Condenser(Objective):
             late, early, head = (padded(each, mask) for each in states)
             output.last_hidden_state, output.skip_hidden_state, output.head_hidden_state = late, early, head
         return output
-
-
-def identity(cls: Tensor) -> Tensor:
-    return cls

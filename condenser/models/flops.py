@@ -64,13 +64,16 @@ def bf16_peak(device_name: str) -> float | None:
     return next((peak * 1e12 for part, peak in BF16_PEAKS.items() if part in device_name), None)
 
 
-def affordable_tokens(config: Any, n_layers: int, memory: float, checkpointing: bool) -> int:
+def affordable_tokens(
+    config: Any, n_layers: int, memory: float, checkpointing: bool, vocabulary_share: float = 0.3
+) -> int:
     """Tokens of a pass that surely fit into a GPU's ``memory`` (bytes), up to `TOKENS_AT_ONCE`.
 
     Counted are, of each token, what a layer keeps for the backward pass (in bf16; its input alone with
-    ``checkpointing``), and logits of 30 % of the tokens (two streams); of each weight, 20 bytes.
+    ``checkpointing``), and logits of a ``vocabulary_share`` of the tokens (15 % in two streams); of each weight, 20
+    bytes.
     """
     h, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
     layer, weights = 24 * h + 6 * i, n_layers * (4 * h * h + 2 * h * i) + v * h
     kept = 2 * h * n_layers + layer if checkpointing else n_layers * layer
-    return int(max(1, min(TOKENS_AT_ONCE, (0.8 * memory - 20 * weights) / (kept + 0.3 * v * 10))))
+    return int(max(1, min(TOKENS_AT_ONCE, (0.8 * memory - 20 * weights) / (kept + vocabulary_share * v * 10))))

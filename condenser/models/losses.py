@@ -1,6 +1,6 @@
-"""Cross-entropy over a large vocabulary, with and without all logits in memory.
+"""Cross-entropy over a large vocabulary, with and without all logits in memory, and over pairs of vectors.
 
-Legend: M masked tokens, H hidden size, V vocabulary.
+Legend: M masked tokens, N vectors of spans (siblings at 2i and 2i + 1), H hidden size, V vocabulary.
 """
 
 import torch
@@ -37,8 +37,12 @@ def token_losses(
     if hidden.is_cuda and (left := -len(bias) % MULTIPLE):
         weight, bias = F.pad(weight, (0, 0, 0, left)), F.pad(bias, (0, left), value=-1e4)  # no probability in fp32
     logits = F.linear(hidden, weight, bias)
-    losses = F.cross_entropy(logits.float(), targets, reduction="none", ignore_index=IGNORED)
+    losses = F.cross_entropy(at_least_fp32(logits), targets, reduction="none", ignore_index=IGNORED)
     return losses, logits.detach().argmax(-1) == targets if score else None
+
+
+def at_least_fp32(states: Tensor) -> Tensor:
+    return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
 def fused_losses(hidden: Tensor, decoder: nn.Linear, targets: Tensor) -> Tensor:
@@ -60,3 +64,39 @@ def predicted_right(hidden: Tensor, decoder: nn.Linear, targets: Tensor) -> Tens
     """Whether each of ``targets`` ``[M]`` has the largest logit, with some rows of logits at a time: ``[M]``."""
     parts = zip(hidden.split(ROWS_AT_ONCE), targets.split(ROWS_AT_ONCE), strict=True)
     return torch.cat([decoder(part).argmax(-1) == wanted for part, wanted in parts])
+
+
+def pair_scores(vectors: Tensor, cosine: bool = False) -> Tensor:
+    """Dot products in fp32 of all pairs of ``[N, H]``: ``[N, N]``, -inf with itself."""
+    with torch.autocast(vectors.device.type, enabled=False):
+        vectors = at_least_fp32(vectors)
+        vectors = F.normalize(vectors, dim=-1) if cosine else vectors
+        own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
+        return (vectors @ vectors.T).masked_fill(own, -torch.inf)
+
+
+def pair_losses(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each row ``[N, N]`` the cross-entropy against its sibling, and whether that has the highest score: ``[N]``."""
+    siblings = sibling_of(scores)
+    return F.cross_entropy(scores, siblings, reduction="none"), scores.detach().argmax(-1) == siblings
+
+
+def sibling_of(rows: Tensor) -> Tensor:
+    """``[N]``: 1, 0, 3, 2, ..."""
+    return torch.arange(len(rows), device=rows.device) ^ 1
+
+
+@torch.no_grad()
+def pair_measures(vectors: Tensor, scores: Tensor) -> dict[str, Tensor]:
+    """Means over vectors ``[N, H]``: the reciprocal rank of the sibling by ``scores`` ``[N, N]``, and of the vectors'
+    directions alignment (mean squared distance of siblings) and uniformity (log of the mean Gaussian potential of all
+    pairs); lower is better for these two (Wang & Isola, ICML 2020)."""
+    siblings = sibling_of(scores)
+    rank = 1 + (scores > scores.gather(1, siblings[:, None])).sum(1)
+    distances = 2 - 2 * pair_scores(vectors, cosine=True)  # squared, inf to itself
+    n = len(vectors)
+    return {
+        "contrast_mrr": (1 / rank).mean(),
+        "alignment": distances.gather(1, siblings[:, None]).mean(),
+        "uniformity": ((-2 * distances).exp().sum() / (n * (n - 1))).log(),
+    }

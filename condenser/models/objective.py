@@ -7,19 +7,24 @@ has: minimised is the sum over terms of ``weight * sum / count``.
 Legend: B sequences, L padded length, T tokens, M masked tokens, H hidden size.
 """
 
-from typing import Any, NamedTuple
+import inspect
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from condenser.models.attention import Sequences
+from condenser.models.attention import Bounds, Sequences, sequences_of, take
 from condenser.models.backbones.base import backbone_of
 from condenser.models.flops import Work
-from condenser.models.losses import IGNORED
+from condenser.models.losses import IGNORED, token_losses
 
-COUNTS = ("n_masked", "n_tokens", "n_sequences")  # host ints of every pass that a term may be divided by
+COUNTS = ("n_masked", "n_tokens", "n_sequences", "n_ordinary")  # host ints of every pass that a term may be divided by
+
+USUAL = {"skip_from": 6, "n_head_layers": 2, "late_mlm": True, "pruned": True}  # settings of a Condenser, and of others
 
 
 class Term(NamedTuple):
@@ -30,22 +35,50 @@ class Term(NamedTuple):
     weight: float = 1.0
     losses: Tensor | None = None  # of each masked token (or whatever it sums over), with ``score`` alone
     correct: Tensor | None = None  # bool, likewise
+    measures: Mapping[str, Tensor] = MappingProxyType(
+        {}
+    )  # of a contrast: means that are logged under names of their own
 
 
 class Objective(nn.Module):
     """A masked LM and what is trained on it.
+
+    The further arguments of a subclass are settings (`model.objective_options`); it keeps them as attributes of the
+    same names, by which checkpoints and exports know them. What it has of weights beside ``lm`` is its head.
 
     Args:
         lm: a Hugging Face masked LM, which is kept, not copied.
     """
 
     terms: tuple[str, ...] = ()  # their names
+    head_term = ""  # the one whose head reads [CLS], by ``condensed``: see `condenser.evaluation.probes`
+    asks: ClassVar[tuple[str, ...]] = ()  # for what else of `condenser.data.collate.EXTRAS`
+    vocabulary_share = 0.3  # tokens at which the vocabulary is scored, of all: how much memory a pass needs
+    # An objective over the [CLS] vectors of the whole step ``[N, H]``, in which those of siblings, two spans of one
+    # document, are at 2i and 2i + 1, has a method for it. Its term is over ``n_sequences``.
+    contrast: Callable[[Tensor], Term] | None = None
 
     def __init__(self, lm: PreTrainedModel):
         super().__init__()
         self.lm, self.backbone = lm, backbone_of(lm)
+        self.n_layers = len(self.backbone.layers)  # and those of a head
         self.gradient_checkpointing = False  # recompute every layer in the backward pass, with the same dropout
         self.fused_loss = False  # see `token_losses`
+        drops = (module.p for module in lm.modules() if isinstance(module, nn.Dropout))
+        self.has_dropout = max(drops, default=0.0) > 0
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What it was made with besides ``lm``."""
+        return {name: getattr(self, name) for name in setting_names(type(self)) if hasattr(self, name)}
+
+    def head_state(self) -> dict[str, Tensor]:
+        """Its weights but those of ``lm``, by name."""
+        return {name: weight for name, weight in self.state_dict().items() if not name.startswith("lm.")}
+
+    @classmethod
+    def from_masked_lm(cls, lm: PreTrainedModel, **settings: Any) -> Self:
+        return cls(lm, **settings).train(lm.training)
 
     def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
         """The terms of a flat pass (`condenser.data.collate.collate` says what is in it).
@@ -55,9 +88,48 @@ class Objective(nn.Module):
         """
         raise NotImplementedError
 
+    def cls_states(self, batch: dict[str, Any]) -> Tensor:
+        """The last [CLS] states ``[B, H]`` of a flat pass, and nothing that they do not need."""
+        batch = batch if self.has_dropout and self.training else read_at_cls(batch)
+        return self.cls_of(self.encoded(batch)[0], batch)
+
+    def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
+        """Both of one forward pass; with the same dropout the states are those of `cls_states`."""
+        raise NotImplementedError
+
+    def encoded(self, batch: dict[str, Any], keep: int = 0, pruned: bool = True) -> tuple[Tensor, Tensor, Sequences]:
+        """A flat pass through the backbone.
+
+        Args:
+            keep: the layer whose output is kept as the early states; 0 for the embeddings.
+            pruned: run the last layer at the queries alone.
+
+        Returns:
+            last states ``[T, H]``, or ``[Q, H]`` where ``pruned``; early ones ``[T, H]``; the sequences.
+        """
+        early = late = self.backbone.embed(batch["input_ids"], batch["position_ids"], batch.get("token_type_ids"))
+        attention_dropout = self.lm.config.attention_probs_dropout_prob if self.training else 0.0
+        where = sequences_of(batch, late.dtype, attention_dropout)
+        layers = self.backbone.layers
+        for depth, layer in enumerate(layers, start=1):
+            late = self.run(layer, late, where, at_queries=pruned and depth == len(layers))
+            if depth == keep:
+                early = late
+        return late, early, where
+
+    def cls_of(self, late: Tensor, batch: dict[str, Any], pruned: bool = True) -> Tensor:
+        """The [CLS] states ``[B, H]`` among the last ones."""
+        return take(late, batch["cu_seqlens_query" if pruned else "cu_seqlens"][:-1])
+
     def flops(self, work: Work) -> float:
         """Operations that training on so much needs."""
         raise NotImplementedError
+
+    def scored(self, hidden: Tensor, targets: Tensor, score: bool, over: str = "n_masked") -> Term:
+        """The MLM head's cross-entropy of states ``[M, H]`` with ``targets`` ``[M]``."""
+        fused = self.fused_loss and torch.is_grad_enabled()  # validation wants its losses in fp32
+        losses, correct = token_losses(self.backbone.transform(hidden), self.backbone.decoder, targets, fused, score)
+        return Term(losses.sum(), over, losses=losses.detach() if score else None, correct=correct)
 
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool = False) -> Tensor:
         """A layer's output ``[T, H]``, or ``[Q, H]`` at the queries alone."""
@@ -67,6 +139,54 @@ class Objective(nn.Module):
         if self.gradient_checkpointing and self.training:
             return checkpoint(run, *arguments, use_reentrant=False)
         return run(*arguments)
+
+    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds) -> Tensor:
+        """A layer whose queries are those states ``[T, H]`` and whose keys and values are these."""
+        arguments = (layer, query, context, rows)
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self.backbone.run_between, *arguments, use_reentrant=False)
+        return self.backbone.run_between(*arguments)
+
+
+def identity(cls: Tensor) -> Tensor:
+    return cls
+
+
+def setting_names(objective: type[Objective]) -> list[str]:
+    """The arguments of a class besides ``lm``, and those of its bases where it passes others on to them."""
+    names: list[str] = []
+    for each in objective.__mro__:
+        if "__init__" in vars(each):
+            parameters = inspect.signature(vars(each)["__init__"]).parameters.values()
+            names += [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+            if not any(p.kind == p.VAR_KEYWORD for p in parameters):
+                break
+    return [name for name in dict.fromkeys(names) if name not in ("self", "lm")]
+
+
+def known_options(objective: type[Objective], usual: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """What a class is made with: ``options``, and of ``usual`` what it takes, as others have defaults of these names.
+
+    Raises:
+        ValueError: an option that it does not take, or another value than the default of a usual one.
+    """
+    takes = setting_names(objective)
+    unknown = [name for name in options if name not in takes]
+    for name, value in usual.items():
+        if name not in takes and value != USUAL[name]:
+            unknown.append(name)
+    if unknown:
+        raise ValueError(
+            f"{objective.__name__} has no setting {', '.join(unknown)}; it has {', '.join(takes) or 'none'}"
+        )
+    return {name: value for name, value in usual.items() if name in takes} | options
+
+
+def read_at_cls(batch: dict[str, Any]) -> dict[str, Any]:
+    """The pass with no other queries than [CLS]."""
+    first = batch["cu_seqlens"]
+    queries = torch.arange(len(first), device=first.device)
+    return {**batch, "query_index": first[:-1], "cu_seqlens_query": queries, "max_query": 1}
 
 
 def flattened(

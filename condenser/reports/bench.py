@@ -6,7 +6,9 @@ speed does not depend on them.
 """
 
 from pathlib import Path
+from pydoc import locate
 from statistics import median
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -15,16 +17,29 @@ from rich.table import Table
 from condenser.corpus.work import available_cores
 from condenser.data.store import SPECIAL_TOKENS, write_json
 from condenser.models.condenser import Condenser
+from condenser.models.objective import Objective, setting_names
 from condenser.reports.rehearsal import skeleton
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import table
-from condenser.reports.trial import FIRST, KINDS, RECIPES, Authors, Figures, Precision, Trial, matmul_rate
+from condenser.reports.trial import (
+    FASTER,
+    FIRST,
+    KINDS,
+    RECIPES,
+    Authors,
+    Figures,
+    Precision,
+    Recipe,
+    Trial,
+    matmul_rate,
+)
 from condenser.runs import read_mapping
 
 
 def bench(
     *,
     config: str | None = None,
+    objective: str | None = None,
     store: str | None = None,
     max_length: int = 128,
     sequences: int | None = None,
@@ -36,16 +51,19 @@ def bench(
     rounds: int = 5,
     json: str | None = None,
 ) -> None:
-    """Measure training steps: by the authors' recipe, by ours, and by ours compiled and replayed.
+    """Measure training steps: by the authors' recipe, by ours, and by ours compiled and replayed; or what an objective
+    costs beside plain MLM.
 
-    Shown are medians over the rounds, with half the range, and the ratio to the authors' recipe. GFLOP of a token are
+    Shown are medians over the rounds, with half the range, and the ratio to the first row. GFLOP of a token are
     those done, padding included; MFU counts only those that the real tokens need, against the rate of large matrix
     products. The host's time is what a step takes it until it can begin the next, launches are kernels on a GPU and
     operations, also within others, on a CPU. `condenser bench data` measures what comes before training.
 
     Args:
         config: recipe whose model is built, with random weights; BERT-base with the paper's head by default.
-        store: token store whose rows are used; by default rows in memory with the lengths of real text.
+        objective: class path of the objective, of which plain MLM is the first row: condenser.models.retromae.RetroMAE;
+            by default that of the recipe, and for a Condenser the authors' recipe is the first row.
+        store: token store whose rows (or spans) are used; by default rows in memory with the lengths of real text.
         max_length: of the rows in memory.
         sequences: of an optimizer step; 32 on the CPU and 1024 on a GPU by default.
         micro_batches: parts of a step; 2 on the CPU and 8 on a GPU by default.
@@ -63,7 +81,10 @@ def bench(
     device = torch.device("cuda" if on_gpu else "cpu")
     sequences, steps = sequences or (1024 if on_gpu else 32), steps or (10 if on_gpu else 1)
     rows, vocabulary, n_tokens = open_rows(store, max_length, n_synthetic=64 * sequences)
-    made = steps_over(rows, sequences, micro_batches or (8 if on_gpu else 2), vocabulary)
+    recipe = model_settings(config)
+    kind = class_of(objective or recipe.get("objective"))
+    sizes = sequences, micro_batches or (8 if on_gpu else 2)
+    made = steps_over(rows, *sizes, vocabulary, pairs=kind.contrast is not None, extras=kind.asks)
     needed = steps * rounds + FIRST
     if made.batches.steps_per_epoch < needed:
         raise ValueError(
@@ -72,8 +93,9 @@ def bench(
             "Lower --steps, --rounds or --sequences"
         )
     torch.manual_seed(0)
+    model = build_model(recipe, kind, n_tokens, int(rows.lengths.max()) + SPECIAL_TOKENS)
     trial = Trial(
-        model=build_model(config, n_tokens, int(rows.lengths.max()) + SPECIAL_TOKENS).to(device),
+        model=model.to(device),
         rows=made,
         precision=precision or ("bf16-mixed" if on_gpu else "32-true"),
         steps=steps,
@@ -81,7 +103,9 @@ def bench(
         tokens_per_pass=tokens_per_pass or (65536 if on_gpu else 1),
     )
     compile = on_gpu if compile is None else compile
-    recipes = [each for each in RECIPES if (compile or not each.compiled) and (on_gpu or not each.replayed)]
+    beside_mlm = objective is not None or kind is not Condenser
+    all_recipes = (Recipe("plain MLM", mlm=True), Recipe(kind.__name__), *FASTER) if beside_mlm else RECIPES
+    recipes = [each for each in all_recipes if (compile or not each.compiled) and (on_gpu or not each.replayed)]
     console = Console(highlight=False)
     console.print(setting(trial))
     with console.status("") as status:
@@ -97,34 +121,49 @@ def bench(
         write_json(Path(json), {"setting": setting(trial), **figures})
 
 
-def build_model(config: str | None, n_tokens: int, longest: int) -> Condenser:
-    """The model of a recipe (a YAML file for `condenser fit`), with random weights.
+def model_settings(config: str | None) -> dict[str, Any]:
+    """``model`` in a recipe (a YAML file for `condenser fit`). Raises ValueError if there is no such file."""
+    if config is None:
+        return {}
+    if not Path(config).is_file():
+        raise ValueError(f"--config: no such file: {config}")
+    return read_mapping(Path(config)).get("model", {})
+
+
+def class_of(path: str | None) -> type[Objective]:
+    found = Condenser if path is None else locate(path)
+    if not (isinstance(found, type) and issubclass(found, Objective)):
+        raise ValueError(f"--objective {path} is not the class path of an objective")
+    return found
+
+
+def build_model(recipe: dict[str, Any], objective: type[Objective], n_tokens: int, longest: int) -> Objective:
+    """The model of a recipe, with random weights.
 
     Raises:
-        ValueError: no such recipe, or a model for fewer tokens or positions than the rows have.
+        ValueError: a model for fewer tokens or positions than the rows have.
     """
-    if config is not None and not Path(config).is_file():
-        raise ValueError(f"--config: no such file: {config}")
-    recipe = (read_mapping(Path(config)) if config else {}).get("model", {})
     settings = {"attention_probs_dropout_prob": 0.0, **(recipe.get("backbone_config") or {})}
     in_folder = Path(recipe.get("backbone") or "", "config.json").is_file()
     lm = skeleton(recipe["backbone"] if in_folder else None, settings, vocab_size=n_tokens)
     for name, needed in (("vocab_size", n_tokens), ("max_position_embeddings", longest)):
         if getattr(lm.config, name) < needed:
             raise ValueError(f"the model has {name}={getattr(lm.config, name)}; the rows need {needed}")
-    head = {key: recipe[key] for key in ("skip_from", "n_head_layers", "late_mlm") if key in recipe}
-    return Condenser.from_masked_lm(lm, **head).train()
+    given = recipe | (recipe.get("objective_options") or {})
+    options = {name: given[name] for name in setting_names(objective) if name in given}
+    return objective.from_masked_lm(lm, **options).train()
 
 
 def setting(trial: Trial) -> str:
     batches, config = trial.rows.batches, trial.model.lm.config
     on_gpu = trial.device.type == "cuda"
     hardware = torch.cuda.get_device_name() if on_gpu else f"{torch.get_num_threads()} threads"
+    n_layers = config.num_hidden_layers
     return (
-        f"{config.num_hidden_layers} + {len(trial.model.c_head)} layers of width {config.hidden_size}, "
+        f"{n_layers} + {trial.model.n_layers - n_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} tokens in the vocabulary; {trial.precision}; {hardware}; torch {torch.__version__}\n"
         f"{batches.batch_size} sequences a step in {batches.micro_batches_per_step} micro-batches, of up to "
-        f"{Authors.longest} tokens, on average {batches.lengths.mean() + SPECIAL_TOKENS:.0f}"
+        f"{Authors.longest} tokens, on average {batches.samples.lengths.mean() + SPECIAL_TOKENS:.0f}"
     )
 
 

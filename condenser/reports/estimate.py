@@ -22,9 +22,9 @@ from condenser.data.collate import StepBatch
 from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.data.store import SPECIAL_TOKENS, write_json
 from condenser.data.synthetic import SyntheticStore
-from condenser.models.condenser import Condenser
 from condenser.models.flops import TOKENS_AT_ONCE, Work, bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
+from condenser.models.objective import Objective
 from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, one_pass
 from condenser.reports.rows import steps_over
 from condenser.reports.tables import table
@@ -78,6 +78,7 @@ def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any
     on_gpu = trainer.accelerator != "cpu"
     setting = Setting(precision_of(trainer), module.gradient_checkpointing, module.fused_loss, on_gpu)
     datamodule.tokens_per_pass = datamodule.tokens_per_pass or (TOKENS_AT_ONCE if on_gpu else 1)
+    datamodule.serve(module.objective)
     data = data_of(datamodule, options.tokens)
     rehearsal = Rehearsal(module, datamodule)
     steps, tokens = length_of_run(trainer, datamodule.batch_size, data)
@@ -108,13 +109,13 @@ def data_of(datamodule: CondenserDataModule, tokens: float) -> Data:
     if missing:
         sizes = datamodule.batch_size, datamodule.micro_batches_per_step
         rows = SyntheticStore(max(SAMPLE, datamodule.batch_size))
-        steps = steps_over(rows, *sizes, tokens_per_pass=datamodule.tokens_per_pass)
+        steps = steps_over(rows, *sizes, pairs=bool(datamodule.pairs), tokens_per_pass=datamodule.tokens_per_pass)
         source = f"NOT of your data: there is no token store at {missing}; of Wikipedia's rows, up to 128 tokens"
     else:
         datamodule.setup("fit")
         steps = cast(Steps, datamodule.train_dataloader().dataset)
         source = f"of {', '.join(map(str, datamodule.weights))}"
-    n = len(steps.mixture)
+    n = len(steps.mixture) * steps.mixture.each
     lengths = lengths_of(steps, np.linspace(0, n - 1, min(n, SAMPLE)).astype(np.int64))
     mean = float(lengths.mean()) + SPECIAL_TOKENS
     n_rows = tokens / mean if missing else n
@@ -122,8 +123,9 @@ def data_of(datamodule: CondenserDataModule, tokens: float) -> Data:
 
 
 def lengths_of(steps: Steps, numbers: np.ndarray) -> np.ndarray:
-    """Of these samples of the first epoch, without special tokens."""
-    return steps.mixture.lengths[steps.mixture.samples(0, numbers).rows]
+    """Of these sequences of the first epoch, without special tokens."""
+    samples, which = np.divmod(numbers, steps.mixture.each)
+    return steps.mixture.tokens(0, samples)[np.arange(len(numbers)), which]
 
 
 def tokens_of(lengths: np.ndarray) -> int:
@@ -155,9 +157,10 @@ def flops_per_token(rehearsal: Rehearsal, lengths: np.ndarray) -> float:
     return rehearsal.model.flops(Work.needed(batch)) / batch.total("n_tokens")
 
 
-def parameters(model: Condenser) -> dict[str, int]:
-    pieces = {"total": model, "backbone": model.lm, "its embeddings": model.backbone.embeddings, "head": model.c_head}
+def parameters(model: Objective) -> dict[str, int]:
+    pieces = {"total": model, "backbone": model.lm, "its embeddings": model.backbone.embeddings}
     counts = {name: sum(p.numel() for p in piece.parameters()) for name, piece in pieces.items()}
+    counts["head"] = counts["total"] - counts["backbone"]
     return counts | {"trainable": sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 

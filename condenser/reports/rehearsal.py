@@ -22,6 +22,7 @@ from condenser.data.datamodule import CondenserDataModule
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models import attention
 from condenser.models.backbones.base import build_masked_lm, changed_config, prepare_layers
+from condenser.models.objective import COUNTS
 from condenser.training.module import CondenserModule
 from condenser.training.optim import build_optimizer
 from condenser.training.step import TrainingStep
@@ -47,13 +48,13 @@ class Rehearsal:
         self.module, self.datamodule, self.fake = module, datamodule, FakeTensorMode()
         has_store = all(folder.is_dir() for folder in datamodule.weights)
         defaults = {"vocab_size": len(datamodule.tokenizer)} if has_store else {}
-        head: dict[str, Any] = module.head
+        options: dict[str, Any] = module.options
         with self.fake:
             lm = skeleton(module.backbone, module.backbone_config, **defaults)
-            module.model = self.model = module.objective.from_masked_lm(lm, **head).train()
+            module.model = self.model = module.objective.from_masked_lm(lm, **options).train()
             prepare_layers(lm, **module.layers)
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            in_backbone = [name for name in self.trained if not name.startswith("c_head.")]
+            in_backbone = [name for name in self.trained if name.startswith("lm.")]
             kept = in_backbone if module.optimization.decay_to_start else []
             self.start = {name: self.trained[name].detach().clone() for name in kept}
             self.optimizer = build_optimizer(module, module.optimization, self.start)
@@ -63,11 +64,13 @@ class Rehearsal:
         """Bytes alive, by kind, at the worst moment of a step with a pass of rows of these ``lengths`` (without special
         tokens), when the optimizer has its states. More passes need no more."""
         self.model.gradient_checkpointing, self.model.fused_loss = setting.checkpointing, setting.fused
-        batch = StepBatch.of([one_pass(lengths, self.datamodule) | {"step": 0, "micro_batch": 0}])
+        fields = one_pass(lengths, self.datamodule) | {"step": 0, "micro_batch": 0}
+        batch = StepBatch.of([fields], len(lengths))
         tracker = Tracker()
         with self.fake, as_on_gpu() if setting.on_gpu else nullcontext():
             step = TrainingStep(self.model, self.optimizer, clip=1.0)
-            batch, scale = StepBatch(self.fake.from_tensor(batch.buffer), batch.layout), torch.ones(3)
+            batch = StepBatch(self.fake.from_tensor(batch.buffer), batch.layout, batch.n_sequences)
+            scale = torch.ones(len(COUNTS))
             step.attach()
             self.make_states()
             tracker.track_external(self.model, self.optimizer, *self.start.values())
@@ -115,7 +118,7 @@ def one_pass(lengths: np.ndarray, datamodule: CondenserDataModule) -> dict[str, 
     """Of rows of these ``lengths``, masked as the run will mask them; which tokens they hold does not matter."""
     rows, ids = SyntheticStore(1), np.arange(len(lengths))
     rows.lengths = lengths
-    return collate(rows.rows(ids), ids, 0, VOCABULARY, datamodule.masking)
+    return collate(rows.rows(ids), ids, 0, VOCABULARY, datamodule.masking, datamodule.extras) | {"slots": ids}
 
 
 def as_on_gpu() -> ExitStack:

@@ -7,6 +7,7 @@ from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, Vocabulary
 from condenser.data.datamodule import Steps
 from condenser.data.mixing import Mixture
+from condenser.data.pairs import Pairs
 from condenser.data.store import SPECIAL_TOKENS, TokenStore
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.data.tokenizers import load_tokenizer
@@ -22,12 +23,18 @@ def open_rows(store: str | None, max_length: int, n_synthetic: int) -> tuple[Any
 
 
 def steps_over(
-    rows: Any, batch_size: int, micro_batches_per_step: int, vocabulary: Vocabulary = VOCABULARY, **options: Any
+    rows: Any,
+    batch_size: int,
+    micro_batches_per_step: int,
+    vocabulary: Vocabulary = VOCABULARY,
+    pairs: bool = False,
+    **options: Any,
 ) -> Steps:
-    """The optimizer steps over these rows, each once in an epoch; ``options`` are those of `Steps`."""
-    mixture = Mixture([rows], seed=0)
+    """The optimizer steps over these rows (or over pairs of them, of one document), each once in an epoch; ``options``
+    are those of `Steps`."""
+    mixture = (Pairs if pairs else Mixture)([rows], seed=0)
     batches = BucketedBatches(
-        rows.lengths,
+        mixture,
         batch_size=batch_size,
         micro_batches_per_step=micro_batches_per_step,
         seed=0,

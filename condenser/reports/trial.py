@@ -20,7 +20,7 @@ from condenser.data.store import SPECIAL_TOKENS
 from condenser.models.attention import put
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work
-from condenser.models.objective import COUNTS, Term
+from condenser.models.objective import COUNTS, Objective, Term
 from condenser.training.step import TrainingStep
 
 FIRST = 4  # steps that do not count
@@ -42,16 +42,13 @@ class Recipe:
 
     name: str
     authors: bool = False  # padded to the longest row of all, whole layers, all logits, one micro-batch at a time
+    mlm: bool = False  # the backbone's own loss alone
     compiled: bool = False
     replayed: bool = False
 
 
-RECIPES = (
-    Recipe("authors' recipe", authors=True),
-    Recipe("flat, pruned"),
-    Recipe("+ compiled", compiled=True),
-    Recipe("+ replayed", compiled=True, replayed=True),
-)
+FASTER = (Recipe("+ compiled", compiled=True), Recipe("+ replayed", compiled=True, replayed=True))
+RECIPES = (Recipe("authors' recipe", authors=True), Recipe("flat, pruned"), *FASTER)
 
 
 class Authors(Condenser):
@@ -92,7 +89,7 @@ class Mixed(Steps):
 class Trial:
     """A model, and the rows that it is trained on."""
 
-    model: Condenser
+    model: Objective
     rows: Steps  # whose samples, order and masks are those of all recipes
     precision: Precision
     steps: int  # of a recipe in a round
@@ -104,7 +101,7 @@ class Trial:
         self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self.dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
         self.kernels: dict[str, dict[str, float]] = {}  # milliseconds a step by kind, of each recipe, on a GPU
-        Authors.longest = int(self.rows.mixture.lengths.max()) + SPECIAL_TOKENS
+        Authors.longest = int(self.rows.mixture.typical_lengths().max()) + SPECIAL_TOKENS
 
     def run(self, recipes: list[Recipe], rounds: int, say: Callable[[str], Any] = print) -> dict[str, Figures]:
         """Figures of each round by recipe. Some steps of each that do not count come first."""
@@ -121,10 +118,19 @@ class Trial:
         return found
 
     def step_of(self, recipe: Recipe) -> TrainingStep:
-        model = self.model
-        objective = Authors(model.lm, model.c_head, model.skip_from, model.late_mlm, False) if recipe.authors else model
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=None if recipe.authors else True)
+        objective = self.objective_of(recipe)
+        optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-6, fused=None if recipe.authors else True)
         return TrainingStep(objective, optimizer, clip=1.0, compiled=recipe.compiled, replayed=recipe.replayed)
+
+    def objective_of(self, recipe: Recipe) -> Objective:
+        model: Any = self.model
+        if recipe.mlm:
+            return Condenser(model.lm, n_head_layers=0).train()
+        if not recipe.authors:
+            return model
+        authors = Authors(model.lm, model.skip_from, len(model.c_head), model.late_mlm, pruned=False).train()
+        authors.c_head = model.c_head
+        return authors
 
     def loader(self, recipe: Recipe, first: int) -> StepLoader:
         rows, kind = self.rows, Mixed if recipe.authors else Steps
@@ -135,6 +141,7 @@ class Trial:
             rows.masking,
             tokens_per_pass=1 if recipe.authors else self.tokens_per_pass,
             few_shapes=recipe.compiled,
+            extras=self.model.asks,
         )
         loader = StepLoader(steps, training=True, num_workers=self.workers)
         loader.load_state_dict({"position": first})
@@ -160,13 +167,13 @@ class Trial:
             batches.append(batch)
         self.backend.synchronize()
         seconds = time.perf_counter() - start
-        tokens = sum(batch.total("n_tokens") for batch in batches)
+        tokens, flops = sum(batch.total("n_tokens") for batch in batches), step.objective.flops
         return {
             "tokens_per_second": tokens / seconds,
             "data_wait": loader.waited / seconds,
             "host_ms": 1e3 * host / self.steps,
-            "flops_per_token": sum(self.model.flops(work_done(recipe, batch)) for batch in batches) / tokens,
-            "needed_flops_per_second": sum(self.model.flops(Work.needed(batch)) for batch in batches) / seconds,
+            "flops_per_token": sum(flops(work_done(recipe, batch)) for batch in batches) / tokens,
+            "needed_flops_per_second": sum(flops(Work.needed(batch)) for batch in batches) / seconds,
         }
 
     def profile(self, recipe: Recipe, step: TrainingStep) -> Figures:

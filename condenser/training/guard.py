@@ -35,8 +35,8 @@ class Guard:
         self.before: Watched | None = None
 
     def watch(self, step: int, batch: StepBatch, losses: Tensor, norm: Tensor, asked: Tensor) -> Tensor:
-        """Note the losses ``[passes]`` of a step, its gradient norm, and how many devices are ``asked`` to stop, to be
-        started again ``[2]``; look at those of the step before.
+        """Note the losses of a step (``[passes]``, and of a contrast over all of them), its gradient norm, and how many
+        devices are ``asked`` to stop, to be started again ``[2]``; look at those of the step before.
 
         Returns:
             1.0 where something is not finite, else 0.0, on the device: what optimizers call ``found_inf``.
@@ -71,9 +71,11 @@ class Guard:
         torch.save(passes, path)
         bad = "; ".join(
             f"the loss of micro-batch {fields['micro_batch']}, samples {str(fields['sample_ids'].tolist())[1:-1]}"
-            for fields, ok in zip(passes, losses, strict=True)
+            for fields, ok in zip(passes, losses, strict=False)
             if not ok
         )
+        if not bad and not all(losses):
+            bad = "the contrast of the [CLS] vectors"
         raise ValueError(
             f"not finite at step {watched.step}: {bad or 'the gradient (the losses on this device are finite)'}. "
             f"The step was skipped; its batch is in {path}. Lower the learning rate, clip the gradient, lengthen the "

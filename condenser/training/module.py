@@ -20,25 +20,29 @@ from condenser.data.collate import StepBatch
 from condenser.models.backbones.base import prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
-from condenser.models.objective import COUNTS
+from condenser.models.objective import COUNTS, Objective, Term, known_options
 from condenser.training import sharding
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
-from condenser.training.step import Passes, TrainingStep, inputs_of, skips_on_device
+from condenser.training.step import Passes, TrainingStep, gathered, inputs_of, skips_on_device
 
 
 class CondenserModule(L.LightningModule):
-    """Trains a Condenser with the sum of the backbone's MLM loss and the head's.
+    """Trains an objective: a Condenser by default, with the sum of the backbone's MLM loss and the head's.
 
     Args:
         backbone: Hugging Face masked LM to start from (folder or hub name); an exported Condenser brings its head
             along. Without one, a BERT with random weights and the store's vocabulary.
         backbone_config: settings of the backbone's Hugging Face configuration that differ from its own.
-        objective: class of what is minimised: a subclass of Condenser, by its path.
+        objective: class of what is minimised, by its path: condenser.models.condenser.Condenser,
+            condenser.models.cocondenser.CoCondenser, condenser.models.retromae.RetroMAE, or one of your own.
+        objective_options: its further settings, by name.
         skip_from: layer whose output the head reads for all tokens but [CLS] (1 .. layers - 1).
         n_head_layers: transformer layers of the head; 0 is plain MLM.
         late_mlm: add the backbone's own MLM loss.
         pruned: run the last layers only where the loss reads them; same loss, less work.
+        gradient_cache: for a contrast over the whole step, compute [CLS] vectors twice rather than keep all passes in
+            memory; by default where a device has several passes.
         gradient_checkpointing: recompute every layer in the backward pass: less memory, about a third more work.
         compile: let torch.compile make one function of a pass, from ids to loss, which takes a minute or more for each
             of a few shapes; by default on GPUs, where weights are not sharded.
@@ -55,11 +59,13 @@ class CondenserModule(L.LightningModule):
         self,
         backbone: str | None = None,
         backbone_config: dict[str, Any] | None = None,
-        objective: type[Condenser] = Condenser,
+        objective: type[Objective] = Condenser,
+        objective_options: dict[str, Any] | None = None,
         skip_from: int = 6,
         n_head_layers: int = 2,
         late_mlm: bool = True,
         pruned: bool = True,
+        gradient_cache: bool | None = None,
         gradient_checkpointing: bool = False,
         compile: bool | None = None,
         cuda_graphs: bool | None = None,
@@ -73,7 +79,9 @@ class CondenserModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone, self.backbone_config, self.objective = backbone, backbone_config or {}, objective
-        self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
+        head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
+        self.options = known_options(objective, head, objective_options or {})
+        self.gradient_cache = gradient_cache
         self.gradient_checkpointing, self.fused_loss = gradient_checkpointing, fused_loss
         self.compiled, self.cuda_graphs = compile, cuda_graphs
         self.optimization, self.seed = optimizer, seed
@@ -82,7 +90,7 @@ class CondenserModule(L.LightningModule):
             "freeze_layers": freeze_layers,
             "reinit_layers": reinit_layers,
         }
-        self.model: Condenser | None = None
+        self.model: Objective | None = None
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
         self.step: TrainingStep | None = None
         self.tokens_seen, self.flops_needed = 0, 0.0  # up to the last logging step or checkpoint
@@ -96,13 +104,14 @@ class CondenserModule(L.LightningModule):
             return
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, **self.head)
+        say = print if self.trainer.is_global_zero else lambda message: None
+        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, say, **self.options)
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
             sharding.shard(self.model, self.trainer.strategy)
         if self.optimization.decay_to_start:
-            backbone = ((name, p) for name, p in self.model.named_parameters() if not name.startswith("c_head."))
+            backbone = ((name, p) for name, p in self.model.named_parameters() if name.startswith("lm."))
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
         self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
         self.settle()
@@ -130,10 +139,12 @@ class CondenserModule(L.LightningModule):
             raise ValueError("model.cuda_graphs needs one GPU, model.compile, and no model.gradient_checkpointing")
         self.cuda_graphs = possible if self.cuda_graphs is None else self.cuda_graphs
         datamodule.few_shapes = self.compiled
+        datamodule.serve(self.model)
         if datamodule.tokens_per_pass is None and on_gpu:
             config, memory = self.model.lm.config, torch.cuda.get_device_properties(device).total_memory
-            n_layers = config.num_hidden_layers + len(self.model.c_head)
-            datamodule.tokens_per_pass = affordable_tokens(config, n_layers, memory, self.gradient_checkpointing)
+            datamodule.tokens_per_pass = affordable_tokens(
+                config, self.model.n_layers, memory, self.gradient_checkpointing, self.model.vocabulary_share
+            )
 
     def setup(self, stage: str) -> None:
         if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
@@ -197,6 +208,8 @@ class CondenserModule(L.LightningModule):
             replayed=bool(self.cuda_graphs),
             backward=self.manual_backward,
             unsynchronised=self.unsynchronised,
+            summed=self.summed,
+            gradient_cache=self.gradient_cache,
         )
 
     def sizes(self, batch: StepBatch) -> Tensor:
@@ -233,12 +246,14 @@ class CondenserModule(L.LightningModule):
         found = torch.cat([self.since, totals, norm.double()[None], means]).tolist()  # here the host waits
         n = len(totals)
         self.count(found[:n])
-        (_, n_tokens, n_sequences, _, positions), (norm_value, *values) = found[n : 2 * n], found[2 * n :]
-        logged = dict(zip(shares, values, strict=True)) | {"grad_norm": norm_value, "sequences": n_sequences}
+        of_step = dict(zip((*COUNTS, "flops", "positions"), found[n : 2 * n], strict=True))
+        norm_value, *values = found[2 * n :]
+        logged = dict(zip(shares, values, strict=True)) | {"grad_norm": norm_value}
+        logged["sequences"] = of_step["n_sequences"]
         logged |= {"lr": self.lr_schedulers().get_last_lr()[0], "tokens_seen": float(self.tokens_seen)}  # type: ignore[union-attr]
         self.log("train/loss", logged.pop("loss"), prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in logged.items()})
-        self.log("perf/padding_fraction", 1 - n_tokens / positions)
+        self.log("perf/padding_fraction", 1 - of_step["n_tokens"] / of_step["positions"])
 
     def count(self, since: list[float]) -> None:
         """Add up what was done since the last time, which the device has kept."""
@@ -250,18 +265,34 @@ class CondenserModule(L.LightningModule):
         assert self.model is not None
         nats = self.trainer.datamodule.unigram_nats.to(self.device)  # type: ignore[attr-defined]
         mask_id = self.trainer.datamodule.tokenizer.mask_token_id  # type: ignore[attr-defined]
+        vectors = []
         for fields in batch:
             labels, at_mask = fields["labels"], fields["input_ids"][fields["masked_index"]] == mask_id
             self.mean("unigram_loss_at_mask").update(nats[labels][at_mask])
-            for name, term in self.model.losses(inputs_of(fields), score=True).items():
-                self.val_weights[name], n = term.weight, fields[term.over]
-                self.mean(f"{name}_loss").update(term.sum / max(n, 1), n)
-                if term.correct is not None:
-                    self.mean(f"{name}_accuracy").update(term.correct.float())
+            cls, terms = None, {}
+            if self.model.contrast is None:
+                terms = self.model.losses(inputs_of(fields), score=True)
+            else:
+                cls, terms = self.model.cls_and_losses(inputs_of(fields), score=True)
+                vectors.append(cls)
+            for name, term in terms.items():
+                self.validated(name, term, fields[term.over])
                 if term.losses is not None and term.over == "n_masked":
                     self.mean(f"{name}_loss_at_mask").update(term.losses[at_mask])
+        if self.model.contrast is not None:
+            everything = gathered(self.model, vectors, batch, self.summed)
+            self.validated("contrast", self.model.contrast(everything), len(everything))
         for name, metric in self.val_metrics.items():
             self.log(f"val/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
+
+    def validated(self, name: str, term: Term, n: int) -> None:
+        """Count a term over ``n``."""
+        self.val_weights[name] = term.weight
+        self.mean(f"{name}_loss").update(term.sum / max(n, 1), n)
+        if term.correct is not None:
+            self.mean(f"{name}_accuracy").update(term.correct.float())
+        for measure, value in term.measures.items():
+            self.mean(measure).update(value, n)
 
     def mean(self, name: str) -> MeanMetric:
         """Of a validation, over all devices; made where it is asked for first."""

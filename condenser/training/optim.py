@@ -31,8 +31,8 @@ class Optimization:
         betas: decay rates of AdamW's moments.
         eps: AdamW's epsilon.
         layer_decay: the rate of each layer is that of the layer above it times this; embeddings lie below layer 1.
-        head_learning_rate: the Condenser head's own peak; learning_rate by default.
-        head_only_steps: at first train the Condenser head alone, for a fresh head on a trained backbone.
+        head_learning_rate: the head's own peak; learning_rate by default.
+        head_only_steps: at first train the head alone, for a fresh one on a trained backbone.
         decay_to_start: decay the backbone's weights toward their starting values instead of zero.
         optimizer: class path of another optimizer than AdamW, which is given lr, weight_decay and optimizer_options.
         optimizer_options: its further arguments.
@@ -79,7 +79,7 @@ def optimizer_class(path: str) -> Callable[..., Optimizer]:
 
 
 def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, Tensor] | None = None) -> Optimizer:
-    """An optimizer over the trainable weights of ``module``, which holds a Condenser as ``model``.
+    """An optimizer over the trainable weights of ``module``, which holds an objective as ``model``.
 
     Weights of one rate and one weight decay form a group.
 
@@ -87,7 +87,9 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
         start: the model's weights by name as they were before the first step, for ``decay_to_start``.
     """
     model: Any = module.model
-    in_head, layers_above = set(model.c_head.parameters()), depths(model.lm)
+    in_head, layers_above = set(model.parameters()) - set(model.lm.parameters()), depths(model.lm)
+    if settings.head_only_steps and not in_head:
+        raise ValueError(f"optimizer.head_only_steps={settings.head_only_steps}: there is no head to train alone")
     groups: dict[tuple[bool, float, float], list[nn.Parameter]] = {}
     for parameter in module.parameters():
         if not parameter.requires_grad:

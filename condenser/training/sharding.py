@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
+from condenser.models.objective import Objective
 
 
 class FullySharded(ModelParallelStrategy):
@@ -36,7 +36,7 @@ class FullySharded(ModelParallelStrategy):
         return super().load_checkpoint(checkpoint_path, weights_only=True)
 
 
-def shard(model: Condenser, strategy: ModelParallelStrategy) -> None:
+def shard(model: Objective, strategy: ModelParallelStrategy) -> None:
     """Share out each layer, and what is left (embeddings, MLM head and the tied decoder) as one.
 
     Raises:
@@ -51,12 +51,13 @@ def shard(model: Condenser, strategy: ModelParallelStrategy) -> None:
     if strategy._save_distributed_checkpoint:
         raise ValueError("trainer.strategy: set save_distributed_checkpoint to false; a checkpoint is one file here")
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # it would matter if they were written to in place
-    for layer in [*model.backbone.layers, *model.c_head]:
+    for layer in [*model.backbone.layers, *getattr(model, "c_head", ())]:
         fully_shard(layer, mesh=mesh["data_parallel"])
         layer.run = partial(model.backbone.run, layer)
         register_fsdp_forward_method(layer, "run")  # only methods that are known gather weights
     fully_shard(model, mesh=mesh["data_parallel"])
-    register_fsdp_forward_method(model, "losses")
+    for method in ("losses", "cls_states", "cls_and_losses"):
+        register_fsdp_forward_method(model, method)
 
 
 @contextmanager

@@ -6,6 +6,11 @@ not matter how many passes and devices there are. Gradients stay where they are 
 
 A pass is, by choice: operations one after the other; one compiled function from ids to loss (`torch.compile` with
 static shapes); or that function's forward and backward replayed as a CUDA graph.
+
+An objective with a contrast of [CLS] vectors takes two phases (gradient caching, Gao et al. 2021): all vectors of the
+step, by a pass without gradients; the contrast, and from it the gradient of each vector; then each pass with its own
+losses, into which its vectors are given these gradients. So the contrast is over the whole step on all devices, and
+memory is that of a pass. Where a device's part of the step is one pass, its vectors are those of that pass.
 """
 
 import sys
@@ -14,20 +19,30 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from condenser.data.collate import Fields, StepBatch
 from condenser.data.hashing import hash_ints
-from condenser.models.objective import COUNTS, Objective
+from condenser.models.losses import at_least_fp32
+from condenser.models.objective import COUNTS, Objective, Term
 
 Shares = dict[str, Tensor]  # of a pass in the step's means: "mlm_loss", and with score "mlm_accuracy", ... of each term
+
+
+class Pass(NamedTuple):
+    """What one pass gave."""
+
+    loss: Tensor
+    shares: Shares
+    cls: Tensor | None = None  # [B, H], of an objective with a contrast
 
 
 class Passes(NamedTuple):
     """What the passes of a step gave on this device. Summed over devices these are the step's means."""
 
-    losses: Tensor  # [passes], of what is minimised
+    losses: Tensor  # [passes], of what is minimised, and where there is one the contrast's
     shares: Shares  # over the passes
 
 
@@ -43,6 +58,9 @@ class TrainingStep:
         replayed: replay passes as CUDA graphs.
         backward: how the gradient of a loss is taken.
         unsynchronised: a context for the backward passes after which devices need not agree yet: all but the last.
+        summed: adds up a tensor over all devices.
+        gradient_cache: compute the vectors of a contrast twice, rather than keep all passes in memory until it is
+            known; by default where there are several.
     """
 
     def __init__(
@@ -56,13 +74,17 @@ class TrainingStep:
         replayed: bool = False,
         backward: Callable[[Tensor], Any] = Tensor.backward,
         unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
+        summed: Callable[[Tensor], Tensor] = lambda values: values,
+        gradient_cache: bool | None = None,
     ):
         self.objective, self.optimizer, self.clip, self.seed = objective, optimizer, clip, seed
         self.backward, self.unsynchronised, self.always_score = backward, unsynchronised, compiled  # else two graphs
-        self.pass_loss = pass_loss
+        self.summed, self.gradient_cache = summed, gradient_cache
+        self.pass_loss, self.cls_states = pass_loss, objective.cls_states
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # shapes; 8 by default
             self.pass_loss = torch.compile(pass_loss, dynamic=False, fullgraph=True)
+            self.cls_states = torch.compile(objective.cls_states, dynamic=False, fullgraph=True)
         # those of the objective may for now be put together from the shards that are trained
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.gradients: list[Any] = [torch.zeros_like(weight) for weight in self.weights]
@@ -83,7 +105,7 @@ class TrainingStep:
         """One step; gives the norm of its gradient too.
 
         Args:
-            scale: ``[3]``, 1 over the step's `COUNTS` (times what averaging over devices takes away).
+            scale: ``[4]``, 1 over the step's `COUNTS` (times what averaging over devices takes away).
             score: count right predictions too.
             watch: of the losses ``[passes]`` and the norm, says (1.0) that the step is not to be taken.
             update: calls the optimizer, whose own ``step`` it is by default.
@@ -98,20 +120,61 @@ class TrainingStep:
         """Add the gradients of all passes to what is in ``.grad``."""
         if self.weights[-1].grad is not self.gradients[-1]:  # at first, or where somebody has let go of them
             self.attach()
-        losses, shares = [], []
-        run = self.replays or self.one_pass
-        for number, fields in enumerate(batch, start=1):
-            seed_dropout(batch.buffer.device, dropout_seed(self.seed, fields["step"], fields["micro_batch"]))
-            with nullcontext() if number == len(batch) else self.unsynchronised():
-                loss, found = run(inputs_of(fields), scale, score or self.always_score)
-            losses.append(loss)
-            shares.append(torch.stack([*found.values()]))
-        return Passes(torch.stack(losses), dict(zip(found, torch.stack(shares).sum(0), strict=True)))
+        score = score or self.always_score
+        if self.objective.contrast is None:
+            return added_up(self.one_by_one(batch, scale, score))
+        if len(batch) > 1 if self.gradient_cache is None else self.gradient_cache:
+            with torch.no_grad():
+                vectors = [self.seeded(self.cls_states, fields) for fields in batch]
+            contrast, gradients = self.contrast(vectors, batch, scale)
+            return added_up([*self.one_by_one(batch, scale, score, gradients), contrast])
+        forwards = [self.seeded(self.forward, fields, scale, score) for fields in batch]
+        contrast, gradients = self.contrast([each.cls for each in forwards], batch, scale)
+        for number, each in enumerate(forwards):
+            with self.agreeing(number, batch):
+                self.backward(pulled(each.loss, each.cls, gradients[number]))
+        return added_up([*forwards, contrast])
 
-    def one_pass(self, inputs: Fields, scale: Tensor, score: bool) -> tuple[Tensor, Shares]:
-        loss, shares = self.pass_loss(self.objective, inputs, scale, score)
+    def one_by_one(
+        self, batch: StepBatch, scale: Tensor, score: bool, gradients: list[Tensor] | None = None
+    ) -> list[Pass]:
+        """Forward and backward of each pass; of an objective with a contrast, with the ``gradients`` of its vectors."""
+        done = []
+        for number, fields in enumerate(batch):
+            more = {} if gradients is None else {"cls_gradient": gradients[number]}
+            with self.agreeing(number, batch):
+                done.append(self.seeded(self.replays or self.one_pass, fields | more, scale, score))
+        return done
+
+    def agreeing(self, number: int, batch: StepBatch) -> AbstractContextManager:
+        """For a backward pass: devices agree in the last one of a step."""
+        return nullcontext() if number == len(batch) - 1 else self.unsynchronised()
+
+    def seeded(self, run: Callable[..., Any], fields: Fields, *arguments: Any) -> Any:
+        """``run`` on what the objective sees of a pass, with its dropout."""
+        seed_dropout(self.weights[0].device, dropout_seed(self.seed, fields["step"], fields["micro_batch"]))
+        return run(inputs_of(fields), *arguments)
+
+    def forward(self, inputs: Fields, scale: Tensor, score: bool) -> Pass:
+        return self.pass_loss(self.objective, inputs, scale, score)
+
+    def one_pass(self, inputs: Fields, scale: Tensor, score: bool) -> Pass:
+        loss, shares, _ = self.forward(inputs, scale, score)
         self.backward(loss)
-        return loss.detach(), shares
+        return Pass(loss.detach(), shares)
+
+    def contrast(self, vectors: list[Tensor], batch: StepBatch, scale: Tensor) -> tuple[Pass, list[Tensor]]:
+        """The contrast of the step, and the gradient of the vectors ``[B, H]`` of each pass of this device. It is
+        computed whole on every device, so that nothing but vectors has to be exchanged."""
+        everything = gathered(self.objective, vectors, batch, self.summed).requires_grad_()
+        with torch.enable_grad():
+            term: Term = self.objective.contrast(everything)  # type: ignore[misc]
+            minimised = term.sum * (term.weight * scale[COUNTS.index(term.over)])
+        (gradient,) = torch.autograd.grad(minimised, everything)
+        gradient = F.pad(gradient, (0, 0, 0, 1))  # that of dummies, 0
+        shares = contrast_means(term, len(everything))
+        contrast = Pass(term.weight * shares["contrast_loss"], shares)
+        return contrast, [gradient.index_select(0, fields["slots"]) for fields in batch]
 
     def update(self, norm: Tensor, skipped: Tensor | None, update: Callable[[], Any]) -> None:
         """Clip, update and zero the gradient; where it is ``skipped`` an optimizer that works on the device leaves the
@@ -126,11 +189,15 @@ class TrainingStep:
         torch._foreach_zero_(self.gradients)
 
 
-def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> tuple[Tensor, Shares]:
-    """What is minimised, and what each term has of it."""
-    loss, shares = scale.new_zeros(()), {}
-    terms = objective.losses(inputs, score)
-    assert len(terms) > 0, "an objective has one term or more"
+def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> Pass:
+    """What is minimised, and what each term has of it. Where the gradient of the [CLS] vectors is known already, it is
+    given to them by a summand that is 0."""
+    loss, shares, cls = scale.new_zeros(()), {}, None
+    if objective.contrast is None:
+        terms = objective.losses(inputs, score)
+        assert len(terms) > 0, "an objective has one term or more"
+    else:
+        cls, terms = objective.cls_and_losses(inputs, score)
     for name, term in terms.items():
         assert term.over in COUNTS, f"{name}: over={term.over!r} must be one of {COUNTS}"
         to_mean = scale[COUNTS.index(term.over)]
@@ -139,7 +206,44 @@ def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) 
         shares[f"{name}_loss"] = mean.detach()
         if term.correct is not None:
             shares[f"{name}_accuracy"] = term.correct.sum() * to_mean
-    return loss, shares
+    if cls is not None and "cls_gradient" in inputs:
+        loss = pulled(loss, cls, inputs["cls_gradient"])
+    return Pass(loss, shares, cls)
+
+
+def pulled(loss: Tensor, cls: Tensor | None, gradient: Tensor) -> Tensor:
+    """``loss``, with this ``gradient`` for ``cls`` ``[B, H]``."""
+    assert cls is not None
+    pull = (at_least_fp32(cls) * gradient).sum()
+    return loss + (pull - pull.detach())
+
+
+def gathered(
+    objective: Objective, vectors: list[Tensor], batch: StepBatch, summed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The vectors ``[B, H]`` of all passes of all devices, in the order of the step: ``[N, H]``, of weights' type."""
+    n, width = batch.n_sequences, objective.lm.config.hidden_size
+    dtype = next(objective.parameters()).dtype
+    everything = torch.zeros(n + 1, width, dtype=dtype, device=batch.buffer.device)  # dummies are put at the end
+    for fields, some in zip(batch, vectors, strict=True):
+        everything.index_copy_(0, fields["slots"], some.detach().to(dtype))
+    return summed(everything[:n])
+
+
+def contrast_means(term: Term, n: int) -> Shares:
+    """What is logged of a contrast over ``n`` vectors."""
+    means = {"contrast_loss": term.sum.detach() / n}
+    if term.correct is not None:
+        means["contrast_accuracy"] = term.correct.float().mean()
+    return means | dict(term.measures)
+
+
+def added_up(passes: list[Pass]) -> Passes:
+    shares: Shares = {}
+    for each in passes:
+        for name, value in each.shares.items():
+            shares[name] = shares[name] + value if name in shares else value
+    return Passes(torch.stack([each.loss.detach() for each in passes]), shares)
 
 
 def inputs_of(fields: Fields) -> Fields:
@@ -175,22 +279,22 @@ class Replays:
         run: forward and backward of a pass; adds to ``gradients``, whose buffers stay.
     """
 
-    def __init__(self, run: Callable[[Fields, Tensor, bool], tuple[Tensor, Shares]], gradients: list[Tensor]):
+    def __init__(self, run: Callable[[Fields, Tensor, bool], Pass], gradients: list[Tensor]):
         self.run, self.gradients, self.failed = run, gradients, False
-        self.captured: dict[Any, tuple[Any, Fields, Tensor, tuple[Tensor, Shares]]] = {}
+        self.captured: dict[Any, tuple[Any, Fields, Tensor, Pass]] = {}
         self.pool: Any = None  # memory that all graphs share: one is replayed at a time
 
-    def __call__(self, inputs: Fields, scale: Tensor, score: bool) -> tuple[Tensor, Shares]:
+    def __call__(self, inputs: Fields, scale: Tensor, score: bool) -> Pass:
         shape = tuple(value.shape if isinstance(value, Tensor) else value for value in inputs.values())
         if shape not in self.captured and not self.failed:
             self.capture(shape, inputs, scale, score)
         if self.failed:
             return self.run(inputs, scale, score)
-        graph, own, own_scale, (loss, shares) = self.captured[shape]
+        graph, own, own_scale, (loss, shares, _) = self.captured[shape]
         torch._foreach_copy_(tensors(own), tensors(inputs))
         own_scale.copy_(scale)
         graph.replay()
-        return loss.clone(), {name: value.clone() for name, value in shares.items()}  # the next replay writes there
+        return Pass(loss.clone(), {name: value.clone() for name, value in shares.items()})  # the next writes there
 
     def capture(self, shape: Any, inputs: Fields, scale: Tensor, score: bool) -> None:
         own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}

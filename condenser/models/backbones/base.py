@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
-from condenser.models.attention import Sequences
+from condenser.models.attention import Bounds, Sequences
 from condenser.models.files import reading
 
 
@@ -48,6 +48,15 @@ class Backbone(ABC):
     @abstractmethod
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
         """A layer's output ``[T, H]``, or at the queries alone ``[Q, H]``, equal to the whole output there."""
+
+    @abstractmethod
+    def position_states(self, position_ids: Tensor) -> Tensor:
+        """What stands for positions ``[T]`` in the embeddings: ``[T, H]``."""
+
+    @abstractmethod
+    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds) -> Tensor:
+        """A layer's output ``[T, H]`` where its queries are other states than its keys and values, ``[T, H]`` each, and
+        the ``rows`` say by their mask which of these each query sees."""
 
     @abstractmethod
     def transform(self, hidden: Tensor) -> Tensor:

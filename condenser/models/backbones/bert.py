@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import Sequences, attend, take
+from condenser.models.attention import Bounds, Sequences, attend, take
 from condenser.models.backbones.base import Backbone
 
 
@@ -33,12 +33,15 @@ class Bert(Backbone):
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         parts = self.embeddings
         types = parts.token_type_embeddings
-        hidden = parts.word_embeddings(input_ids) + parts.position_embeddings(position_ids)
+        hidden = parts.word_embeddings(input_ids) + self.position_states(position_ids)
         hidden = hidden + (types.weight[0] if token_type_ids is None else types(token_type_ids))
         return parts.dropout(norm(hidden, parts.LayerNorm).to(state_type(hidden)))
 
+    def position_states(self, position_ids: Tensor) -> Tensor:
+        return self.embeddings.position_embeddings(position_ids)
+
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
-        attention, mixed = layer.attention.self, layer.attention.output
+        attention = layer.attention.self
         if at_queries:
             own, queries = take(hidden, where.query_index), where.queries
             query, key_value = linear(own, attention.query), linear(hidden, attention.key, attention.value)
@@ -47,10 +50,22 @@ class Bert(Backbone):
             width = attention.query.out_features
             states = linear(hidden, attention.query, attention.key, attention.value)
             query, key_value = states.split([width, 2 * width], dim=-1)
+        return self.attended(layer, own, query, key_value, queries, where.keys)
+
+    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds) -> Tensor:
+        attention = layer.attention.self
+        key_value = linear(context, attention.key, attention.value)
+        return self.attended(layer, query, linear(query, attention.query), key_value, rows, rows)
+
+    def attended(
+        self, layer: Any, own: Tensor, query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds
+    ) -> Tensor:
+        """The output ``[Q, H]`` for states ``own`` ``[Q, H]`` with these products, ``[Q, H]`` and ``[T, 2H]``."""
+        attention, mixed = layer.attention.self, layer.attention.output
         query = query.unflatten(-1, (-1, attention.attention_head_size))  # [Q, A, D]
         key_value = key_value.unflatten(-1, (2, -1, attention.attention_head_size))  # [T, 2, A, D]
         dropout = attention.dropout.p if layer.training else 0.0
-        context = attend(query, key_value, queries, where.keys, dropout).flatten(1)
+        context = attend(query, key_value, queries, keys, dropout).flatten(1)
         hidden = added(own, mixed.dropout(linear(context, mixed.dense)), mixed.LayerNorm)
         wide = layer.intermediate.intermediate_act_fn(linear(hidden, layer.intermediate.dense))
         return added(hidden, layer.output.dropout(linear(wide, layer.output.dense)), layer.output.LayerNorm)
@@ -67,8 +82,8 @@ class Roberta(Bert):
     def decoder(self) -> nn.Linear:
         return self.lm.lm_head.decoder
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        return super().embed(input_ids, position_ids + self.lm.config.pad_token_id + 1, token_type_ids)
+    def position_states(self, position_ids: Tensor) -> Tensor:
+        return super().position_states(position_ids + self.lm.config.pad_token_id + 1)
 
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.lm_head

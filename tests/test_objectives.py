@@ -1,0 +1,421 @@
+"""coCondenser and RetroMAE: the authors' numbers, the papers' equations, and the same step however it is computed."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_MODEL
+from safetensors import safe_open
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+
+from condenser.data.batching import BucketedBatches
+from condenser.data.collate import Masking, StepBatch, Vocabulary
+from condenser.data.datamodule import Steps
+from condenser.data.pairs import Pairs, cut_pairs
+from condenser.data.store import TokenStore
+from condenser.data.tokenizers import load_tokenizer
+from condenser.models.cocondenser import CoCondenser
+from condenser.models.losses import pair_losses, pair_measures, pair_scores
+from condenser.models.objective import COUNTS, flattened
+from condenser.models.retromae import RetroMAE
+from condenser.training.step import TrainingStep, inputs_of
+
+GOLDEN = Path(__file__).parent / "golden" / "cocondenser-4layer.safetensors"
+
+
+def golden(**settings):
+    with safe_open(GOLDEN, "pt") as file:
+        meta, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    lm = BertForMaskedLM(BertConfig(**json.loads(meta["config"]) | {"attention_probs_dropout_prob": 0.0}))
+    model = CoCondenser(lm, int(meta["skip_from"]), int(meta["n_head_layers"]), **settings).eval()
+    model.load_state_dict({n.removeprefix("weights."): t for n, t in tensors.items() if n.startswith("weights.")})
+    fields = flattened(model.backbone, *(tensors[f"inputs.{n}"] for n in ("input_ids", "attention_mask", "labels")))
+    return model, meta, tensors, fields
+
+
+def host(fields, first, n, pairs=None):
+    """A part of a golden batch as one pass of a step of all its rows."""
+    places = torch.arange(first, first + n) if pairs is None else pairs
+    return {"slots": places, "step": 0, "micro_batch": first, **fields}
+
+
+class Golden(StepBatch):
+    """Passes that are given, of a step of so many sequences."""
+
+    def __init__(self, passes, n_sequences):
+        super().__init__(torch.empty(0), passes, n_sequences)
+
+    def __iter__(self):
+        return iter(self.layout)
+
+
+@pytest.mark.parametrize("way", ["one pass", "four passes", "four passes, all kept", "one pass, cached"])
+@pytest.mark.parametrize("pruned", [True, False])
+def test_cocondensers_losses_and_gradients_are_those_of_the_authors_code(pruned, way):
+    """Rows 0, 2, ... and 1, 3, ... of a pass are of other passes' siblings, where there are several."""
+    model, meta, tensors, fields = golden(pruned=pruned)
+    order = torch.tensor([0, 5, 2, 7, 4, 1, 6, 3])
+    inputs = {n: tensors[f"inputs.{n}"][order] for n in ("input_ids", "attention_mask", "labels")}
+    n_passes = 4 if way.startswith("four") else 1
+    passes = []
+    for some in torch.arange(8).chunk(n_passes):
+        flat = flattened(model.backbone, *(inputs[n][some] for n in ("input_ids", "attention_mask", "labels")))
+        passes.append(host(flat, int(some[0]), len(some), order[some]))
+    cls, _ = model.cls_and_losses(fields)
+    torch.testing.assert_close(cls, tensors["expected.cls"], rtol=1e-4, atol=1e-5)
+    cached = {"one pass, cached": True, "four passes, all kept": False}.get(way)
+    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.0), gradient_cache=cached)
+    scale = torch.tensor([1 / fields["n_masked"], 1.0, 1 / 8, 1.0])
+    found = step.passes(Golden(passes, 8), scale, score=True)
+    assert found.losses.sum().item() == pytest.approx(float(meta["loss"]), rel=1e-5)
+    assert found.shares["contrast_loss"].item() == pytest.approx(float(meta["contrastive_loss"]), rel=1e-5)
+    both = found.shares["mlm_loss"] + found.shares["head_mlm_loss"]
+    assert both.item() == pytest.approx(float(meta["mlm_loss"]), rel=1e-5)
+    for name, weight in model.named_parameters():
+        expected = tensors[f"grads.{name}"]
+        assert (weight.grad - expected).norm() <= 1e-3 * expected.norm() + 1e-4, name
+
+
+# --- pairs
+
+
+@pytest.fixture(scope="module")
+def pairs(spans):
+    return Pairs([TokenStore(spans, "train")], seed=3, span_length=12)
+
+
+def texts_of(pairs):
+    """The tokens of each document of a store."""
+    (store,) = pairs.stores
+    rows = store.rows(np.arange(len(store)))
+    return np.split(rows.tokens, np.add.reduceat(rows.lengths, pairs.begins).cumsum()[:-1])
+
+
+def spans_of(pairs, epoch, documents):
+    rows, visits, ids = pairs.sequences(epoch, documents)
+    return [part.tolist() for part in np.split(rows.tokens, rows.lengths.cumsum()[:-1])], visits, ids
+
+
+@pytest.mark.parametrize("length", [None, 5, 12, 31])
+def test_a_documents_two_spans_are_its_own_do_not_overlap_and_are_drawn_anew(length, spans):
+    pairs = Pairs([TokenStore(spans, "train")], seed=3, span_length=length)
+    numbers = np.arange(2 * len(pairs))
+    found, visits, ids = spans_of(pairs, 4, numbers)
+    assert len(set(ids.tolist())) == len(ids)
+    assert (visits == 4).all()
+    sizes = pairs.tokens(4, np.arange(len(pairs))).ravel()
+    assert [len(span) for span in found] == sizes.tolist()
+    for number, text in enumerate(texts_of(pairs)):
+        text, (one, other) = text.tolist(), found[2 * number : 2 * number + 2]
+        places = [
+            (i, j + len(other))
+            for i in range(len(text))
+            for j in range(len(text))
+            if text[i : i + len(one)] == one and text[j : j + len(other)] == other
+            if i + len(one) <= j or j + len(other) <= i
+        ]
+        assert places, number
+    again, _, _ = spans_of(pairs, 4, numbers[[7, 0, 31]])
+    assert again == [found[7], found[0], found[31]]
+    assert spans_of(pairs, 5, numbers)[0] != found
+    assert spans_of(Pairs(pairs.stores, seed=4, span_length=length), 4, numbers)[0] != found
+
+
+@pytest.mark.parametrize("length", [2, 3, 8, 32, 128])
+def test_cut_spans_have_their_length_or_are_what_a_document_has_at_its_ends(length):
+    n = np.concatenate([np.arange(2, 400), np.random.default_rng(0).integers(2, 5000, 5000)])
+    begins, sizes = cut_pairs(n, length, np.arange(len(n)).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    assert begins.min() >= 0
+    assert 1 <= sizes.min() <= sizes.max() <= max(length, 2)
+    first = begins.argmin(1)[:, None]
+    ends = np.take_along_axis(begins + sizes, first, 1)[:, 0]
+    assert (ends <= begins.max(1)).all()
+    assert (np.maximum(*(begins + sizes).T) <= n).all()
+    short = sizes < length
+    assert ((begins == 0) | (begins + sizes == n[:, None]))[short & (n > 3 * length)[:, None]].all()
+    least = min(8, -(-length // 4))
+    assert (sizes[n > 3 * length] >= least).all()
+
+
+def test_every_place_of_a_document_is_cut_about_as_often():
+    covered, n = np.zeros(200), 20_000
+    begins, sizes = cut_pairs(np.full(n, 200), 32, np.random.default_rng(1).integers(0, 2**63, n).astype(np.uint64))
+    for begin, size in zip(begins.ravel(), sizes.ravel(), strict=True):
+        covered[begin : begin + size] += 1
+    middle = covered[16:-16] / covered[16:-16].mean()
+    assert (abs(middle - 1) < 0.12).all()
+
+
+def steps_of(pairs, spans, world_size=1, rank=0, batch_size=16, micro_batches=4, **options):
+    batches = BucketedBatches(pairs, batch_size=batch_size, micro_batches_per_step=micro_batches, seed=3, added=2)
+    vocabulary = Vocabulary.of(load_tokenizer(spans / "tokenizer"))
+    return Steps(pairs, batches, vocabulary, Masking(3), (rank, world_size), **options)
+
+
+def test_siblings_are_in_one_step_at_neighbouring_slots_and_an_epoch_has_each_document_once(pairs, spans):
+    steps = steps_of(pairs, spans)
+    seen = []
+    for number in range(steps.batches.steps_per_epoch):
+        batch = steps[number]
+        slots = torch.cat([fields["slots"] for fields in batch])
+        ids = torch.cat([fields["sample_ids"] for fields in batch])[slots.argsort()].view(-1, 2)
+        assert slots.sort().values.tolist() == list(range(batch.n_sequences))
+        assert (ids[:, 0] + 1 == ids[:, 1]).all()
+        assert (ids[:, 0] % 2 == 0).all()
+        seen += (ids[:, 0] // 2).tolist()
+    assert sorted(seen) == list(range(len(pairs)))
+    several = [torch.cat([fields["slots"] for fields in steps_of(pairs, spans, 2, rank)[0]]) for rank in range(2)]
+    assert any(int(slot) ^ 1 in several[1] for slot in several[0])  # siblings on two ranks
+
+
+# --- caching
+
+
+def model_of(family="bert", objective=CoCondenser, dropout=0.1, vocabulary=200, **settings):
+    torch.manual_seed(0)
+    dry = {**TINY_MODEL, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}
+    if family == "roberta":
+        lm = RobertaForMaskedLM(RobertaConfig(vocab_size=vocabulary, **dry, pad_token_id=1))
+    else:
+        lm = BertForMaskedLM(BertConfig(vocab_size=vocabulary, **dry))
+    lm.train()
+    if objective is CoCondenser:
+        settings = {"skip_from": 1, **settings}
+    model = objective(lm, **settings).train()
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(3.0)  # [CLS] vectors of random weights are all alike
+    return model.double()  # rounding is far below what would be wrong
+
+
+def gradients_of(model, steps, number=0, cached=None, summed=lambda values: values, scale=None):
+    batch = steps[number]
+    model.zero_grad()
+    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.0), gradient_cache=cached, summed=summed)
+    scale = (
+        1 / torch.tensor([float(batch.total(name)) for name in COUNTS], dtype=torch.float64) if scale is None else scale
+    )
+    found = step.passes(batch, scale, score=True)
+    return found, [gradient.clone() for gradient in step.gradients]
+
+
+def norm_of(gradients):
+    return torch.stack([gradient.double().norm() for gradient in gradients]).norm()
+
+
+def close(one, other, share=1e-10):
+    assert norm_of([a - b for a, b in zip(one, other, strict=True)]) <= share * norm_of(other)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("tokens_per_pass", [1, 10**6])
+@pytest.mark.parametrize(
+    "settings", [{}, {"n_head_layers": 0, "late_mlm": False}, {"similarity": "cosine", "temperature": 0.1}]
+)
+def test_cached_gradients_are_those_of_passes_that_are_kept(settings, tokens_per_pass, dropout, pairs, spans):
+    model, steps = model_of(dropout=dropout, **settings), steps_of(pairs, spans, tokens_per_pass=tokens_per_pass)
+    kept, cached = (gradients_of(model, steps, cached=which) for which in (False, True))
+    assert norm_of(kept[1]) > 0.01
+    close(cached[1], kept[1])
+    assert cached[0].shares["contrast_loss"].item() == pytest.approx(kept[0].shares["contrast_loss"].item(), rel=1e-12)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_the_contrast_is_over_the_step_whatever_its_passes(micro_batches, pairs, spans):
+    model = model_of(dropout=0.0)
+    whole = gradients_of(model, steps_of(pairs, spans, micro_batches=4, tokens_per_pass=10**6))
+    parts = gradients_of(model, steps_of(pairs, spans, micro_batches=4, tokens_per_pass=60 * 4 // micro_batches))
+    close(parts[1], whole[1])
+
+
+def test_dummies_are_no_part_of_a_contrast(pairs, spans):
+    model = model_of(dropout=0.0)
+    plain, filled = (gradients_of(model, steps_of(pairs, spans, few_shapes=few)) for few in (False, True))
+    close(filled[1], plain[1])
+    for name, value in plain[0].shares.items():
+        torch.testing.assert_close(filled[0].shares[name], value, rtol=1e-10, atol=1e-12)
+
+
+def test_several_devices_take_the_step_of_one(pairs, spans):
+    """Two devices one after the other: each is given the other's vectors where they would be added up."""
+    model = model_of(dropout=0.0)
+    alone, gradients = gradients_of(model, steps_of(pairs, spans))
+    sums = [[], []]
+    for rank in range(2):  # the first time, to see what each would send
+        steps = steps_of(pairs, spans, 2, rank)
+        gradients_of(model, steps, summed=lambda values, rank=rank: sums[rank].append(values.clone()) or values)
+    everything = sums[0][0] + sums[1][0]
+    scale = 1 / torch.tensor([float(steps_of(pairs, spans)[0].total(name)) for name in COUNTS], dtype=torch.float64)
+    parts = [
+        gradients_of(model, steps_of(pairs, spans, 2, rank), summed=lambda values: everything.clone(), scale=scale)
+        for rank in range(2)
+    ]
+    close([a + b for a, b in zip(parts[0][1], parts[1][1], strict=True)], gradients)
+    assert parts[0][0].shares["contrast_loss"] == parts[1][0].shares["contrast_loss"]
+    assert parts[0][0].shares["contrast_loss"].item() == pytest.approx(alone.shares["contrast_loss"].item(), rel=1e-12)
+
+
+def test_only_what_cls_needs_is_computed_for_the_vectors(pairs, spans):
+    """Counted: without dropout no head, no vocabulary, and the last layer at [CLS] alone."""
+    model, (fields, *_) = model_of(dropout=0.0), steps_of(pairs, spans)[0]
+    products = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+                products.append(args[-2].shape)
+            return function(*args, **(kwargs or {}))
+
+    with Counting(), torch.no_grad():
+        vectors = model.cls_states(inputs_of(fields))
+    n, n_tokens = len(vectors), fields["n_tokens"]
+    layers = len(model.backbone.layers)
+    assert [shape[0] for shape in products] == [n_tokens] * 4 * (layers - 1) + [n, n_tokens, n, n, n]
+    torch.testing.assert_close(vectors, model.cls_and_losses(inputs_of(fields))[0])
+
+
+def test_measures_of_pairs_are_those_of_their_definitions():
+    vectors = torch.randn(8, 5)
+    scores = pair_scores(vectors)
+    losses, correct = pair_losses(scores)
+    found = pair_measures(vectors, scores)
+    unit = F.normalize(vectors, dim=-1)
+    ranks, squared, potentials = [], [], []
+    for i in range(8):
+        others = [j for j in range(8) if j != i]
+        dots = {j: float(vectors[i] @ vectors[j]) for j in others}
+        assert losses[i].item() == pytest.approx(math.log(sum(map(math.exp, dots.values()))) - dots[i ^ 1], rel=1e-4)
+        ranks.append(1 + sum(dot > dots[i ^ 1] for dot in dots.values()))
+        assert bool(correct[i]) == (ranks[-1] == 1)
+        squared.append(float((unit[i] - unit[i ^ 1]).square().sum()))
+        potentials += [math.exp(-2 * float((unit[i] - unit[j]).square().sum())) for j in others]
+    assert found["contrast_mrr"].item() == pytest.approx(np.mean([1 / rank for rank in ranks]), rel=1e-5)
+    assert found["alignment"].item() == pytest.approx(np.mean(squared), rel=1e-4)
+    assert found["uniformity"].item() == pytest.approx(math.log(np.mean(potentials)), rel=1e-4)
+
+
+# --- RetroMAE
+
+
+def restated(model, fields):
+    """Section 3.3 of the paper, sequence by sequence and position by position, with Hugging Face's own layer parts."""
+    lm, layer, bounds = model.lm, model.decoder, fields["cu_seqlens"].tolist()
+    attention, n_heads = layer.attention.self, layer.attention.self.num_attention_heads
+    embeddings = lm.base_model.embeddings
+    cls = model.cls_and_losses(inputs_of(fields))[0]
+    total, n = torch.zeros(()), 0
+    for number, (first, end) in enumerate(itertools.pairwise(bounds)):
+        original = fields["original_ids"][first:end]
+        ids = torch.where(original < 0, fields["input_ids"][first:end], original)[None]
+        length = end - first
+        offset = 2 if lm.config.model_type == "roberta" else 0
+        position = embeddings.position_embeddings(torch.arange(length) + offset)
+        text = embeddings(input_ids=ids)[0]
+        h1 = cls[number] + position  # equation 3
+        h2 = torch.cat([cls[number][None], text[1:]])
+        seen = model.seen(fields["keys"][number : number + 1], Rows(length))[0, 0]
+        for i in range(length):
+            if original[i] < 0:
+                continue
+            visible = [j for j in range(length) if seen[i, j]]
+            assert i not in visible
+            assert 0 in visible
+            query = attention.query(h1[i]).view(n_heads, -1)
+            keys, values = (
+                part(h2[visible]).view(len(visible), n_heads, -1) for part in (attention.key, attention.value)
+            )
+            scores = torch.einsum("hd,jhd->hj", query, keys) / query.shape[-1] ** 0.5
+            context = torch.einsum("hj,jhd->hd", scores.softmax(-1), values).flatten()
+            out = layer.attention.output(context[None], h1[i][None])
+            out = layer.output(layer.intermediate(out), out)
+            logits = lm.lm_head(out) if lm.config.model_type == "roberta" else lm.cls(out)
+            total, n = total + F.cross_entropy(logits, original[i][None], reduction="sum"), n + 1
+    return total, n
+
+
+class Rows:
+    def __init__(self, longest):
+        self.longest, self.mask = longest, torch.ones(1, 1, 1, longest, dtype=torch.bool)
+
+
+@pytest.fixture(scope="module")
+def texts(store):
+    from condenser.data.mixing import Mixture
+
+    mixture = Mixture([TokenStore(store, "train")], seed=3)
+    batches = BucketedBatches(mixture, batch_size=8, micro_batches_per_step=2, seed=3, added=2)
+    vocabulary = Vocabulary.of(load_tokenizer(store / "tokenizer"))
+
+    def steps(**options):
+        return Steps(mixture, batches, vocabulary, Masking(3, 0.3), extras=RetroMAE.asks, **options)
+
+    return steps
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+@pytest.mark.parametrize("pruned", [True, False])
+def test_retromaes_decoder_is_the_papers_with_its_gradients(pruned, family, texts):
+    model = model_of(family, RetroMAE, dropout=0.0, pruned=pruned).eval()
+    for fields in texts()[0]:
+        term = model.losses(inputs_of(fields))["decoder"]
+        expected, n = restated(model, fields)
+        assert fields["n_ordinary"] == n
+        assert term.sum.item() == pytest.approx(expected.item(), rel=1e-10)
+        found, wanted = (
+            torch.autograd.grad(loss, [*model.parameters()], allow_unused=True) for loss in (term.sum, expected)
+        )
+        pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b is not None]
+        assert len(pairs) > 30
+        close([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def test_the_decoder_never_sees_the_token_that_it_predicts_and_sees_half_of_the_others(texts):
+    """Another token at a position changes the predictions of others there, never its own."""
+    model = model_of(objective=RetroMAE, dropout=0.0, decoder_mask_rate=0.5).eval()
+    (fields, *_) = texts()[0]
+    inputs = inputs_of(fields)
+    cls = model.cls_states(inputs)
+    before = model.decoded(inputs, cls)
+    n_changed = n_others = 0
+    for place in range(1, int(fields["cu_seqlens"][1]) - 1):
+        changed = inputs["original_ids"].clone()
+        changed[place] = (changed[place] + 7) % 190 + 5
+        differs = (model.decoded({**inputs, "original_ids": changed}, cls) != before).any(-1)
+        assert not differs[place]
+        assert not differs[int(fields["cu_seqlens"][1]) :].any()
+        n_changed, n_others = n_changed + int(differs[1:].sum()), n_others + int(fields["cu_seqlens"][1]) - 2
+    assert abs(n_changed / n_others - 0.5) < 0.08
+    other = model.decoded(inputs, cls.roll(1, 0))
+    assert (other != before).any(-1).all()  # all read [CLS]
+
+
+@pytest.mark.parametrize("rate", [0.3, 0.5, 0.7])
+def test_positions_are_seen_at_the_rate_asked_for_each_pair_alike_and_anew_for_each_key(rate):
+    model = model_of(objective=RetroMAE, decoder_mask_rate=rate)
+    keys = torch.from_numpy(np.random.default_rng(0).integers(0, 2**31, 400))
+    seen = model.seen(keys, Rows(24))[:, 0].double()
+    assert (seen[:, :, 0] == 1).all()
+    assert (seen.diagonal(dim1=1, dim2=2)[:, 1:] == 0).all()
+    off = ~torch.eye(24, dtype=torch.bool)
+    off[:, 0] = False
+    share, spread = seen.mean(0)[off], (rate * (1 - rate) / 400) ** 0.5
+    assert abs(share.mean() - (1 - rate)) < 5 * spread / len(share) ** 0.5
+    assert (abs(share - (1 - rate)) < 5 * spread).all()
+    flat = seen[:, off] - (1 - rate)
+    correlation = (flat.T @ flat / 400 / (rate * (1 - rate))).fill_diagonal_(0)
+    assert abs(correlation).max() < 6.5 / 400**0.5
+
+
+def test_retromaes_dummies_and_passes_change_nothing(texts):
+    model = model_of(objective=RetroMAE, dropout=0.0)
+    plain = gradients_of(model, texts())
+    for options in ({"few_shapes": True}, {"tokens_per_pass": 10**6}, {"few_shapes": True, "tokens_per_pass": 10**6}):
+        other = gradients_of(model, texts(**options))
+        close(other[1], plain[1])
+        for name, value in plain[0].shares.items():
+            torch.testing.assert_close(other[0].shares[name], value, rtol=1e-10, atol=1e-12)
