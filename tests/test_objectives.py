@@ -3,26 +3,34 @@
 import itertools
 import json
 import math
+import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from conftest import TINY_MODEL
 from safetensors import safe_open
+from test_training import assert_same_weights, final_state, metrics_of
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
+from condenser.cli import main
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, StepBatch, Vocabulary
 from condenser.data.datamodule import Steps
 from condenser.data.pairs import Pairs, cut_pairs
 from condenser.data.store import TokenStore
 from condenser.data.tokenizers import load_tokenizer
+from condenser.evaluation.probes import probe_store
+from condenser.hub import load_checkpoint, load_export
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.losses import pair_losses, pair_measures, pair_scores
 from condenser.models.objective import COUNTS, flattened
 from condenser.models.retromae import RetroMAE
+from condenser.runs import checkpoints
 from condenser.training.step import TrainingStep, inputs_of
 
 GOLDEN = Path(__file__).parent / "golden" / "cocondenser-4layer.safetensors"
@@ -419,3 +427,237 @@ def test_retromaes_dummies_and_passes_change_nothing(texts):
         close(other[1], plain[1])
         for name, value in plain[0].shares.items():
             torch.testing.assert_close(other[0].shares[name], value, rtol=1e-10, atol=1e-12)
+
+
+# --- runs
+
+
+CO = ["--model.objective", "condenser.models.cocondenser.CoCondenser"]
+RETRO = ["--model.objective", "condenser.models.retromae.RetroMAE", "--data.mask_probability", "0.3"]
+
+
+def fit(recipe, folder, name, *options):
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(folder), "--name", name, *options])
+
+
+@pytest.fixture(scope="module")
+def co(recipe, spans, tmp_path_factory):
+    """A run of coCondenser with dropout over several passes a step."""
+    folder = tmp_path_factory.mktemp("co")
+    options = [*CO, "--data.store", str(spans), "--data.span_length", "16", "--data.batch_size", "24"]
+    assert fit(recipe, folder, "co", *options) == 0
+    return folder / "co", options
+
+
+@pytest.fixture(scope="module")
+def retro(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("retro")
+    options = [*RETRO, "--model.objective_options.decoder_mask_rate", "0.7"]
+    assert fit(recipe, folder, "retro", *options) == 0
+    return folder / "retro", options
+
+
+@pytest.mark.parametrize("name", ["co", "retro"])
+def test_a_run_logs_and_validates_all_terms_and_what_is_minimised(name, request):
+    run, _ = request.getfixturevalue(name)
+    names = {"co": ("mlm", "head_mlm", "contrast"), "retro": ("mlm", "decoder")}[name]
+    for row in metrics_of(run):
+        for kind in ("train", "val"):
+            if row[f"{kind}/loss"]:
+                parts = [float(row[f"{kind}/{term}_loss"]) for term in names]
+                assert float(row[f"{kind}/loss"]) == pytest.approx(sum(parts), rel=1e-5)
+                assert all(0 <= float(row[f"{kind}/{term}_accuracy"]) <= 1 for term in names)
+    if name == "co":
+        assert 0 < float(row["val/contrast_mrr"]) <= 1
+        assert float(row["val/alignment"]) >= 0 >= float(row["val/uniformity"])
+
+
+@pytest.mark.parametrize("name", ["co", "retro"])
+def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_dropout(name, recipe, tmp_path, request):
+    run, options = request.getfixturevalue(name)
+    assert fit(recipe, tmp_path, "parts", *options, "--trainer.max_time", "00:00:00:00") == 0
+    assert not (tmp_path / "parts" / "summary.json").exists()
+    assert fit(recipe, tmp_path, "parts", *options) == 0
+    assert_same_weights(run, tmp_path / "parts")
+    assert metrics_of(run) == metrics_of(tmp_path / "parts")
+
+
+@pytest.mark.parametrize("name", ["co", "retro"])
+def test_an_export_holds_the_objective_with_its_head(name, recipe, tmp_path, request, capsys):
+    run, options = request.getfixturevalue(name)
+    out = tmp_path / "export"
+    assert main(["export", str(run), "--output", str(out)]) == 0
+    model = load_export(out)
+    assert type(model).__name__ == {"co": "CoCondenser", "retro": "RetroMAE"}[name]
+    state = final_state(run)["state_dict"]
+    for weight_name, weight in model.state_dict().items():
+        assert torch.equal(weight, state[f"model.{weight_name}"])
+    if name == "retro":
+        assert model.decoder_mask_rate == 0.7
+    warm = ["--model.backbone", str(out), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
+    capsys.readouterr()
+    assert fit(recipe, tmp_path, "on", *options, *warm) == 0
+    assert "begins with random weights" not in capsys.readouterr().out
+
+
+def test_where_a_head_is_missing_or_of_another_objective_one_line_says_so(recipe, tiny_export, tmp_path, capsys):
+    warm = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
+    assert fit(recipe, tmp_path, "other", *RETRO, *warm) == 0
+    said = capsys.readouterr().out
+    assert "has the head of another objective (c_head." in said
+    assert "head_only_steps" in said
+    plain = tmp_path / "plain"
+    shutil.copytree(tiny_export, plain)
+    (plain / "condenser_head.safetensors").unlink()
+    warm[1] = str(plain)
+    assert fit(recipe, tmp_path, "none", *warm) == 0
+    assert "has no head, so that of Condenser begins with random weights" in capsys.readouterr().out
+    assert fit(recipe, tmp_path, "mlm", *warm, "--model.n_head_layers", "0") == 0
+    assert "random weights" not in capsys.readouterr().out
+
+
+def test_cocondenser_starts_from_a_condenser_with_its_head(recipe, spans, tiny_export, tmp_path, capsys):
+    warm = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
+    keep = ["--model.optimizer.learning_rate", "1e-12", "--data.store", str(spans)]
+    assert fit(recipe, tmp_path, "co", *CO, *warm, *keep) == 0
+    assert "random weights" not in capsys.readouterr().out
+    head, state = load_export(tiny_export).c_head.state_dict(), final_state(tmp_path / "co")["state_dict"]
+    for name, weight in head.items():
+        torch.testing.assert_close(state[f"model.c_head.{name}"], weight, rtol=0, atol=1e-8)
+
+
+BAD = {
+    "a store of blocks": ([*CO], "holds blocks; pairs of spans need a store of `prepare --kind spans`"),
+    "a temperature of 0": ([*CO, "--model.objective_options.temperature", "0"], "temperature=0 must be positive"),
+    "another similarity": ([*CO, "--model.objective_options.similarity", "l2"], "similarity='l2' must be 'dot' or"),
+    "a negative weight": ([*CO, "--model.objective_options.mlm_weight", "-1"], "must not be negative"),
+    "a text for a number": ([*CO, "--model.objective_options.temperature", "hot"], "objective_options"),
+    "an unknown option": (
+        [*CO, "--model.objective_options.temprature", "1"],
+        "has no setting temprature; it has skip_from",
+    ),
+    "an option of another": (
+        [*RETRO, "--model.objective_options.temperature", "2"],
+        "RetroMAE has no setting temperature",
+    ),
+    "a decoder rate of 0": ([*RETRO, "--model.objective_options.decoder_mask_rate", "0"], "must lie between 0 and 1"),
+    "a decoder rate of 1": ([*RETRO, "--model.objective_options.decoder_mask_rate", "1"], "must lie between 0 and 1"),
+    "no pairs": ([*CO, "--data.pairs", "false"], "contrasts pairs"),
+    "a length of what is no pair": (["--data.span_length", "16"], "set data.pairs to true"),
+    "spans of a token": ([*CO, "--data.span_length", "1", "--data.store", "SPANS"], "span_length=1 must be at least 2"),
+    "one document a step": (
+        [*CO, "--data.batch_size", "2", "--data.micro_batches_per_step", "2", "--data.store", "SPANS"],
+        "two documents",
+    ),
+    "no head": (["--model.n_head_layers", "0", "--model.optimizer.head_only_steps", "2"], "no head to train alone"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_cannot_work_is_one_line(case, recipe, spans, tmp_path, capsys):
+    options, message = BAD[case]
+    options = [option.replace("SPANS", str(spans)) for option in options]
+    assert fit(recipe, tmp_path, "bad", "--trainer.max_steps", "2", *options) == 1
+    said = capsys.readouterr().err.strip().splitlines()
+    assert message in said[-1], said
+    assert len([line for line in said if "error" in line]) == 1
+
+
+BAG_OF_WORDS = '''
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+from condenser.models.flops import training_flops
+from condenser.models.objective import Objective, Term
+
+
+class BagOfWords(Objective):
+    """MLM, and the words of a text from its [CLS] alone."""
+
+    terms = ("mlm", "bag")
+    asks = ("original_ids",)
+
+    def __init__(self, lm, weight=0.5):
+        super().__init__(lm)
+        self.weight = weight
+        self.project = nn.Linear(lm.config.hidden_size, lm.config.vocab_size)
+
+    def losses(self, batch, score=False):
+        late, _, _ = self.encoded(batch)
+        logits = self.project(self.cls_of(late, batch)).float().log_softmax(-1)
+        row = torch.bucketize(torch.arange(len(batch["input_ids"])), batch["cu_seqlens"], right=True) - 1
+        real = batch["original_ids"] >= 0
+        bag = -logits[row, batch["original_ids"].clamp(min=0)] * real
+        mlm = self.scored(late[batch["masked_slot"]], batch["labels"], score)
+        return {"mlm": mlm, "bag": Term(bag.sum(), over="n_ordinary", weight=self.weight)}
+
+    def flops(self, work):
+        return training_flops(self.lm.config, 0, True, work)
+'''
+
+
+def test_a_third_objective_is_one_file_and_a_yaml(recipe, tmp_path, monkeypatch):
+    (tmp_path / "bag_of_words.py").write_text(BAG_OF_WORDS)
+    overlay = tmp_path / "bag.yaml"
+    overlay.write_text("model:\n  objective: bag_of_words.BagOfWords\n  objective_options: {weight: 0.25}\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert fit(recipe, tmp_path, "bag", "-c", str(overlay), "--trainer.log_every_n_steps", "1") == 0
+    rows = metrics_of(tmp_path / "bag")
+    for row in rows:
+        for kind in ("train", "val"):
+            if row[f"{kind}/loss"]:
+                expected = float(row[f"{kind}/mlm_loss"]) + 0.25 * float(row[f"{kind}/bag_loss"])
+                assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)
+    losses = [float(row["train/bag_loss"]) for row in rows if row["train/bag_loss"]]
+    assert losses[-1] < losses[0]
+    assert main(["export", str(tmp_path / "bag"), "--output", str(tmp_path / "export")]) == 0
+    monkeypatch.delitem(sys.modules, "bag_of_words")
+    assert load_export(tmp_path / "export").lm is not None
+
+
+@pytest.mark.parametrize("objective", [CoCondenser, RetroMAE])
+def test_in_bf16_cached_gradients_differ_less_than_rounding_does(objective, pairs, spans, texts):
+    model = model_of(objective=objective).float()
+    steps = steps_of(pairs, spans) if objective is CoCondenser else texts()
+    exact = gradients_of(model, steps)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        kept, cached = (gradients_of(model, steps, cached=which)[1] for which in (False, True))
+    rounding = norm_of([a - b for a, b in zip(kept, exact, strict=True)]) / norm_of(exact)
+    assert 1e-4 < rounding < 0.1
+    close(cached, kept, 0.01 * rounding)
+
+
+@pytest.mark.parametrize("objective", [CoCondenser, RetroMAE])
+def test_recomputed_layers_draw_the_same_dropout(objective, pairs, spans, texts):
+    model = model_of(objective=objective)
+    steps = steps_of(pairs, spans) if objective is CoCondenser else texts()
+    plain = gradients_of(model, steps)[1]
+    model.gradient_checkpointing = True
+    close(gradients_of(model, steps)[1], plain)
+
+
+def test_how_much_the_decoder_reads_from_cls_is_probed(retro):
+    run, _ = retro
+    model = load_checkpoint(checkpoints(run)[0])[0]
+    store = Path(yaml.safe_load((run / "config.yaml").read_text())["data"]["store"])
+    found = probe_store(model, model.lm, store, n_sequences=8)
+    assert found["head_loss"].keys() == {"true", "other", "zeros"}
+    assert len(set(found["head_loss"].values())) == 3
+    assert all(3 < value < 8 for value in found["head_loss"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", [CoCondenser, RetroMAE])
+def test_a_compiled_step_is_the_eager_one(objective, pairs, spans, texts):
+    model = model_of(objective=objective, dropout=0.0).float()
+    steps = steps_of(pairs, spans, few_shapes=True) if objective is CoCondenser else texts(few_shapes=True)
+    batch = steps[0]
+    scale = 1 / torch.tensor([float(batch.total(name)) for name in COUNTS])
+    found = []
+    for compiled in (False, True):
+        step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.0), compiled=compiled, gradient_cache=True)
+        passes = step.passes(batch, scale, score=True)
+        found.append([passes.losses, passes.shares, [gradient.clone() for gradient in step.gradients]])
+        model.zero_grad()
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)

@@ -467,22 +467,27 @@ def test_print_config_prints_a_configuration_that_can_be_used(recipe, capsys, tm
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = ["condenser.yaml", "demo.yaml", "small.yaml", "study/study.yaml"]
+RECIPES = ["condenser.yaml", "cocondenser.yaml", "retromae.yaml", "demo.yaml", "small.yaml", "study/study.yaml"]
 SHIPPED = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("*.yaml"))
-OVERLAYS = [
-    ["study/study.yaml" if name.startswith("study/") else "condenser.yaml", name]
-    for name in SHIPPED
-    if name not in RECIPES
-]
+
+
+def base_of(name):
+    """The recipe that an overlay is laid over."""
+    said = re.search(r"# For configs/(\w+.yaml)", (CONFIGS / name).read_text())
+    return said[1] if said else "study/study.yaml" if name.startswith("study/") else "condenser.yaml"
+
+
+OVERLAYS = [[base_of(name), name] for name in SHIPPED if name not in RECIPES]
 
 
 @pytest.mark.parametrize("names", [[name] for name in RECIPES] + OVERLAYS, ids="+".join)
-def test_every_shipped_configuration_trains(names, store, tiny_export, tmp_path):
+def test_every_shipped_configuration_trains(names, store, spans, tiny_export, tmp_path):
+    store = spans if names[0] in ("cocondenser.yaml", "demo.yaml") else store
     small = {"data.store": store, "data.batch_size": 8, "data.num_workers": 0, "model.skip_from": 1, "wandb": "off"}
     small |= {"trainer.accelerator": "cpu", "trainer.devices": 1, "trainer.num_nodes": 1}
     small |= {"trainer.max_epochs": -1, "trainer.max_steps": 2}
     small |= {"trainer.val_check_interval": 2, "trainer.log_every_n_steps": 1, "trainer.enable_progress_bar": "false"}
-    if names[0] == "condenser.yaml":
+    if names[0] in ("condenser.yaml", "cocondenser.yaml", "retromae.yaml"):
         small |= {"model.backbone": tiny_export}
     else:
         small |= {"model.backbone_config.num_hidden_layers": 2, "data.micro_batches_per_step": 2}

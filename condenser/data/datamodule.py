@@ -159,6 +159,11 @@ class CondenserDataModule(L.LightningDataModule):
             raise ValueError("data.pairs=false: the objective contrasts pairs of spans")
 
     def train_dataloader(self) -> "StepLoader":
+        if self.pairs and min(self.batch_size // 2, len(self.train)) < 2:
+            raise ValueError(
+                f"data.batch_size={self.batch_size}, {len(self.train)} documents: a step of pairs needs the spans of "
+                "two documents or more"
+            )
         return self.loader(self.train, self.batch_size, self.micro_batches_per_step, training=True)
 
     def val_dataloader(self) -> "StepLoader | list":

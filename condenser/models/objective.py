@@ -24,8 +24,6 @@ from condenser.models.losses import IGNORED, token_losses
 
 COUNTS = ("n_masked", "n_tokens", "n_sequences", "n_ordinary")  # host ints of every pass that a term may be divided by
 
-USUAL = {"skip_from": 6, "n_head_layers": 2, "late_mlm": True, "pruned": True}  # settings of a Condenser, and of others
-
 
 class Term(NamedTuple):
     """A summand of the objective over one pass; dummies add nothing to it."""
@@ -165,17 +163,13 @@ def setting_names(objective: type[Objective]) -> list[str]:
 
 
 def known_options(objective: type[Objective], usual: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
-    """What a class is made with: ``options``, and of ``usual`` what it takes, as others have defaults of these names.
+    """What a class is made with: ``options``, and of ``usual`` what it takes.
 
     Raises:
-        ValueError: an option that it does not take, or another value than the default of a usual one.
+        ValueError: an option that it does not take.
     """
     takes = setting_names(objective)
-    unknown = [name for name in options if name not in takes]
-    for name, value in usual.items():
-        if name not in takes and value != USUAL[name]:
-            unknown.append(name)
-    if unknown:
+    if unknown := [name for name in options if name not in takes]:
         raise ValueError(
             f"{objective.__name__} has no setting {', '.join(unknown)}; it has {', '.join(takes) or 'none'}"
         )

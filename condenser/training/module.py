@@ -79,8 +79,8 @@ class CondenserModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone, self.backbone_config, self.objective = backbone, backbone_config or {}, objective
-        head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
-        self.options = known_options(objective, head, objective_options or {})
+        self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
+        self.objective_options = objective_options or {}
         self.gradient_cache = gradient_cache
         self.gradient_checkpointing, self.fused_loss = gradient_checkpointing, fused_loss
         self.compiled, self.cuda_graphs = compile, cuda_graphs
@@ -98,14 +98,21 @@ class CondenserModule(L.LightningModule):
         self.val_metrics: Any = nn.ModuleDict()
         self.val_weights: dict[str, float] = {}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the objective is made with. Raises ValueError for an option that it does not take."""
+        return known_options(self.objective, self.head, self.objective_options)
+
     def configure_model(self) -> None:
         """Build the model once the store, and with it the vocabulary, is known."""
         if self.model is not None:
             return
+        options, say = self.options, print if self.trainer.is_global_zero else lambda message: None
+        if unused := [name for name in self.head if name not in options]:
+            say(f"a {self.objective.__name__} has no use for model.{', '.join(unused)}")
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        say = print if self.trainer.is_global_zero else lambda message: None
-        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, say, **self.options)
+        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, say, **options)
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
