@@ -18,11 +18,12 @@ install: .venv/installed  ## make the environment
 
 demo: install  ## the main job on a small corpus: text, pre-training, export, retrieval, report (10 minutes on 2 cores)
 	$(BIN)/python data/demo_corpus.py --output data/raw/demo
-	$(RUN) prepare --input data/raw/demo/documents.jsonl --tokenizer train:8192 --max-length 64 --output data/tokens/demo
+	$(RUN) prepare --input data/raw/demo/documents.jsonl --tokenizer train:8192 --kind spans \
+	  --max-length 34 --output data/tokens/demo
 	$(RUN) fit --config configs/demo.yaml
 	$(RUN) export runs/demo --output runs/demo/export
 	$(RUN) evaluate runs/demo/export --retrieval data/raw/demo/beir --baselines \
-	  --finetune --finetune-steps 150 --finetune-learning-rate 5e-4 --max-length 48 \
+	  --finetune --finetune-steps 40 --train-sizes 1000 --finetune-learning-rate 5e-4 --max-length 48 \
 	  --query "compute the inverse of a square matrix" --output runs/demo/evaluation
 	$(RUN) report runs/demo --output runs/demo/report.html
 	@echo "open runs/demo/report.html"

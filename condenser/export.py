@@ -137,6 +137,13 @@ def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
 
 
+PAPERS = {
+    "Condenser": "Gao & Callan, EMNLP 2021",
+    "CoCondenser": "Gao & Callan, ACL 2022",
+    "RetroMAE": "Xiao & Liu, EMNLP 2022",
+}
+
+
 def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> str:
     """The page that the hub shows; its first part is the hub's metadata."""
     config, data, numbers = model.lm.config, card["data"], card["measured"]
@@ -146,9 +153,10 @@ def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> 
     if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
         about["base_model"] = backbone  # of the hub
     files = ", ".join(source["name"] for source in data["settings"]["sources"])
-    objective, method = "plain MLM", "Pre-trained as the control of"
-    if model.head_state():
-        objective, method = "a Condenser head", "Its `[CLS]` vector is made ready for dense retrieval by"
+    name = type(model).__name__
+    control = name == "Condenser" and not model.head_state()
+    objective = "plain MLM" if control else name
+    method = "Pre-trained as the control of" if control else "Its `[CLS]` vector is made ready for dense retrieval by"
     seen = f"{numbers['train/tokens_seen']:,.0f}" if "train/tokens_seen" in numbers else "not recorded"
     losses = [f"`{name}` {value:.3f}" for name, value in numbers.items() if name.startswith("val/")]
     rows = [
@@ -160,7 +168,7 @@ def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> 
 {yaml.safe_dump(about, sort_keys=False)}---
 # A {config.model_type} encoder pre-trained with {objective}
 
-{method} Condenser (Gao & Callan, EMNLP 2021).
+{method} {name} ({PAPERS.get(name, "an objective of one's own")}).
 **It is not fine-tuned for retrieval: fine-tune it first**; before that, `[CLS]` similarity says little. How, on
 MS MARCO and others, with sentence-transformers or Tevatron: `docs/fine-tuning.md` of the project that made it.
 
@@ -185,7 +193,7 @@ Validation losses at this step: {", ".join(losses) or "not recorded"}.
 ```python
 from sentence_transformers import SentenceTransformer  # to fine-tune, then to encode: SentenceTransformer(folder)
 from transformers import AutoModel, AutoModelForMaskedLM  # .from_pretrained(folder): encoder; encoder with MLM head
-from condenser.hub import load_export  # load_export(folder): with the Condenser head, to go on pre-training
+from condenser.hub import load_export  # load_export(folder): with its head, to go on pre-training
 ```
 
 Limits: it knows what its text says, with its errors and biases, in its language and of its time.
