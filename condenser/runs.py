@@ -24,8 +24,8 @@ SUMMARY = "summary.json"
 METRICS = "metrics.csv"
 RESULTS = "evaluation/results.json"
 ZERO_SHOT_NOTE = (
-    "Rows that are not fine-tuned say little about a pre-training that never compared [CLS] vectors (Condenser, RetroMAE, "
-    "MLM): after a short one they normally retrieve worse than a random encoder's. Compare the fine-tuned rows."
+    "Rows that are not fine-tuned say little about a pre-training that never compared [CLS] vectors (Condenser, "
+    "RetroMAE, MLM): after a short one they normally retrieve worse than a random encoder's. Compare fine-tuned rows."
 )
 COMMIT = "COMMIT"  # beside the code that `condenser launch` copied
 

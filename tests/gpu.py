@@ -22,11 +22,13 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from condenser.data.collate import StepBatch
-from condenser.data.datamodule import StepLoader
+from condenser.data.datamodule import CondenserDataModule, StepLoader
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
+from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
-from condenser.models.objective import padded
+from condenser.models.objective import COUNTS, padded
+from condenser.models.retromae import RetroMAE
 from condenser.reports.rows import steps_over
 from condenser.reports.trial import FIRST, RECIPES, Trial, matmul_rate
 from condenser.training.logs import Speed, commit
@@ -44,24 +46,25 @@ BENCHMARKS = {  # name: settings of the model, longest row, sequences of a step
 }
 
 
-def model_of(settings, **more):
+def model_of(settings, objective=Condenser, **more):
     torch.manual_seed(0)
     dry = {"attention_probs_dropout_prob": 0.0, "vocab_size": 30522, **settings, **more}
     lm = BertForMaskedLM(BertConfig(**dry))
-    return Condenser.from_masked_lm(lm, skip_from=lm.config.num_hidden_layers // 2).to(DEVICE).train()
+    options = {} if objective is RetroMAE else {"skip_from": lm.config.num_hidden_layers // 2}
+    return objective.from_masked_lm(lm, **options).to(DEVICE).train()
 
 
 def steps_of(sequences, micro_batches, n_steps, max_length=128, **options):
     return steps_over(SyntheticStore(sequences * n_steps, max_length), sequences, micro_batches, **options)
 
 
-def loss_and_gradients(settings, batch, half, **ways):
+def loss_and_gradients(settings, batch, half, objective=Condenser, **ways):
     """Of one step without dropout, by one of the ways there are to compute it."""
-    model = model_of(settings, hidden_dropout_prob=0.0, attention_probs_dropout_prob=ways.pop("attention_dropout", 0.0))
+    model = model_of(settings, objective, hidden_dropout_prob=0.0)
     for name in ("gradient_checkpointing", "fused_loss"):
         setattr(model, name, ways.pop(name, False))
     step = TrainingStep(model, torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True), **ways)
-    scale = 1 / torch.tensor([batch.total(n) for n in ("n_masked", "n_tokens", "n_sequences")], device=DEVICE)
+    scale = 1 / torch.tensor([batch.total(name) for name in COUNTS], device=DEVICE)
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
         passes = step.passes(batch.to(DEVICE), scale, False)
     return float(passes.losses.sum()), torch.cat([gradient.flatten().double() for gradient in step.gradients])
@@ -107,6 +110,30 @@ def check_equality(settings, sequences):
     return found
 
 
+def check_objectives(settings, sequences):
+    """Relative differences of loss and gradient from fp32, one operation after the other, of the other objectives."""
+    found = {}
+    for objective in (CoCondenser, RetroMAE):
+        pairs = {"pairs": objective is CoCondenser, "extras": objective.asks}
+        several, one = (steps_of(sequences, 4, 2, tokens_per_pass=n, few_shapes=True, **pairs)[0] for n in (1, 10**9))
+        loss, exact = loss_and_gradients(settings, one, False, objective)
+        ways = {
+            "fp32, several passes": (several, False, {}),
+            "bf16": (one, True, {}),
+            "bf16, several passes": (several, True, {}),
+            "bf16, compiled": (several, True, {"compiled": True}),
+        }
+        if ON_GPU:
+            ways["bf16, compiled, replayed"] = (several, True, {"compiled": True, "replayed": True})
+        for name, (batch, half, options) in ways.items():
+            value, gradient = loss_and_gradients(settings, batch, half, objective, **options)
+            differs = [abs(value / loss - 1), float((gradient - exact).norm() / exact.norm())]
+            found[f"{objective.__name__}, {name}"] = differs
+            limits = (1e-2, 1e-1) if half else (2e-3, 2e-2) if ON_GPU else (1e-5, 1e-4)
+            assert all(a < b for a, b in zip(differs, limits, strict=True)), found
+    return found
+
+
 def check_replay(settings, sequences):
     """Several steps replayed are those that are computed one operation after the other; dropout comes from its seed."""
     steps = steps_of(sequences, 4, 12, tokens_per_pass=10**9, few_shapes=True)
@@ -117,7 +144,7 @@ def check_replay(settings, sequences):
         losses[name] = []
         for number in range(8):
             batch = steps[number]
-            scale = 1 / torch.tensor([batch.total(n) for n in ("n_masked", "n_tokens", "n_sequences")], device=DEVICE)
+            scale = 1 / torch.tensor([batch.total(name) for name in COUNTS], device=DEVICE)
             with torch.autocast(DEVICE.type, torch.bfloat16):
                 losses[name].append(float(step.take(batch.to(DEVICE), scale)[0].losses.sum()))
     a, b = (np.array(each) for each in losses.values())
@@ -128,7 +155,7 @@ def check_replay(settings, sequences):
     drawn = []
     for number in (0, 0, 1):
         batch = StepBatch(steps[0].buffer, [{**steps[0].layout[0], "step": number}]).to(DEVICE)
-        drawn.append(float(step.passes(batch, torch.full((3,), 1e-3, device=DEVICE), False).losses.sum()))
+        drawn.append(float(step.passes(batch, torch.full((4,), 1e-3, device=DEVICE), False).losses.sum()))
     assert drawn[0] == drawn[1] != drawn[2], drawn
     return {**losses, "dropout": drawn}
 
@@ -136,7 +163,8 @@ def check_replay(settings, sequences):
 class InMemory(L.LightningDataModule):
     """As much of a data module as training asks for, over rows in memory."""
 
-    tokens_per_pass, few_shapes, weights = None, False, {}
+    tokens_per_pass, few_shapes, pairs, weights = None, False, False, {}
+    serve = CondenserDataModule.serve
     unigram_nats = torch.zeros(30522)
 
     class tokenizer:  # noqa: N801
@@ -238,6 +266,7 @@ def main(argv=None):
     settings, sequences = (TOY, 8) if options.toy else (SMALL, 256)
     parts = {
         "equality": lambda: check_equality(settings, sequences),
+        "objectives": lambda: check_objectives(settings, sequences),
         "replay": lambda: check_replay(settings, sequences),
         "run": lambda: check_run(settings, sequences),
     }
