@@ -15,6 +15,8 @@ import yaml
 from conftest import TINY_MODEL
 from safetensors import safe_open
 from test_training import assert_same_weights, final_state, metrics_of
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from condenser.cli import main
@@ -27,6 +29,7 @@ from condenser.data.tokenizers import load_tokenizer
 from condenser.evaluation.probes import probe_store
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.cocondenser import CoCondenser
+from condenser.models.flops import Work
 from condenser.models.losses import pair_losses, pair_measures, pair_scores
 from condenser.models.objective import COUNTS, flattened
 from condenser.models.retromae import RetroMAE
@@ -621,8 +624,11 @@ def test_in_bf16_cached_gradients_differ_less_than_rounding_does(objective, pair
     model = model_of(objective=objective).float()
     steps = steps_of(pairs, spans) if objective is CoCondenser else texts()
     exact = gradients_of(model, steps)[1]
-    with torch.autocast("cpu", torch.bfloat16):
-        kept, cached = (gradients_of(model, steps, cached=which)[1] for which in (False, True))
+    found = []
+    for which in (True, False):  # the cached way first, which casts weights where no gradient is asked for
+        with torch.autocast("cpu", torch.bfloat16):
+            found.append(gradients_of(model, steps, cached=which)[1])
+    cached, kept = found
     rounding = norm_of([a - b for a, b in zip(kept, exact, strict=True)]) / norm_of(exact)
     assert 1e-4 < rounding < 0.1
     close(cached, kept, 0.01 * rounding)
@@ -661,3 +667,18 @@ def test_a_compiled_step_is_the_eager_one(objective, pairs, spans, texts):
         found.append([passes.losses, passes.shares, [gradient.clone() for gradient in step.gradients]])
         model.zero_grad()
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
+
+
+def test_retromaes_counted_operations_agree_with_torchs_counter(texts):
+    """Attention is laid out, so its pairs are those of rows; the decoder scores special tokens too, for nothing."""
+    model = model_of(objective=RetroMAE, dropout=0.0).float()
+    batch = texts(tokens_per_pass=10**6)[0]
+    (fields,) = batch
+    rows, longest = batch.total("n_sequences"), fields["max_seqlen"]
+    needed = Work.needed(batch)
+    work = needed._replace(pairs=rows * longest**2, query_pairs=rows * longest * fields["max_query"])
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        sum(term.sum for term in model.losses(inputs_of(fields)).values()).backward()
+    config = model.lm.config
+    for_nothing = 6.0 * 2 * rows * config.hidden_size * (config.hidden_size + config.vocab_size)
+    assert model.flops(work) + for_nothing == pytest.approx(counter.get_total_flops(), rel=0.02)

@@ -87,9 +87,9 @@ def collate(
         Arrays: ``input_ids, position_ids [T]``; ``cu_seqlens [B + 1]``, where each sequence begins; of masked tokens
         ``masked_index [M]`` and ``labels [M]``; ``query_index [Q]``, every [CLS] and masked position in order,
         ``cu_seqlens_query [B + 1]``, and where the masked ones are in it, ``masked_slot [M]``; ``sample_ids [B]``.
-        Host ints: ``max_seqlen, max_query``; ``n_sequences, n_tokens, n_masked``, ``n_ordinary`` tokens that are not
-        special; and how many pairs of a query and a
-        key attention has in a whole layer (``pairs``) and in a last one (``query_pairs``).
+        Host ints: ``max_seqlen, max_query``; ``n_sequences, n_tokens, n_masked``, and ``n_ordinary`` tokens that are
+        not special; how many pairs of a query and a key attention has in a whole layer (``pairs``) and in a last one
+        (``query_pairs``).
     """
     tokens, word_starts, lengths = rows
     inputs, masked = mask_flat(
@@ -105,11 +105,8 @@ def collate(
         rates=masking.rates,
         unit=masking.unit,
     )
-    n_samples = np.arange(len(lengths))
-    sample_of_token = np.repeat(n_samples, lengths)
-    place = (
-        np.arange(len(tokens)) + SPECIAL_TOKENS * sample_of_token + 1
-    )  # of each token, once [CLS] and [SEP] are there
+    sample_of_token = np.repeat(np.arange(len(lengths)), lengths)
+    place = np.arange(len(tokens)) + SPECIAL_TOKENS * sample_of_token + 1  # of each token, once [CLS], [SEP] are there
     framed = lengths + SPECIAL_TOKENS
     begins = np.append(0, framed.cumsum())
     input_ids = np.empty(begins[-1], np.int64)
@@ -120,14 +117,11 @@ def collate(
     masked_slot = np.arange(len(masked)) + sample_of_masked + 1
     query_index = np.empty(begins_query[-1], np.int64)
     query_index[begins_query[:-1]], query_index[masked_slot] = begins[:-1], place[masked]
-    more: Fields = {}
-    if "original_ids" in extras:
-        more["original_ids"] = np.full(len(input_ids), IGNORED)
-        more["original_ids"][place] = tokens
-    if "keys" in extras:
-        drawn = hash_ints(masking.seed, visits, sample_ids, KEYS) >> np.uint64(33)
-        more["keys"] = np.broadcast_to(drawn, sample_ids.shape).astype(np.int64)
-    return more | {
+    original_ids = np.full(len(input_ids), IGNORED)
+    original_ids[place] = tokens
+    keys = (hash_ints(masking.seed, visits, sample_ids, KEYS) >> np.uint64(33)).astype(np.int64)
+    more = {"original_ids": original_ids, "keys": keys}
+    return {name: more[name] for name in extras} | {
         "input_ids": input_ids,
         "position_ids": np.arange(len(input_ids)) - np.repeat(begins[:-1], framed),
         "cu_seqlens": begins,

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Fields, Masking, Shapes, StepBatch, Vocabulary, collate, filled
+from condenser.data.collate import EXTRAS, Fields, Masking, Shapes, StepBatch, Vocabulary, collate, filled
 from condenser.data.masking import Unit
 from condenser.data.mixing import Mixture, check_one_tokenizer
 from condenser.data.pairs import Pairs
@@ -151,8 +151,10 @@ class CondenserDataModule(L.LightningDataModule):
         """Give passes what an objective (or its class) asks for.
 
         Raises:
-            ValueError: one that contrasts pairs, without pairs.
+            ValueError: what there is not, or pairs where ``pairs`` is false.
         """
+        if unknown := set(objective.asks).difference(EXTRAS):
+            raise ValueError(f"the objective asks for {', '.join(sorted(unknown))}; there are {', '.join(EXTRAS)}")
         contrasts, self.extras = objective.contrast is not None, objective.asks
         self.pairs = contrasts if self.pairs is None else self.pairs
         if contrasts and not self.pairs:

@@ -53,7 +53,7 @@ class Objective(nn.Module):
     asks: ClassVar[tuple[str, ...]] = ()  # for what else of `condenser.data.collate.EXTRAS`
     vocabulary_share = 0.3  # tokens at which the vocabulary is scored, of all: how much memory a pass needs
     # An objective over the [CLS] vectors of the whole step ``[N, H]``, in which those of siblings, two spans of one
-    # document, are at 2i and 2i + 1, has a method for it. Its term is over ``n_sequences``.
+    # document, are at 2i and 2i + 1, has a method for it. Its term is over ``n_sequences``; it has no weights.
     contrast: Callable[[Tensor], Term] | None = None
 
     def __init__(self, lm: PreTrainedModel):
