@@ -57,13 +57,12 @@ def warm_start(
         raise ValueError(f"model.objective_options: {error}") from None
     if backbone is not None and model.head_state():
         found = saved_head(Path(backbone)) or {}
-        if model.head_state().keys() & found.keys():
-            load_head(model, found, backbone)
-        else:
-            what = f"the head of another objective ({sorted(found)[0]}, ...)" if found else "no head"
+        fresh = load_head(model, found, backbone)
+        if fresh:
+            what = f"other weights beside the backbone's ({', '.join(sorted(parts(found)))})" if found else "no head"
             say(
-                f"{backbone} has {what}, so that of {objective.__name__} begins with random weights: "
-                "--model.optimizer.head_only_steps trains it alone at first"
+                f"{backbone} has {what}, so {', '.join(fresh)} of {objective.__name__} begins with random weights: "
+                "--model.optimizer.head_only_steps trains what is no backbone alone at first"
             )
     return model
 
@@ -97,16 +96,27 @@ def saved_head(folder: Path) -> dict[str, Tensor] | None:
     return None
 
 
-def load_head(model: Objective, weights: dict[str, Tensor], origin: str) -> None:
+def load_head(model: Objective, weights: dict[str, Tensor], origin: str) -> list[str]:
+    """Load the parts of a head (``c_head``, ``decoder``, ...) that are there; the names of the others.
+
+    Raises:
+        ValueError: a part of another shape.
+    """
     own = model.head_state()
+    known = parts(own) & parts(weights)
     for name in sorted(own.keys() | weights.keys()):
         shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, own)]
-        if shapes[0] != shapes[1]:
+        if name.split(".")[0] in known and shapes[0] != shapes[1]:
             raise ValueError(
                 f"the head in {origin} has another shape than that of a {type(model).__name__} with {model.settings}: "
                 f"{name} is {shapes[0]} there and {shapes[1]} here"
             )
-    model.load_state_dict(weights, strict=False)
+    model.load_state_dict({name: w for name, w in weights.items() if name.split(".")[0] in known}, strict=False)
+    return sorted(parts(own) - known)
+
+
+def parts(head: dict[str, Tensor]) -> set[str]:
+    return {name.split(".")[0] for name in head}
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -147,7 +157,7 @@ def load_export(directory: str | Path) -> Objective:
     weights, about = read_safetensors(Path(directory) / HEAD_FILE)
     settings = json.loads(about["head"])
     model = rebuilt(build_masked_lm(str(directory), {}), about.get("objective", class_path(Condenser)), settings)
-    load_head(model, {name: weights[name] for name in weights.keys() & model.head_state().keys()}, str(directory))
+    load_head(model, weights, str(directory))
     return model.eval()
 
 
@@ -203,8 +213,10 @@ def load_checkpoint(path: str | Path) -> tuple[Objective, dict[str, Any]]:
     model = rebuilt(lm, about.get("objective", class_path(Condenser)), about["head"])
     weights = {name.removeprefix("model."): weight for name, weight in state.items()}
     try:
-        own = model.state_dict().keys()  # what else an objective of others has is for training alone
+        own = model.state_dict().keys()
         model.load_state_dict({name: weight for name, weight in weights.items() if name in own})
     except RuntimeError as error:
         raise ValueError(f"{path}: weights and configuration do not belong together: {error}") from None
+    if left := sorted(weights.keys() - own):
+        print(f"{path}: weights that only {about.get('objective')} knows are left out: {', '.join(left)}")
     return model.eval(), checkpoint

@@ -26,12 +26,12 @@ from condenser.data.datamodule import Steps
 from condenser.data.pairs import Pairs, cut_pairs
 from condenser.data.store import TokenStore
 from condenser.data.tokenizers import load_tokenizer
-from condenser.evaluation.probes import probe_store
+from condenser.evaluation.probes import probe_store, sample_batches
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.flops import Work
 from condenser.models.losses import pair_losses, pair_measures, pair_scores
-from condenser.models.objective import COUNTS, flattened
+from condenser.models.objective import COUNTS, Objective, flattened
 from condenser.models.retromae import RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.step import TrainingStep, inputs_of
@@ -271,6 +271,45 @@ def test_several_devices_take_the_step_of_one(pairs, spans):
     assert parts[0][0].shares["contrast_loss"].item() == pytest.approx(alone.shares["contrast_loss"].item(), rel=1e-12)
 
 
+class Projected(CoCondenser):
+    """Weights of its own in the contrast."""
+
+    def __init__(self, lm, **settings):
+        super().__init__(lm, **settings)
+        self.project = torch.nn.Linear(lm.config.hidden_size, 7)
+
+    def contrast(self, cls):
+        return super().contrast(self.project(cls))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_weights_of_the_contrasts_own_get_their_gradient_once(cached, pairs, spans):
+    """However many passes there are: that of the contrast as a plain function of all vectors."""
+    model = model_of(objective=Projected, dropout=0.0, skip_from=1)
+    (fields,) = steps_of(pairs, spans, tokens_per_pass=10**6)[0]
+    vectors = model.cls_states(inputs_of(fields))[fields["slots"].argsort()]
+    term = model.contrast(vectors.detach())
+    expected = torch.autograd.grad(term.sum / len(vectors), [*model.project.parameters()])
+    gradients_of(model, steps_of(pairs, spans), cached=cached)
+    close([weight.grad for weight in model.project.parameters()], expected)
+
+
+def test_the_contrast_alone_trains_no_mlm_head():
+    model = model_of(n_head_layers=0, late_mlm=False)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {f"lm.bert.{name}" for name, _ in model.lm.bert.named_parameters()}
+
+
+class Overridden(CoCondenser):
+    def losses(self, batch, score=False):
+        return super().losses(batch, score)
+
+
+class WithoutBoth(Objective):
+    contrast = CoCondenser.contrast
+    terms = ()
+
+
 def test_only_what_cls_needs_is_computed_for_the_vectors(pairs, spans):
     """Counted: without dropout no head, no vocabulary, and the last layer at [CLS] alone."""
     model, (fields, *_) = model_of(dropout=0.0), steps_of(pairs, spans)[0]
@@ -288,6 +327,11 @@ def test_only_what_cls_needs_is_computed_for_the_vectors(pairs, spans):
     layers = len(model.backbone.layers)
     assert [shape[0] for shape in products] == [n_tokens] * 4 * (layers - 1) + [n, n_tokens, n, n, n]
     torch.testing.assert_close(vectors, model.cls_and_losses(inputs_of(fields))[0])
+
+
+def test_vectors_that_are_all_alike_rank_in_the_middle():
+    vectors = torch.ones(8, 4)
+    assert pair_measures(vectors, pair_scores(vectors))["contrast_mrr"].item() == pytest.approx(1 / 4)
 
 
 def test_measures_of_pairs_are_those_of_their_definitions():
@@ -507,14 +551,14 @@ def test_where_a_head_is_missing_or_of_another_objective_one_line_says_so(recipe
     warm = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
     assert fit(recipe, tmp_path, "other", *RETRO, *warm) == 0
     said = capsys.readouterr().out
-    assert "has the head of another objective (c_head." in said
+    assert "has other weights beside the backbone's (c_head), so decoder of RetroMAE begins with random weights" in said
     assert "head_only_steps" in said
     plain = tmp_path / "plain"
     shutil.copytree(tiny_export, plain)
     (plain / "condenser_head.safetensors").unlink()
     warm[1] = str(plain)
     assert fit(recipe, tmp_path, "none", *warm) == 0
-    assert "has no head, so that of Condenser begins with random weights" in capsys.readouterr().out
+    assert "has no head, so c_head of Condenser begins with random weights" in capsys.readouterr().out
     assert fit(recipe, tmp_path, "mlm", *warm, "--model.n_head_layers", "0") == 0
     assert "random weights" not in capsys.readouterr().out
 
@@ -551,6 +595,14 @@ BAD = {
     "one document a step": (
         [*CO, "--data.batch_size", "2", "--data.micro_batches_per_step", "2", "--data.store", "SPANS"],
         "two documents",
+    ),
+    "losses of a contrast": (
+        ["--model.objective", f"{__name__}.Overridden"],
+        "let it override cls_and_losses, not losses",
+    ),
+    "a contrast alone": (
+        ["--model.objective", f"{__name__}.WithoutBoth", "--data.store", "SPANS"],
+        "needs a method cls_and_losses",
     ),
     "no head": (["--model.n_head_layers", "0", "--model.optimizer.head_only_steps", "2"], "no head to train alone"),
 }
@@ -641,6 +693,28 @@ def test_recomputed_layers_draw_the_same_dropout(objective, pairs, spans, texts)
     plain = gradients_of(model, steps)[1]
     model.gradient_checkpointing = True
     close(gradients_of(model, steps)[1], plain)
+
+
+def test_probes_of_pairs_compare_other_documents(pairs, spans):
+    vocabulary = Vocabulary.of(load_tokenizer(spans / "tokenizer"))
+    batches = sample_batches(pairs, vocabulary, Masking(3), 64)
+    ids = torch.cat([fields["sample_ids"] for batch in batches for fields in batch])
+    assert len(set((ids // 2).tolist())) == len(ids) == 64
+
+
+def test_a_condenser_trains_on_pairs_too(recipe, spans, tmp_path):
+    """Which is the control of a coCondenser, and what an objective of one's own is on the demo's recipe."""
+    options = [
+        "--data.store",
+        str(spans),
+        "--data.pairs",
+        "true",
+        "--data.span_length",
+        "16",
+        "--trainer.max_steps",
+        "2",
+    ]
+    assert fit(recipe, tmp_path, "control", *options) == 0
 
 
 def test_how_much_the_decoder_reads_from_cls_is_probed(retro):

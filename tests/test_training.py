@@ -480,7 +480,10 @@ def base_of(name):
 OVERLAYS = [[base_of(name), name] for name in SHIPPED if name not in RECIPES]
 
 
-@pytest.mark.parametrize("names", [[name] for name in RECIPES] + OVERLAYS, ids="+".join)
+CONFIGURATIONS = [[name] for name in RECIPES] + [pytest.param(names, marks=pytest.mark.slow) for names in OVERLAYS]
+
+
+@pytest.mark.parametrize("names", CONFIGURATIONS, ids=lambda names: "+".join(names))
 def test_every_shipped_configuration_trains(names, store, spans, tiny_export, tmp_path):
     store = spans if names[0] in ("cocondenser.yaml", "demo.yaml") else store
     small = {"data.store": store, "data.batch_size": 8, "data.num_workers": 0, "model.skip_from": 1, "wandb": "off"}

@@ -69,7 +69,7 @@ def sample_batches(
 ) -> list[StepBatch]:
     """``n_sequences`` in batches of a pass each, always the same: spread evenly over the split, so that neighbours are
     of different documents, and masked as in epoch 0."""
-    n = len(validation) * validation.each
+    n = len(validation)
     n_sequences = min(n_sequences, n)
     if n_sequences < 2:
         where = ", ".join(str(store.folder) for store in validation.stores)
@@ -77,7 +77,7 @@ def sample_batches(
             f"probes compare n_sequences >= 2 of a validation split, and {where} has {n} there: "
             "prepare it with a larger --validation-fraction"
         )
-    numbers = np.arange(n_sequences) * n // n_sequences
+    numbers = np.arange(n_sequences) * n // n_sequences * validation.each  # of pairs the first
     batches = []
     for some in np.array_split(numbers, -(-n_sequences // BATCH_SIZE)):
         rows, visits, ids = validation.sequences(0, some)

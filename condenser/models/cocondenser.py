@@ -52,6 +52,10 @@ class CoCondenser(Condenser):
             raise ValueError(f"contrast_weight={contrast_weight} and mlm_weight={mlm_weight} must not be negative")
         self.temperature, self.similarity = temperature, similarity
         self.contrast_weight, self.mlm_weight = contrast_weight, mlm_weight
+        if not self.terms:  # nothing reads the MLM head
+            used = set(lm.base_model.parameters())
+            for weight in lm.parameters():
+                weight.requires_grad_(weight in used and weight.requires_grad)
 
     def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
         cls, terms = super().cls_and_losses(batch, score)

@@ -92,7 +92,8 @@ def pair_measures(vectors: Tensor, scores: Tensor) -> dict[str, Tensor]:
     directions alignment (mean squared distance of siblings) and uniformity (log of the mean Gaussian potential of all
     pairs); lower is better for these two (Wang & Isola, ICML 2020)."""
     siblings = sibling_of(scores)
-    rank = 1 + (scores > scores.gather(1, siblings[:, None])).sum(1)
+    own = scores.gather(1, siblings[:, None])
+    rank = 1 + (scores > own).sum(1) + ((scores == own).sum(1) - 1) / 2  # half of the ties are before it
     distances = 2 - 2 * pair_scores(vectors, cosine=True)  # squared, inf to itself
     n = len(vectors)
     return {

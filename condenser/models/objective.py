@@ -22,6 +22,7 @@ from condenser.models.backbones.base import backbone_of
 from condenser.models.flops import Work
 from condenser.models.losses import IGNORED, token_losses
 
+METHODS = ("losses", "cls_and_losses")
 COUNTS = ("n_masked", "n_tokens", "n_sequences", "n_ordinary")  # host ints of every pass that a term may be divided by
 
 
@@ -53,7 +54,7 @@ class Objective(nn.Module):
     asks: ClassVar[tuple[str, ...]] = ()  # for what else of `condenser.data.collate.EXTRAS`
     vocabulary_share = 0.3  # tokens at which the vocabulary is scored, of all: how much memory a pass needs
     # An objective over the [CLS] vectors of the whole step ``[N, H]``, in which those of siblings, two spans of one
-    # document, are at 2i and 2i + 1, has a method for it. Its term is over ``n_sequences``; it has no weights.
+    # document, are at 2i and 2i + 1, has a method for it. Its term is over ``n_sequences``.
     contrast: Callable[[Tensor], Term] | None = None
 
     def __init__(self, lm: PreTrainedModel):
@@ -93,7 +94,7 @@ class Objective(nn.Module):
 
     def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
         """Both of one forward pass; with the same dropout the states are those of `cls_states`."""
-        raise NotImplementedError
+        raise ValueError(f"{type(self).__name__} has a contrast, for which it needs a method cls_and_losses")
 
     def encoded(self, batch: dict[str, Any], keep: int = 0, pruned: bool = True) -> tuple[Tensor, Tensor, Sequences]:
         """A flat pass through the backbone.
@@ -150,6 +151,13 @@ def identity(cls: Tensor) -> Tensor:
     return cls
 
 
+def check_terms(terms: dict[str, Term]) -> None:
+    """Raises ValueError for a term over what is not counted."""
+    for name, term in terms.items():
+        if term.over not in COUNTS:
+            raise ValueError(f"term {name!r}: over={term.over!r} must be one of {', '.join(COUNTS)}")
+
+
 def setting_names(objective: type[Objective]) -> list[str]:
     """The arguments of a class besides ``lm``, and those of its bases where it passes others on to them."""
     names: list[str] = []
@@ -169,6 +177,9 @@ def known_options(objective: type[Objective], usual: dict[str, Any], options: di
         ValueError: an option that it does not take.
     """
     takes = setting_names(objective)
+    defined = [next(i for i, each in enumerate(objective.__mro__) if name in vars(each)) for name in METHODS]
+    if objective.contrast is not None and defined[0] < defined[1]:
+        raise ValueError(f"{objective.__name__} has a contrast: let it override cls_and_losses, not losses")
     if unknown := [name for name in options if name not in takes]:
         raise ValueError(
             f"{objective.__name__} has no setting {', '.join(unknown)}; it has {', '.join(takes) or 'none'}"

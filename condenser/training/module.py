@@ -20,7 +20,7 @@ from condenser.data.collate import StepBatch
 from condenser.models.backbones.base import prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
-from condenser.models.objective import COUNTS, Objective, Term, known_options
+from condenser.models.objective import COUNTS, Objective, Term, check_terms, known_options
 from condenser.training import sharding
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
@@ -124,7 +124,7 @@ class CondenserModule(L.LightningModule):
         self.settle()
         for name in self.model.terms:  # on all devices, whatever each has of the validation split
             self.val_weights[name] = 1.0
-            for what in ("loss", "accuracy", "loss_at_mask"):
+            for what in ("loss", "accuracy", *(["loss_at_mask"] if name.endswith("mlm") else [])):
                 self.mean(f"{name}_{what}")
         self.mean("unigram_loss_at_mask")
 
@@ -282,13 +282,15 @@ class CondenserModule(L.LightningModule):
             else:
                 cls, terms = self.model.cls_and_losses(inputs_of(fields), score=True)
                 vectors.append(cls)
+            check_terms(terms)
             for name, term in terms.items():
                 self.validated(name, term, fields[term.over])
                 if term.losses is not None and term.over == "n_masked":
                     self.mean(f"{name}_loss_at_mask").update(term.losses[at_mask])
         if self.model.contrast is not None:
             everything = gathered(self.model, vectors, batch, self.summed)
-            self.validated("contrast", self.model.contrast(everything), len(everything))
+            if len(everything) > 2:  # a document alone is told from no other
+                self.validated("contrast", self.model.contrast(everything), len(everything))
         for name, metric in self.val_metrics.items():
             self.log(f"val/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
 

@@ -26,9 +26,12 @@ from torch.optim import Optimizer
 from condenser.data.collate import Fields, StepBatch
 from condenser.data.hashing import hash_ints
 from condenser.models.losses import at_least_fp32
-from condenser.models.objective import COUNTS, Objective, Term
+from condenser.models.objective import COUNTS, Objective, Term, check_terms
 
 Shares = dict[str, Tensor]  # of a pass in the step's means: "mlm_loss", and with score "mlm_accuracy", ... of each term
+
+
+OF_CLS, OF_WEIGHT = "gradient of [CLS]", "gradient of weight "  # that are known before a pass
 
 
 class Pass(NamedTuple):
@@ -126,22 +129,20 @@ class TrainingStep:
         if len(batch) > 1 if self.gradient_cache is None else self.gradient_cache:
             with torch.no_grad():
                 vectors = [self.seeded(self.cls_states, fields) for fields in batch]
-            contrast, gradients = self.contrast(vectors, batch, scale)
-            return added_up([*self.one_by_one(batch, scale, score, gradients), contrast])
+            contrast, known = self.contrast(vectors, batch, scale)
+            return added_up([*self.one_by_one(batch, scale, score, known), contrast])
         forwards = [self.seeded(self.forward, fields, scale, score) for fields in batch]
-        contrast, gradients = self.contrast([each.cls for each in forwards], batch, scale)
+        contrast, known = self.contrast([each.cls for each in forwards], batch, scale)
         for number, each in enumerate(forwards):
             with self.agreeing(number, batch):
-                self.backward(pulled(each.loss, each.cls, gradients[number]))
+                self.backward(pulled(each.loss, self.objective, each.cls, known[number]))
         return added_up([*forwards, contrast])
 
-    def one_by_one(
-        self, batch: StepBatch, scale: Tensor, score: bool, gradients: list[Tensor] | None = None
-    ) -> list[Pass]:
-        """Forward and backward of each pass; of an objective with a contrast, with the ``gradients`` of its vectors."""
+    def one_by_one(self, batch: StepBatch, scale: Tensor, score: bool, known: list[Fields] | None = None) -> list[Pass]:
+        """Forward and backward of each pass; of an objective with a contrast, with the gradients that are ``known``."""
         done = []
         for number, fields in enumerate(batch):
-            more = {} if gradients is None else {"cls_gradient": gradients[number]}
+            more = {} if known is None else known[number]
             with self.agreeing(number, batch):
                 done.append(self.seeded(self.replays or self.one_pass, fields | more, scale, score))
         return done
@@ -163,18 +164,26 @@ class TrainingStep:
         self.backward(loss)
         return Pass(loss.detach(), shares)
 
-    def contrast(self, vectors: list[Tensor], batch: StepBatch, scale: Tensor) -> tuple[Pass, list[Tensor]]:
-        """The contrast of the step, and the gradient of the vectors ``[B, H]`` of each pass of this device. It is
-        computed whole on every device, so that nothing but vectors has to be exchanged."""
+    def contrast(self, vectors: list[Tensor], batch: StepBatch, scale: Tensor) -> tuple[Pass, list[Fields]]:
+        """The contrast of the step, and for each pass of this device the gradients of its vectors ``[B, H]``, and its
+        share of those of weights that the contrast has of its own. It is computed whole on every device, so that
+        nothing but vectors has to be exchanged."""
+        own = {n: p for n, p in self.objective.named_parameters() if not n.startswith("lm.") and p.requires_grad}
         everything = gathered(self.objective, vectors, batch, self.summed).requires_grad_()
         with torch.enable_grad():
             term: Term = self.objective.contrast(everything)  # type: ignore[misc]
-            minimised = term.sum * (term.weight * scale[COUNTS.index(term.over)])
-        (gradient,) = torch.autograd.grad(minimised, everything)
-        gradient = F.pad(gradient, (0, 0, 0, 1))  # that of dummies, 0
+            if term.over != "n_sequences":
+                raise ValueError(f"contrast: over={term.over!r} must be 'n_sequences'")
+            minimised = term.sum * term.weight
+        gradient, *others = torch.autograd.grad(minimised, [everything, *own.values()], allow_unused=True)
         shares = contrast_means(term, len(everything))
         contrast = Pass(term.weight * shares["contrast_loss"], shares)
-        return contrast, [gradient.index_select(0, fields["slots"]) for fields in batch]
+        if gradient is None:  # it does not look at them
+            return contrast, [{} for _ in batch]
+        gradient = F.pad(gradient * scale[COUNTS.index(term.over)], (0, 0, 0, 1))  # that of dummies, 0
+        n = len(everything) * len(batch)  # of a mean, shared out over the passes; devices all have the same
+        known = {OF_WEIGHT + name: g / n for name, g in zip(own, others, strict=True) if g is not None}
+        return contrast, [{OF_CLS: gradient.index_select(0, fields["slots"]), **known} for fields in batch]
 
     def update(self, norm: Tensor, skipped: Tensor | None, update: Callable[[], Any]) -> None:
         """Clip, update and zero the gradient; where it is ``skipped`` an optimizer that works on the device leaves the
@@ -190,31 +199,33 @@ class TrainingStep:
 
 
 def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> Pass:
-    """What is minimised, and what each term has of it. Where the gradient of the [CLS] vectors is known already, it is
-    given to them by a summand that is 0."""
+    """What is minimised, and what each term has of it."""
     loss, shares, cls = scale.new_zeros(()), {}, None
     if objective.contrast is None:
         terms = objective.losses(inputs, score)
         assert len(terms) > 0, "an objective has one term or more"
     else:
         cls, terms = objective.cls_and_losses(inputs, score)
+    check_terms(terms)
     for name, term in terms.items():
-        assert term.over in COUNTS, f"{name}: over={term.over!r} must be one of {COUNTS}"
         to_mean = scale[COUNTS.index(term.over)]
         mean = term.sum * to_mean
         loss = loss + term.weight * mean
         shares[f"{name}_loss"] = mean.detach()
         if term.correct is not None:
             shares[f"{name}_accuracy"] = term.correct.sum() * to_mean
-    if cls is not None and "cls_gradient" in inputs:
-        loss = pulled(loss, cls, inputs["cls_gradient"])
-    return Pass(loss, shares, cls)
+    return Pass(pulled(loss, objective, cls, inputs), shares, cls)
 
 
-def pulled(loss: Tensor, cls: Tensor | None, gradient: Tensor) -> Tensor:
-    """``loss``, with this ``gradient`` for ``cls`` ``[B, H]``."""
-    assert cls is not None
-    pull = (at_least_fp32(cls) * gradient).sum()
+def pulled(loss: Tensor, objective: Objective, cls: Tensor | None, known: Fields) -> Tensor:
+    """``loss``, with the gradients that are ``known`` of ``cls`` ``[B, H]`` and of weights, by a summand that is 0."""
+    pull = loss.new_zeros(())
+    for name, gradient in known.items():
+        if name == OF_CLS:
+            assert cls is not None
+            pull = pull + (at_least_fp32(cls) * gradient).sum()
+        elif name.startswith(OF_WEIGHT):
+            pull = pull + (objective.get_parameter(name.removeprefix(OF_WEIGHT)) * gradient).sum()
     return loss + (pull - pull.detach())
 
 
