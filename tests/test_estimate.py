@@ -150,16 +150,29 @@ def estimated(capsys, tmp_path, *args):
     return json.loads((tmp_path / "costs.json").read_text()), " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.parametrize("objective", ["cocondenser.CoCondenser", "retromae.RetroMAE"])
+def test_the_other_objectives_are_estimated_over_what_they_train_on(objective, spans, tmp_path, capsys):
+    """The demo's recipe: two spans of 32 tokens of each document."""
+    options = ["--config", CONFIGS / "demo.yaml", "--data.store", spans, "--data.span_length", "12"]
+    found, _ = estimated(capsys, tmp_path, *options, "--model.objective", f"condenser.models.{objective}")
+    n_documents = len(TokenStore(spans, "train").document_bounds()) - 1
+    assert found["data"]["rows_per_epoch"] == 2 * n_documents
+    assert found["run"]["steps"] == 2500
+    assert found["run"]["tokens"] == pytest.approx(2500 * 64 * 13.7, rel=0.05)  # some spans are shorter than 14
+    assert found["parameters"]["head"] > 0
+    assert all(row["peak"] > 0 for row in found["memory"])
+
+
 def test_a_shipped_recipe_over_a_store(store, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(estimating, "FUSED_AVAILABLE", False)
     options = ["--data.store", store, "--model.gradient_checkpointing", "true", "--mfu", "0.3", "--gpus", "4"]
-    found, shown = estimated(capsys, tmp_path, "--config", CONFIGS / "demo.yaml", *options)
+    found, shown = estimated(capsys, tmp_path, "--config", CONFIGS / "small.yaml", *options)
     n_rows, lengths = found["data"]["rows_per_epoch"], TokenStore(store, "train").lengths
     tokens = int(lengths.sum(dtype=np.int64)) + 2 * n_rows
     assert n_rows == len(lengths)
     assert found["data"]["tokens_per_epoch"] == pytest.approx(tokens)
-    assert found["run"]["steps"] == 1200
-    assert found["run"]["tokens"] == pytest.approx(1200 * 32 * tokens / n_rows, rel=0.05)
+    assert found["run"]["steps"] == 300
+    assert found["run"]["tokens"] == pytest.approx(300 * 64 * tokens / n_rows, rel=0.05)
     (configured,) = [row for row in found["memory"] if row["configured"]]
     assert (configured["precision"], configured["checkpointing"], configured["on_gpu"]) == ("32-true", True, False)
     for row in found["gpus"]:

@@ -240,7 +240,7 @@ def test_rows_of_the_table_and_the_example(model_folder, collection_folder, tmp_
     assert [hit["rank"] for hit in found["example"]["hits"]] == [1, 2, 3, 4, 5]
     assert "fine-tuned" in found["example"]["answered_by"]
     printed = capsys.readouterr().out
-    assert "Compare the fine-tuned rows" in " ".join(printed.split())
+    assert "Compare fine-tuned rows" in " ".join(printed.split())
     assert "where lives the wolf" in printed
 
 

@@ -644,8 +644,8 @@ class BagOfWords(Objective):
         row = torch.bucketize(torch.arange(len(batch["input_ids"])), batch["cu_seqlens"], right=True) - 1
         real = batch["original_ids"] >= 0
         bag = -logits[row, batch["original_ids"].clamp(min=0)] * real
-        mlm = self.scored(late[batch["masked_slot"]], batch["labels"], score)
-        return {"mlm": mlm, "bag": Term(bag.sum(), over="n_ordinary", weight=self.weight)}
+        mlm = self.scored({"mlm": (late[batch["masked_slot"]], batch["labels"], "n_masked")}, score)
+        return mlm | {"bag": Term(bag.sum(), over="n_ordinary", weight=self.weight)}
 
     def flops(self, work):
         return training_flops(self.lm.config, 0, True, work)

@@ -19,7 +19,6 @@ from transformers import PreTrainedModel
 
 from condenser.models.attention import take
 from condenser.models.flops import Work, training_flops
-from condenser.models.losses import token_losses
 from condenser.models.objective import Objective, Term, flattened, identity, padded
 
 
@@ -108,16 +107,9 @@ class Condenser(Objective):
             return {}
         late, _, head = states
         read_at = batch["masked_slot"] if self.pruned else batch["masked_index"]
-        streams = [{"mlm": late, "head_mlm": head}[name] for name in self.terms]
-        hidden = self.backbone.transform(torch.cat([take(stream, read_at) for stream in streams]))  # [2M, H]
-        targets = batch["labels"].repeat(len(streams))
-        fused = self.fused_loss and torch.is_grad_enabled()  # validation wants its losses in fp32
-        losses, correct = token_losses(hidden, self.backbone.decoder, targets, fused, score)
-        of_stream = dict(zip(self.terms, losses.chunk(len(streams)), strict=True))
-        if correct is None:
-            return {name: Term(part.sum()) for name, part in of_stream.items()}
-        right = dict(zip(self.terms, correct.chunk(len(streams)), strict=True))
-        return {name: Term(p.sum(), losses=p.detach(), correct=right[name]) for name, p in of_stream.items()}
+        of = {"mlm": late, "head_mlm": head}
+        streams = {name: (take(of[name], read_at), batch["labels"], "n_masked") for name in self.terms}
+        return self.scored(streams, score)
 
     def forward(
         self,

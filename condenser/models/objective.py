@@ -124,11 +124,20 @@ class Objective(nn.Module):
         """Operations that training on so much needs."""
         raise NotImplementedError
 
-    def scored(self, hidden: Tensor, targets: Tensor, score: bool, over: str = "n_masked") -> Term:
-        """The MLM head's cross-entropy of states ``[M, H]`` with ``targets`` ``[M]``."""
+    def scored(self, streams: dict[str, tuple[Tensor, Tensor, str]], score: bool) -> dict[str, Term]:
+        """The MLM head's cross-entropies of several streams, by one product with the vocabulary: of each its states
+        ``[M, H]``, targets ``[M]`` (-100 where there is none), and what it is over."""
+        hidden = self.backbone.transform(torch.cat([states for states, _, _ in streams.values()]))
+        targets = torch.cat([wanted for _, wanted, _ in streams.values()])
         fused = self.fused_loss and torch.is_grad_enabled()  # validation wants its losses in fp32
-        losses, correct = token_losses(self.backbone.transform(hidden), self.backbone.decoder, targets, fused, score)
-        return Term(losses.sum(), over, losses=losses.detach() if score else None, correct=correct)
+        losses, correct = token_losses(hidden, self.backbone.decoder, targets, fused, score)
+        terms, first = {}, 0
+        for name, (states, _, over) in streams.items():
+            own = slice(first, first := first + len(states))
+            terms[name] = Term(losses[own].sum(), over)
+            if correct is not None:
+                terms[name] = terms[name]._replace(losses=losses[own].detach(), correct=correct[own])
+        return terms
 
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool = False) -> Tensor:
         """A layer's output ``[T, H]``, or ``[Q, H]`` at the queries alone."""

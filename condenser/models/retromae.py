@@ -59,12 +59,12 @@ class RetroMAE(Objective):
         late, _, _ = self.encoded(batch, pruned=self.pruned)
         cls = self.cls_of(late, batch, self.pruned)
         masked = take(late, batch["masked_slot" if self.pruned else "masked_index"])
-        return cls, {
-            "mlm": self.scored(masked, batch["labels"], score),
-            "decoder": self.scored(
-                self.decoded(batch, self.condensed(cls)), batch["original_ids"], score, "n_ordinary"
-            ),
+        decoded = self.decoded(batch, self.condensed(cls))
+        streams = {
+            "mlm": (masked, batch["labels"], "n_masked"),
+            "decoder": (decoded, batch["original_ids"], "n_ordinary"),
         }
+        return cls, self.scored(streams, score)
 
     def decoded(self, batch: dict[str, Any], cls: Tensor) -> Tensor:
         """The decoder's states ``[T, H]`` from the encoder's ``cls`` ``[B, H]``."""

@@ -33,12 +33,13 @@ class Bert(Backbone):
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         parts = self.embeddings
         types = parts.token_type_embeddings
-        hidden = parts.word_embeddings(input_ids) + self.position_states(position_ids)
-        hidden = hidden + (types.weight[0] if token_type_ids is None else types(token_type_ids))
-        return parts.dropout(norm(hidden, parts.LayerNorm).to(state_type(hidden)))
+        hidden = embedded(input_ids, parts.word_embeddings) + self.position_states(position_ids)
+        hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
+        hidden = norm(hidden, parts.LayerNorm).to(state_type(hidden))
+        return F.dropout(hidden, parts.dropout.p, parts.dropout.training)
 
     def position_states(self, position_ids: Tensor) -> Tensor:
-        return self.embeddings.position_embeddings(position_ids)
+        return embedded(position_ids, self.embeddings.position_embeddings)
 
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
         attention = layer.attention.self
@@ -91,6 +92,11 @@ class Roberta(Bert):
 
     def positions(self, attention_mask: Tensor) -> Tensor:
         return (attention_mask.cumsum(1) - 1).clamp(min=0)  # padding before a text is passed over
+
+
+def embedded(ids: Tensor, layer: Any) -> Tensor:
+    """By a function, as a decoder embeds a second time (torch's memory tracker wants a module to be called once)."""
+    return F.embedding(ids, layer.weight, layer.padding_idx)
 
 
 def linear(hidden: Tensor, *layers: Any) -> Tensor:
