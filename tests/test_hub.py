@@ -16,6 +16,9 @@ from condenser.cli import main
 from condenser.export import model_card
 from condenser.hub import load_authors_checkpoint, load_checkpoint, load_export
 from condenser.models.backbones.base import backbone_of
+from condenser.models.cocondenser import CoCondenser
+from condenser.models.condenser import Condenser
+from condenser.models.retromae import RetroMAE
 from condenser.runs import checkpoints
 
 REFERENCE = Path(__file__).parent / "golden" / "reference-checkpoint"
@@ -172,16 +175,28 @@ def test_weights_that_were_loaded_train_with_dropout(recipe, tiny_export, tmp_pa
     assert not torch.equal(*weights)
 
 
-def test_training_starts_from_the_authors_checkpoint_head_included():
-    class Tokenizer:
-        pad_token_id = 0
+class OfTheReference:
+    pad_token_id = 0
 
-        def __len__(self):
-            return 128
+    def __len__(self):
+        return 128
 
-    model = hub.warm_start(str(REFERENCE), {}, Tokenizer(), skip_from=2, n_head_layers=2, late_mlm=True, pruned=True)
+
+@pytest.mark.parametrize("objective", [Condenser, CoCondenser])
+def test_training_starts_from_the_authors_checkpoint_head_included(objective):
+    model = hub.warm_start(str(REFERENCE), {}, OfTheReference(), objective, skip_from=2, n_head_layers=2)
     tensors = load_file(REFERENCE / "batch.safetensors")
     assert model.eval()(**tensors).loss.item() == pytest.approx(9.97518539428711, rel=1e-4)
+
+
+def test_a_decoder_starts_from_the_authors_checkpoint_and_one_line_says_that_it_is_new():
+    said = []
+    model = hub.warm_start(str(REFERENCE), {}, OfTheReference(), RetroMAE, said.append)
+    weights = torch.load(REFERENCE / "pytorch_model.bin", weights_only=True)
+    name = "bert.embeddings.word_embeddings.weight"
+    assert torch.equal(model.lm.state_dict()[name], weights[name])
+    assert len(said) == 1
+    assert "(c_head), so decoder of RetroMAE begins with random weights" in said[0]
 
 
 def test_a_roberta_goes_from_text_to_export(roberta, corpus, recipe, tmp_path):

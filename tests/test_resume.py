@@ -183,6 +183,19 @@ def test_one_process_killed_at_random_and_resumed_equals_uninterrupted_bit_for_b
     assert_same_run(alone, run)
 
 
+def test_two_ranks_with_a_contrast_killed_at_random_and_resumed_equal_uninterrupted(recipe, spans, tmp_path):
+    """Spans are cut anew in each epoch, and siblings are on two devices."""
+    contrast = {"model__objective": "condenser.models.cocondenser.CoCondenser", "data__span_length": 12}
+    contrast |= {"data__store": str(spans), "data__batch_size": 64, "trainer__max_steps": 20}
+    runs = [Run(recipe, tmp_path, name, **contrast) for name in ("left", "killed")]
+    runs[0].on(2)
+    at = random.randint(3, 16)
+    print(f"killed at {at}")
+    runs[1].killed(2, workers=2, at=at)
+    runs[1].on(2, workers=0)
+    assert_same_run(*runs)
+
+
 def test_two_ranks_killed_at_random_and_resumed_equal_uninterrupted_bit_for_bit(whole, killed):
     assert_same_run(whole, killed)
 
