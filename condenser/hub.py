@@ -157,7 +157,8 @@ def load_export(directory: str | Path) -> Objective:
     weights, about = read_safetensors(Path(directory) / HEAD_FILE)
     settings = json.loads(about["head"])
     model = rebuilt(build_masked_lm(str(directory), {}), about.get("objective", class_path(Condenser)), settings)
-    load_head(model, weights, str(directory))
+    if missing := load_head(model, weights, str(directory)):
+        raise ValueError(f"{Path(directory) / HEAD_FILE} is damaged: it lacks {', '.join(missing)}")
     return model.eval()
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import yaml
 from conftest import TINY_MODEL
 from safetensors import safe_open
+from safetensors.torch import save_file
 from test_training import assert_same_weights, final_state, metrics_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -226,7 +227,8 @@ def close(one, other, share=1e-10):
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("tokens_per_pass", [1, 10**6])
 @pytest.mark.parametrize(
-    "settings", [{}, {"n_head_layers": 0, "late_mlm": False}, {"similarity": "cosine", "temperature": 0.1}]
+    "settings",
+    [{}, {"pruned": False}, {"n_head_layers": 0, "late_mlm": False}, {"similarity": "cosine", "temperature": 0.1}],
 )
 def test_cached_gradients_are_those_of_passes_that_are_kept(settings, tokens_per_pass, dropout, pairs, spans):
     model, steps = model_of(dropout=dropout, **settings), steps_of(pairs, spans, tokens_per_pass=tokens_per_pass)
@@ -545,6 +547,16 @@ def test_an_export_holds_the_objective_with_its_head(name, recipe, tmp_path, req
     capsys.readouterr()
     assert fit(recipe, tmp_path, "on", *options, *warm) == 0
     assert "begins with random weights" not in capsys.readouterr().out
+
+
+def test_an_export_that_has_lost_its_head_is_not_read_with_a_random_one(tiny_export, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_export, broken)
+    with safe_open(broken / "condenser_head.safetensors", "pt") as file:
+        about = file.metadata()
+    save_file({"other": torch.zeros(1)}, broken / "condenser_head.safetensors", metadata=about)
+    with pytest.raises(ValueError, match="is damaged: it lacks c_head"):
+        load_export(broken)
 
 
 def test_where_a_head_is_missing_or_of_another_objective_one_line_says_so(recipe, tiny_export, tmp_path, capsys):

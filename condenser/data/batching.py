@@ -65,10 +65,9 @@ class BucketedBatches:
                 f"micro_batches_per_step={micro_batches_per_step} needs at least as many sequences in a step: "
                 f"batch_size is {batch_size} and there are {self.n * each} sequences"
             )
-        least = max(
-            min(each, self.n), -(-micro_batches_per_step // each)
-        )  # samples of a step: two documents, if possible
-        self.least, self.steps_per_epoch = least, min(max(1, round(self.n * each / batch_size)), self.n // least)
+        # samples of a step: two documents, where there are as many
+        self.least = least = max(min(each, self.n), -(-micro_batches_per_step // each))
+        self.steps_per_epoch = min(max(1, round(self.n * each / batch_size)), self.n // least)
         self.n_windows = -(-self.steps_per_epoch // window)
         self._cached: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
 

@@ -117,11 +117,13 @@ def collate(
     masked_slot = np.arange(len(masked)) + sample_of_masked + 1
     query_index = np.empty(begins_query[-1], np.int64)
     query_index[begins_query[:-1]], query_index[masked_slot] = begins[:-1], place[masked]
-    original_ids = np.full(len(input_ids), IGNORED)
-    original_ids[place] = tokens
-    keys = (hash_ints(masking.seed, visits, sample_ids, KEYS) >> np.uint64(33)).astype(np.int64)
-    more = {"original_ids": original_ids, "keys": keys}
-    return {name: more[name] for name in extras} | {
+    more: Fields = {}
+    if "original_ids" in extras:
+        more["original_ids"] = np.full(len(input_ids), IGNORED)
+        more["original_ids"][place] = tokens
+    if "keys" in extras:
+        more["keys"] = (hash_ints(masking.seed, visits, sample_ids, KEYS) >> np.uint64(33)).astype(np.int64)
+    return more | {
         "input_ids": input_ids,
         "position_ids": np.arange(len(input_ids)) - np.repeat(begins[:-1], framed),
         "cu_seqlens": begins,

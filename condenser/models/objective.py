@@ -22,7 +22,6 @@ from condenser.models.backbones.base import backbone_of
 from condenser.models.flops import Work
 from condenser.models.losses import IGNORED, token_losses
 
-METHODS = ("losses", "cls_and_losses")
 COUNTS = ("n_masked", "n_tokens", "n_sequences", "n_ordinary")  # host ints of every pass that a term may be divided by
 
 
@@ -34,9 +33,7 @@ class Term(NamedTuple):
     weight: float = 1.0
     losses: Tensor | None = None  # of each masked token (or whatever it sums over), with ``score`` alone
     correct: Tensor | None = None  # bool, likewise
-    measures: Mapping[str, Tensor] = MappingProxyType(
-        {}
-    )  # of a contrast: means that are logged under names of their own
+    measures: Mapping[str, Tensor] = MappingProxyType({})  # of a contrast: means, logged under these names
 
 
 class Objective(nn.Module):
@@ -52,6 +49,7 @@ class Objective(nn.Module):
     terms: tuple[str, ...] = ()  # their names
     head_term = ""  # the one whose head reads [CLS], by ``condensed``: see `condenser.evaluation.probes`
     asks: ClassVar[tuple[str, ...]] = ()  # for what else of `condenser.data.collate.EXTRAS`
+    pruned = True  # the last layer is run at the queries alone
     vocabulary_share = 0.3  # tokens at which the vocabulary is scored, of all: how much memory a pass needs
     # An objective over the [CLS] vectors of the whole step ``[N, H]``, in which those of siblings, two spans of one
     # document, are at 2i and 2i + 1, has a method for it. Its term is over ``n_sequences``.
@@ -89,7 +87,10 @@ class Objective(nn.Module):
 
     def cls_states(self, batch: dict[str, Any]) -> Tensor:
         """The last [CLS] states ``[B, H]`` of a flat pass, and nothing that they do not need."""
-        batch = batch if self.has_dropout and self.training else read_at_cls(batch)
+        if self.has_dropout and self.training:  # which must be drawn for as many positions as in `cls_and_losses`
+            late, _, _ = self.encoded(batch, pruned=self.pruned)
+            return self.cls_of(late, batch, self.pruned)
+        batch = read_at_cls(batch)
         return self.cls_of(self.encoded(batch)[0], batch)
 
     def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
@@ -186,8 +187,8 @@ def known_options(objective: type[Objective], usual: dict[str, Any], options: di
         ValueError: an option that it does not take.
     """
     takes = setting_names(objective)
-    defined = [next(i for i, each in enumerate(objective.__mro__) if name in vars(each)) for name in METHODS]
-    if objective.contrast is not None and defined[0] < defined[1]:
+    first = next(each for each in objective.__mro__ if {"losses", "cls_and_losses"} & vars(each).keys())
+    if objective.contrast is not None and "cls_and_losses" not in vars(first):
         raise ValueError(f"{objective.__name__} has a contrast: let it override cls_and_losses, not losses")
     if unknown := [name for name in options if name not in takes]:
         raise ValueError(

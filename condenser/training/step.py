@@ -90,6 +90,8 @@ class TrainingStep:
             self.cls_states = torch.compile(objective.cls_states, dynamic=False, fullgraph=True)
         # those of the objective may for now be put together from the shards that are trained
         self.weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+        named = objective.named_parameters()
+        self.of_head = {name: p for name, p in named if not name.startswith("lm.") and p.requires_grad}
         self.gradients: list[Any] = [torch.zeros_like(weight) for weight in self.weights]
         self.replays = Replays(self.one_pass, self.gradients) if replayed else None
 
@@ -168,7 +170,7 @@ class TrainingStep:
         """The contrast of the step, and for each pass of this device the gradients of its vectors ``[B, H]``, and its
         share of those of weights that the contrast has of its own. It is computed whole on every device, so that
         nothing but vectors has to be exchanged."""
-        own = {n: p for n, p in self.objective.named_parameters() if not n.startswith("lm.") and p.requires_grad}
+        own = self.of_head
         everything = gathered(self.objective, vectors, batch, self.summed).requires_grad_()
         with torch.enable_grad():
             term: Term = self.objective.contrast(everything)  # type: ignore[misc]
