@@ -141,6 +141,7 @@ PAPERS = {
     "Condenser": "Gao & Callan, EMNLP 2021",
     "CoCondenser": "Gao & Callan, ACL 2022",
     "RetroMAE": "Xiao & Liu, EMNLP 2022",
+    "DupMAE": "Xiao et al., ACL 2023",
 }
 
 

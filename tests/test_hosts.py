@@ -51,8 +51,12 @@ def on_host(host, address, is_first, arguments, log):
         )
 
 
-def test_two_hosts_train_to_the_weights_of_two_processes_of_one(recipe, hosts, tmp_path):
+@pytest.mark.parametrize("objective", ["condenser.Condenser", "cocondenser.CoCondenser"])
+def test_two_hosts_train_to_the_weights_of_two_processes_of_one(objective, recipe, spans, hosts, tmp_path):
     def arguments(name, **where):
+        where["model__objective"] = f"condenser.models.{objective}"
+        if objective.endswith("CoCondenser"):
+            where["data__store"] = str(spans)
         path = write_recipe(recipe, tmp_path / f"{name}.yaml", trainer__strategy=DDP, **where)
         return ["--config", str(path), "--runs_dir", str(tmp_path), "--name", name]
 

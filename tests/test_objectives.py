@@ -33,7 +33,7 @@ from condenser.models.cocondenser import CoCondenser
 from condenser.models.flops import Work
 from condenser.models.losses import pair_losses, pair_measures, pair_scores
 from condenser.models.objective import COUNTS, Objective, flattened
-from condenser.models.retromae import RetroMAE
+from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.step import TrainingStep, inputs_of
 
@@ -468,8 +468,46 @@ def test_positions_are_seen_at_the_rate_asked_for_each_pair_alike_and_anew_for_e
     assert abs(correlation).max() < 6.5 / 400**0.5
 
 
-def test_retromaes_dummies_and_passes_change_nothing(texts):
-    model = model_of(objective=RetroMAE, dropout=0.0)
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_dupmaes_bag_of_words_is_the_papers_with_its_gradients(family, texts):
+    """Sequence by sequence: the strongest logit of each word over ordinary tokens; the text's words, each alike."""
+    model = model_of(family, DupMAE, dropout=0.0).eval()
+    for fields in texts()[0]:
+        late = model.encoded(inputs_of(fields), pruned=False)[0]
+        head = model.lm.lm_head if family == "roberta" else model.lm.cls
+        expected = torch.zeros(())
+        for first, end in itertools.pairwise(fields["cu_seqlens"].tolist()):
+            original = fields["original_ids"][first:end]
+            nats = -head(late[first:end][original >= 0]).amax(0).log_softmax(-1)
+            words = sorted(set(original[original >= 0].tolist()))
+            assert len(words) < (original >= 0).sum() or len(words) < 9
+            expected = expected + nats[words].mean()
+        terms = model.losses(inputs_of(fields))
+        assert terms["bag_of_words"].over == "n_sequences"
+        assert terms["bag_of_words"].sum.item() == pytest.approx(expected.item(), rel=1e-10)
+        found, wanted = (
+            torch.autograd.grad(loss, [*model.parameters()], allow_unused=True)
+            for loss in (terms["bag_of_words"].sum, expected)
+        )
+        pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if b is not None]
+        assert len(pairs) > 30
+        close([a for a, _ in pairs], [b for _, b in pairs])
+
+
+def test_dupmae_is_retromae_and_a_bag_of_words(texts):
+    model = model_of(objective=DupMAE, dropout=0.0, bag_of_words_weight=0.3)
+    plain = model_of(objective=RetroMAE, dropout=0.0)
+    plain.load_state_dict(model.state_dict())
+    both, alone = gradients_of(model, texts()), gradients_of(plain, texts())
+    for name, value in alone[0].shares.items():
+        torch.testing.assert_close(both[0].shares[name], value)
+    more = (both[0].losses - alone[0].losses).sum()
+    assert more.item() == pytest.approx(0.3 * both[0].shares["bag_of_words_loss"].item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("objective", [RetroMAE, DupMAE])
+def test_retromaes_dummies_and_passes_change_nothing(objective, texts):
+    model = model_of(objective=objective, dropout=0.0)
     plain = gradients_of(model, texts())
     for options in ({"few_shapes": True}, {"tokens_per_pass": 10**6}, {"few_shapes": True, "tokens_per_pass": 10**6}):
         other = gradients_of(model, texts(**options))
@@ -506,16 +544,28 @@ def retro(recipe, tmp_path_factory):
     return folder / "retro", options
 
 
-@pytest.mark.parametrize("name", ["co", "retro"])
+@pytest.fixture(scope="module")
+def dup(recipe, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dup")
+    options = ["--model.objective", "condenser.models.retromae.DupMAE"]
+    options += ["--model.objective_options.bag_of_words_weight", "0.2"]
+    assert fit(recipe, folder, "dup", *options) == 0
+    return folder / "dup", options
+
+
+@pytest.mark.parametrize("name", ["co", "retro", "dup"])
 def test_a_run_logs_and_validates_all_terms_and_what_is_minimised(name, request):
     run, _ = request.getfixturevalue(name)
-    names = {"co": ("mlm", "head_mlm", "contrast"), "retro": ("mlm", "decoder")}[name]
+    names = {"co": ("mlm", "head_mlm", "contrast"), "retro": ("mlm", "decoder")}
+    names["dup"] = ("mlm", "decoder", "bag_of_words")
+    weights = {"bag_of_words": 0.2}
     for row in metrics_of(run):
         for kind in ("train", "val"):
             if row[f"{kind}/loss"]:
-                parts = [float(row[f"{kind}/{term}_loss"]) for term in names]
+                parts = [weights.get(term, 1) * float(row[f"{kind}/{term}_loss"]) for term in names[name]]
                 assert float(row[f"{kind}/loss"]) == pytest.approx(sum(parts), rel=1e-5)
-                assert all(0 <= float(row[f"{kind}/{term}_accuracy"]) <= 1 for term in names)
+                scored = [term for term in names[name] if term != "bag_of_words"]
+                assert all(0 <= float(row[f"{kind}/{term}_accuracy"]) <= 1 for term in scored)
     if name == "co":
         assert 0 < float(row["val/contrast_mrr"]) <= 1
         assert float(row["val/alignment"]) >= 0 >= float(row["val/uniformity"])
@@ -531,18 +581,20 @@ def test_a_run_that_is_stopped_goes_on_bit_for_bit_with_dropout(name, recipe, tm
     assert metrics_of(run) == metrics_of(tmp_path / "parts")
 
 
-@pytest.mark.parametrize("name", ["co", "retro"])
+@pytest.mark.parametrize("name", ["co", "retro", "dup"])
 def test_an_export_holds_the_objective_with_its_head(name, recipe, tmp_path, request, capsys):
     run, options = request.getfixturevalue(name)
     out = tmp_path / "export"
     assert main(["export", str(run), "--output", str(out)]) == 0
     model = load_export(out)
-    assert type(model).__name__ == {"co": "CoCondenser", "retro": "RetroMAE"}[name]
+    assert type(model).__name__ == {"co": "CoCondenser", "retro": "RetroMAE", "dup": "DupMAE"}[name]
     state = final_state(run)["state_dict"]
     for weight_name, weight in model.state_dict().items():
         assert torch.equal(weight, state[f"model.{weight_name}"])
     if name == "retro":
         assert model.decoder_mask_rate == 0.7
+    if name == "dup":
+        assert model.bag_of_words_weight == 0.2
     warm = ["--model.backbone", str(out), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
     capsys.readouterr()
     assert fit(recipe, tmp_path, "on", *options, *warm) == 0
@@ -598,6 +650,10 @@ BAD = {
     "an option of another": (
         [*RETRO, "--model.objective_options.temperature", "2"],
         "RetroMAE has no setting temperature",
+    ),
+    "a negative bag": (
+        ["--model.objective", "condenser.models.retromae.DupMAE", "--model.objective_options.bag_of_words_weight=-1"],
+        "bag_of_words_weight=-1 must not be negative",
     ),
     "a decoder rate of 0": ([*RETRO, "--model.objective_options.decoder_mask_rate", "0"], "must lie between 0 and 1"),
     "a decoder rate of 1": ([*RETRO, "--model.objective_options.decoder_mask_rate", "1"], "must lie between 0 and 1"),
@@ -740,7 +796,7 @@ def test_how_much_the_decoder_reads_from_cls_is_probed(retro):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", [CoCondenser, RetroMAE])
+@pytest.mark.parametrize("objective", [CoCondenser, RetroMAE, DupMAE])
 def test_a_compiled_step_is_the_eager_one(objective, pairs, spans, texts):
     model = model_of(objective=objective, dropout=0.0).float()
     steps = steps_of(pairs, spans, few_shapes=True) if objective is CoCondenser else texts(few_shapes=True)
@@ -755,9 +811,10 @@ def test_a_compiled_step_is_the_eager_one(objective, pairs, spans, texts):
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-5)
 
 
-def test_retromaes_counted_operations_agree_with_torchs_counter(texts):
+@pytest.mark.parametrize("objective", [RetroMAE, DupMAE])
+def test_retromaes_counted_operations_agree_with_torchs_counter(objective, texts):
     """Attention is laid out, so its pairs are those of rows; the decoder scores special tokens too, for nothing."""
-    model = model_of(objective=RetroMAE, dropout=0.0).float()
+    model = model_of(objective=objective, dropout=0.0).float()
     batch = texts(tokens_per_pass=10**6)[0]
     (fields,) = batch
     rows, longest = batch.total("n_sequences"), fields["max_seqlen"]

@@ -32,13 +32,18 @@ def token_losses(
     if fused and len(targets):
         correct = predicted_right(hidden, decoder, targets) if score else None
         return fused_losses(hidden, decoder, targets), correct
+    logits = logits_of(hidden, decoder)
+    losses = F.cross_entropy(at_least_fp32(logits), targets, reduction="none", ignore_index=IGNORED)
+    return losses, logits.detach().argmax(-1) == targets if score else None
+
+
+def logits_of(hidden: Tensor, decoder: nn.Linear) -> Tensor:
+    """``[M, V]``, with some columns that have no probability where a GPU is quicker with them."""
     weight: Tensor = decoder.weight
     bias: Tensor = decoder.bias
     if hidden.is_cuda and (left := -len(bias) % MULTIPLE):
         weight, bias = F.pad(weight, (0, 0, 0, left)), F.pad(bias, (0, left), value=-1e4)  # no probability in fp32
-    logits = F.linear(hidden, weight, bias)
-    losses = F.cross_entropy(at_least_fp32(logits), targets, reduction="none", ignore_index=IGNORED)
-    return losses, logits.detach().argmax(-1) == targets if score else None
+    return F.linear(hidden, weight, bias)
 
 
 def at_least_fp32(states: Tensor) -> Tensor:

@@ -8,7 +8,12 @@
 
 Which positions a position sees is a hash of (sample, visit, i, j), so it is the same on every device.
 
-Legend: B sequences, L positions of a laid-out sequence, T tokens, M masked tokens, H hidden size.
+DupMAE (Xiao et al., ACL 2023) teaches the other tokens' states too, from which a bag of words is to be read:
+
+    word    = max over tokens of the MLM head's logits      [V] for each sequence
+    loss   += cross-entropy of ``word`` with the set of its words, each alike
+
+Legend: B sequences, L positions of a laid-out sequence, T tokens, M masked tokens, H hidden size, V vocabulary.
 """
 
 from collections.abc import Callable
@@ -20,9 +25,11 @@ from transformers import PreTrainedModel
 
 from condenser.models.attention import Bounds, bounds_of, take
 from condenser.models.flops import Work, training_flops
+from condenser.models.losses import at_least_fp32, logits_of
 from condenser.models.objective import Objective, Term, identity
 
 WORD = 0xFFFFFFFF  # 32 bits
+LEAST = -1e4  # a logit that has no probability in fp32
 
 
 class RetroMAE(Objective):
@@ -38,7 +45,7 @@ class RetroMAE(Objective):
     """
 
     asks: ClassVar[tuple[str, ...]] = ("original_ids", "keys")
-    terms = ("mlm", "decoder")
+    terms: tuple[str, ...] = ("mlm", "decoder")
     head_term = "decoder"
     vocabulary_share = 1.3
 
@@ -58,13 +65,17 @@ class RetroMAE(Objective):
     def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
         late, _, _ = self.encoded(batch, pruned=self.pruned)
         cls = self.cls_of(late, batch, self.pruned)
+        return cls, self.terms_of(late, cls, batch, score)
+
+    def terms_of(self, late: Tensor, cls: Tensor, batch: dict[str, Any], score: bool) -> dict[str, Term]:
+        """Of the encoder's last states ``[Q, H]``, ``[T, H]`` where it is not ``pruned``, and those at [CLS]."""
         masked = take(late, batch["masked_slot" if self.pruned else "masked_index"])
         decoded = self.decoded(batch, self.condensed(cls))
         streams = {
             "mlm": (masked, batch["labels"], "n_masked"),
             "decoder": (decoded, batch["original_ids"], "n_ordinary"),
         }
-        return cls, self.scored(streams, score)
+        return self.scored(streams, score)
 
     def decoded(self, batch: dict[str, Any], cls: Tensor) -> Tensor:
         """The decoder's states ``[T, H]`` from the encoder's ``cls`` ``[B, H]``."""
@@ -94,6 +105,55 @@ class RetroMAE(Objective):
         decoder = (8 * h * h + 4 * h * i) * work.tokens + 4 * h * work.pairs
         ordinary = work.tokens - 2 * (work.queries - work.masked)
         return training_flops(config, 0, True, work) + 3.0 * (decoder + ordinary * (2 * h * h + 2 * h * v))
+
+
+class DupMAE(RetroMAE):
+    """RetroMAE whose other tokens must tell which words a text has.
+
+    Args:
+        lm: a Hugging Face masked LM, kept, not copied.
+        decoder_mask_rate: as RetroMAE's.
+        bag_of_words_weight: of the third loss.
+
+    Raises:
+        ValueError: a rate that is not between 0 and 1, a weight that is negative.
+    """
+
+    terms = ("mlm", "decoder", "bag_of_words")
+    vocabulary_share = 2.3
+
+    def __init__(self, lm: PreTrainedModel, decoder_mask_rate: float = 0.5, bag_of_words_weight: float = 1.0):
+        super().__init__(lm, decoder_mask_rate, pruned=False)
+        if not bag_of_words_weight >= 0:
+            raise ValueError(f"bag_of_words_weight={bag_of_words_weight} must not be negative")
+        self.bag_of_words_weight = bag_of_words_weight
+
+    def terms_of(self, late: Tensor, cls: Tensor, batch: dict[str, Any], score: bool) -> dict[str, Term]:
+        bag = Term(self.bag_losses(late, batch).sum(), "n_sequences", self.bag_of_words_weight)
+        return super().terms_of(late, cls, batch, score) | {"bag_of_words": bag}
+
+    def bag_losses(self, late: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Of each sequence ``[B]``; 0 where it has no ordinary token."""
+        bounds, original = batch["cu_seqlens"], batch["original_ids"]
+        n, ordinary = len(bounds) - 1, original >= 0
+        rows = bounds_of(bounds, batch["max_seqlen"], len(original), kernel=False)
+        assert rows.slots is not None
+        logits = logits_of(self.backbone.transform(late), self.backbone.decoder)
+        logits = logits.masked_fill(~ordinary[:, None], LEAST)
+        laid_out = logits.new_full((n * rows.longest, logits.shape[1]), LEAST).index_copy(0, rows.slots, logits)
+        strongest = laid_out.view(n, rows.longest, -1).amax(1)  # [B, V]
+        word = rows.slots // rows.longest * logits.shape[1] + original.clamp(min=0)
+        times = torch.zeros(strongest.numel(), device=late.device).index_add(0, word, ordinary.float())
+        words = (times > 0).view(strongest.shape)
+        nats = -at_least_fp32(strongest).log_softmax(-1)
+        return (nats * words).sum(1) / words.sum(1).clamp(min=1)
+
+    def flops(self, work: Work) -> float:
+        config = self.lm.config
+        h, v = config.hidden_size, config.vocab_size
+        everywhere = work._replace(queries=work.tokens, query_pairs=work.pairs)
+        last = training_flops(config, 0, False, everywhere) - training_flops(config, 0, False, work)
+        return super().flops(work) + last + 3.0 * work.tokens * (2 * h * h + 2 * h * v)
 
 
 def mixed(x: Tensor) -> Tensor:
