@@ -165,7 +165,7 @@ class InMemory(L.LightningDataModule):
 
     tokens_per_pass, few_shapes, pairs, weights = None, False, False, {}
     serve = CondenserDataModule.serve
-    unigram_nats = torch.zeros(30522)
+    unigram_nats, steps_per_epoch = torch.zeros(30522), 40
 
     class tokenizer:  # noqa: N801
         pad_token_id, mask_token_id = VOCABULARY.pad_id, VOCABULARY.mask_id
@@ -181,7 +181,7 @@ class InMemory(L.LightningDataModule):
 
     def train_dataloader(self):
         steps = steps_of(self.sequences, 8, 40, tokens_per_pass=self.tokens_per_pass or 1, few_shapes=self.few_shapes)
-        return StepLoader(steps, training=True, num_workers=2)
+        return StepLoader(steps, 2, steps.batches.steps_per_epoch, lambda: self.trainer.global_step)
 
 
 def check_run(settings, sequences):

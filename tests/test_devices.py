@@ -182,10 +182,11 @@ def runs(recipe, spans, tmp_path_factory):
             trainer__devices=devices,
             trainer__strategy=strategy or "auto",
             trainer__log_every_n_steps=1,
+            checkpoint__keep_every_n_steps=VALIDATED,
             **{"trainer__max_steps": STEPS, "trainer__val_check_interval": VALIDATED, **changes},
         )
         where = ["--config", str(path), "--runs_dir", str(folder), "--name", name]
-        checkpoint = folder / str(start) / f"checkpoints/best-step={VALIDATED}.ckpt"
+        checkpoint = folder / str(start) / f"checkpoints/last-step={VALIDATED}.ckpt"
         return [*where, "--ckpt_path", str(checkpoint)] if start else where
 
     leap = {"class_path": "test_devices.Leap", "init_args": {"file": str(folder / "leap.txt")}}

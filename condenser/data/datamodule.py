@@ -1,13 +1,15 @@
 """Token store -> optimizer steps, for Lightning.
 
 One item of the training loader is one optimizer step of one rank: its passes. Which samples they hold and how these are
-masked depends on (seed, step) alone, so the loader's whole state is the number of steps it has handed out, the same on
-every rank and for any number of workers.
+masked depends on (seed, step) alone, so the loader begins where the trainer stands, the same on every rank and for
+any number of workers. Validation depends on no setting of the run: runs of other seeds are compared on the
+same tokens.
 """
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, SequentialSampler
 
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import EXTRAS, Fields, Masking, Shapes, StepBatch, Vocabulary, collate, filled
@@ -24,6 +26,8 @@ from condenser.data.mixing import Mixture, check_one_tokenizer
 from condenser.data.pairs import Pairs
 from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, load_array, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
+
+VALIDATION_SEED = 0
 
 
 class CondenserDataModule(L.LightningDataModule):
@@ -137,14 +141,14 @@ class CondenserDataModule(L.LightningDataModule):
 
     def samples(self, split: str, weights: list[float] | None = None) -> Mixture:
         """Of a split: rows, or documents where pairs are wanted."""
-        key = split, self.pairs
+        key, seed = (split, self.pairs), self.seed if split == "train" else VALIDATION_SEED
         if key not in self.made:
             if self.pairs:
-                self.made[key] = Pairs(self.stores[split], weights, seed=self.seed, span_length=self.span_length)
+                self.made[key] = Pairs(self.stores[split], weights, seed=seed, span_length=self.span_length)
             elif self.span_length is not None:
                 raise ValueError(f"data.span_length={self.span_length} is of pairs of spans: set data.pairs to true")
             else:
-                self.made[key] = Mixture(self.stores[split], weights, seed=self.seed)
+                self.made[key] = Mixture(self.stores[split], weights, seed=seed)
         return self.made[key]
 
     def serve(self, objective: Any) -> None:
@@ -159,6 +163,18 @@ class CondenserDataModule(L.LightningDataModule):
         self.pairs = contrasts if self.pairs is None else self.pairs
         if contrasts and not self.pairs:
             raise ValueError("data.pairs=false: the objective contrasts pairs of spans")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """As the trainer counts them: of all that an epoch has as many as it is limited to."""
+        n = self.batches(self.train, self.batch_size, self.micro_batches_per_step).steps_per_epoch
+        limit: Any = self.trainer.limit_train_batches if self.trainer else None
+        if limit is None:
+            return n
+        limited = int(n * limit) if isinstance(limit, float) else min(n, limit)
+        if limited < 1:
+            raise ValueError(f"trainer.limit_train_batches={limit} leaves no step of the {n:,} of an epoch")
+        return limited
 
     def train_dataloader(self) -> "StepLoader":
         if self.pairs and min(self.batch_size // 2, len(self.train)) < 2:
@@ -177,26 +193,35 @@ class CondenserDataModule(L.LightningDataModule):
         batch_size = min(self.batch_size, n)
         return self.loader(validation, batch_size, min(self.micro_batches_per_step, batch_size), training=False)
 
-    def loader(self, mixture: Mixture, batch_size: int, micro_batches_per_step: int, training: bool) -> "StepLoader":
-        batches = BucketedBatches(
+    def batches(self, mixture: Mixture, batch_size: int, micro_batches_per_step: int) -> BucketedBatches:
+        return BucketedBatches(
             mixture,
             batch_size=batch_size,
             micro_batches_per_step=micro_batches_per_step,
-            seed=self.seed,
+            seed=mixture.seed,
             added=SPECIAL_TOKENS,
         )
+
+    def loader(self, mixture: Mixture, batch_size: int, micro_batches_per_step: int, training: bool) -> "StepLoader":
+        batches = self.batches(mixture, batch_size, micro_batches_per_step)
         rank, world_size = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
         steps = Steps(
             mixture,
             batches,
             Vocabulary.of(self.tokenizer),
-            self.masking,
+            self.masking if training else replace(self.masking, seed=VALIDATION_SEED),
             (rank, world_size),
             self.tokens_per_pass or 1,
             few_shapes=self.few_shapes and training,
             extras=self.extras,
         )
-        return StepLoader(steps, training, self.num_workers if training else 0)
+        if not training:
+            return StepLoader(steps, 0, batches.steps_per_epoch, lambda: 0)
+        trainer: Any = self.trainer
+        if trainer and trainer.overfit_batches > 0:
+            steps.n_repeated = self.steps_per_epoch
+        begin = (lambda: trainer.global_step) if trainer else None
+        return StepLoader(steps, self.num_workers, self.steps_per_epoch, begin)
 
 
 def store_folder(name: str) -> Path:
@@ -226,7 +251,7 @@ class Steps(Dataset):
         few_shapes: bool = False,
         extras: tuple[str, ...] = (),
     ):
-        self.extras = extras
+        self.extras, self.n_repeated = extras, 0  # the first so many steps again and again, where it is not 0
         self.mixture, self.batches, self.vocabulary, self.masking = mixture, batches, vocabulary, masking
         self.device = device
         shapes = Shapes.of(mixture.typical_lengths(), masking.probability)
@@ -238,12 +263,13 @@ class Steps(Dataset):
 
     def __getitem__(self, step: int) -> StepBatch:
         rank, world_size = self.device
-        epoch = step // self.batches.steps_per_epoch
-        pairs = np.sort(np.concatenate(self.batches.step(step))) if self.mixture.each == 2 else None
+        drawn = step % self.n_repeated if self.n_repeated else step
+        epoch = drawn // self.batches.steps_per_epoch
+        pairs = np.sort(np.concatenate(self.batches.step(drawn))) if self.mixture.each == 2 else None
         passes = [
             self.one_pass(epoch, numbers, pairs)
             | {"epoch": epoch, "step": step, "micro_batch": rank + place * world_size}  # of several the first
-            for place, numbers in enumerate(self.parts(step))
+            for place, numbers in enumerate(self.parts(drawn))
         ]
         return StepBatch.of(passes, len(pairs) if pairs is not None else 0)
 
@@ -267,48 +293,48 @@ class Steps(Dataset):
         return filled(fields, self.shapes.fitting(fields)) if self.shapes else fields
 
 
-class Upcoming(Sampler):
-    """The steps from ``position`` to the end of its epoch."""
+class Upcoming(SequentialSampler):
+    """The steps from a loader's position to the end of its epoch. (For ``overfit_batches`` Lightning puts a sampler of
+    its own in the place of any that is not sequential.)"""
 
-    def __init__(self, steps_per_epoch: int):
-        self.steps_per_epoch, self.position = steps_per_epoch, 0
+    def __init__(self, steps_per_epoch: int, progress: dict[str, int]):
+        self.steps_per_epoch, self.progress = steps_per_epoch, progress
 
     def __len__(self) -> int:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[int]:
-        epoch = self.position // self.steps_per_epoch
-        return iter(range(self.position, (epoch + 1) * self.steps_per_epoch))
+        first = self.progress["position"]
+        return iter(range(first, (first // self.steps_per_epoch + 1) * self.steps_per_epoch))
 
 
 class StepLoader(DataLoader):
-    """Loads steps in order; its state, which Lightning keeps in checkpoints, is the number of steps handed out.
+    """Loads the steps of an epoch in order, from ``begin()`` on, the number of steps that were taken. Without it epochs
+    follow one another.
 
-    Workers run ahead of that number, so it is counted where steps leave the loader. Validation begins at step 0 always.
     ``waited`` are the seconds that somebody waited for a step. Workers that give none for ``PATIENCE`` seconds are an
     error.
     """
 
     PATIENCE = 1800.0
 
-    def __init__(self, steps: Steps, training: bool, num_workers: int):
+    def __init__(self, steps: Steps, num_workers: int, steps_per_epoch: int, begin: Callable[[], int] | None = None):
+        self.begin, self.progress = begin, {"position": 0}  # workers run ahead of it
         super().__init__(
             steps,
             batch_size=None,
-            sampler=Upcoming(steps.batches.steps_per_epoch),
+            sampler=Upcoming(steps_per_epoch, self.progress),
             collate_fn=as_it_is,
             num_workers=num_workers,
             worker_init_fn=ends_with_its_parent,
             pin_memory=torch.cuda.is_available(),
             timeout=self.PATIENCE if num_workers else 0,
         )
-        self.training, self.waited = training, 0.0
-        self.progress = {"position": 0}  # no attribute: after a failed start Lightning keeps a list of all assignments
+        self.waited = 0.0
 
     def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
-        if not self.training:
-            self.progress["position"] = 0
-        self.sampler.position = self.progress["position"]  # type: ignore[attr-defined]
+        if self.begin is not None:
+            self.progress["position"] = self.begin()
         began, items = time.perf_counter(), super().__iter__()
         for item in items:
             self.waited += time.perf_counter() - began
@@ -320,7 +346,7 @@ class StepLoader(DataLoader):
         return dict(self.progress)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.progress = dict(state)
+        self.progress |= state
 
 
 def ends_with_its_parent(worker: int) -> None:

@@ -143,9 +143,7 @@ class Trial:
             few_shapes=recipe.compiled,
             extras=self.model.asks,
         )
-        loader = StepLoader(steps, training=True, num_workers=self.workers)
-        loader.load_state_dict({"position": first})
-        return loader
+        return StepLoader(steps, self.workers, rows.batches.steps_per_epoch, lambda: first)
 
     def take(self, step: TrainingStep, batch: StepBatch) -> None:
         counts = torch.tensor([batch.total(name) for name in COUNTS], dtype=torch.float32)

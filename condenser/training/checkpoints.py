@@ -1,8 +1,9 @@
 """Checkpoints that a run can be trusted to go on from, whatever ended it and whenever.
 
 A checkpoint is whole once it has its name, and is removed only when later ones are. It is taken when the step's metrics
-are written and its validation is done, or is left to the run that goes on, which has left out neither. A disk that is
-full ends training on all devices, and one line says so. What is damaged later is found by `condenser.runs.is_whole`.
+are written and its validation is done; where a run is stopped before that, it is the first thing done when the run goes
+on. A disk that is full ends training on all devices, and one line says so. What is damaged later is found by
+`condenser.runs.is_whole`.
 """
 
 import errno
@@ -11,8 +12,7 @@ import shutil
 import sys
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,27 +171,19 @@ class Checkpoints(Checkpoint):
         if not trainer.strategy.broadcast(self.path("best", self.best_step).is_file()):
             self.best, self.best_step = float("inf"), -1  # the run began with another's checkpoint
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        """What the step before has led to is logged, and its validation is done."""
         step = trainer.global_step
-        if self.seconds and pl_module.is_logging_step(step):
+        if step not in (self.first_step, self.last_step) and self.settings.due(step):
+            self.save_last(trainer)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, *args: Any, **kwargs: Any) -> None:
+        if self.seconds and pl_module.is_logging_step(trainer.global_step):
             pl_module.log("perf/checkpoint_seconds", self.seconds)
             self.seconds = 0.0
-        due, asked = validation_is_due(trainer), pl_module.guard.stop
-        owed = due and asked and step < pl_module.total_steps()  # the run that goes on begins with it
-        if asked and (owed or not due):
-            trainer.limit_val_batches = 0  # Lightning would validate before it stops; there may be no time for it
-        if trainer.should_stop or (self.settings.due(step) and not due):
-            connector: Any = trainer._logger_connector
-            connector.update_train_step_metrics()  # Lightning logs them later; a run that goes on would lack them
-            with validation_begun(trainer) if owed else nullcontext():
-                self.save_last(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        total = validation_progress(trainer).total
-        total.ready = total.started = total.completed  # also where it had begun when the run was stopped
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.sanity_checking or not validation_is_due(trainer):  # but only because training is to stop
+        if trainer.sanity_checking:
             return
         loss, step = float(trainer.callback_metrics.get("val/loss", torch.nan)), trainer.global_step
         if trainer.strategy.reduce_boolean_decision(loss < self.best):
@@ -201,8 +193,12 @@ class Checkpoints(Checkpoint):
                 self.bests.append(step)
             else:
                 self.best, self.best_step = before
-        if trainer.should_stop or self.settings.due(step) or step == self.first_step:
-            self.save_last(trainer)  # where training stops or goes on, for the second time: it knows the best now
+        if step == self.first_step:  # what was owed is done
+            self.save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.should_stop:  # before callbacks end training, which may put other weights in the place of these
+            self.save_last(trainer, ends=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.last_step != trainer.global_step:
@@ -250,30 +246,3 @@ class Checkpoints(Checkpoint):
             for step in {*self.bests} - {self.best_step}:
                 self.path("best", step).unlink(missing_ok=True)
             self.bests = [self.best_step]
-
-
-def validation_is_due(trainer: L.Trainer) -> bool:
-    """After the step that has just been taken, and not only because training is to stop."""
-    loop: Any = trainer.fit_loop
-    stop, trainer.should_stop = trainer.should_stop, False
-    due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
-    trainer.should_stop = stop
-    return due
-
-
-def validation_progress(trainer: L.Trainer) -> Any:
-    loop: Any = trainer.fit_loop.epoch_loop
-    return loop.val_loop.batch_progress
-
-
-@contextmanager
-def validation_begun(trainer: L.Trainer) -> Iterator[None]:
-    """Lightning's counters as they are in a validation's first batch: what is saved with them goes on by validating."""
-    train, validation = trainer.fit_loop.epoch_loop.batch_progress, validation_progress(trainer)
-    before = [progress.state_dict() for progress in (train, validation)]
-    train.increment_completed()
-    validation.reset_on_run()
-    validation.total.ready = validation.total.started = validation.total.completed + 1
-    yield
-    for progress, state in zip((train, validation), before, strict=True):
-        progress.load_state_dict(state)

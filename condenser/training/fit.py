@@ -32,8 +32,9 @@ from condenser.runs import (
 )
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
+from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained
-from condenser.training.logs import Listening, MetricsCSV, Speed, Summary, Trace, versions
+from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
 from condenser.training.tracking import is_first_rank
 
@@ -132,7 +133,7 @@ class RunCLI(LightningCLI):
         kwargs["plugins"] = [*plugins] if isinstance(plugins, list) else [plugins]
         if self.subcommand == "fit":
             saving: Checkpointing = self._get(self.config_init, "checkpoint")
-            callbacks += [Listening(), Speed(), Summary(self.run), Checkpoints(self.run / "checkpoints", saving)]
+            callbacks += [Listening(), Speed(), Ending(self.run), Checkpoints(self.run / "checkpoints", saving)]
             if settings.trace_steps:
                 callbacks.append(Trace(self.run, settings.trace_steps))
             loggers = self.loggers(settings)
@@ -182,13 +183,12 @@ def fit(args: Sequence[str]) -> None:
         if (cli.run / SUMMARY).is_file():
             if settings.wandb_artifacts and isinstance(logger, tracking.Tracker):
                 tracking.keep_export(logger, cli.run)
-        elif cli.model.guard.stop:
-            stopped(cli)
+        elif cli.model.stopped == SIGNAL:
+            leave(cli)
 
 
-def stopped(cli: RunCLI) -> None:
-    if is_first_rank():
-        print(f"{cli.run} was asked to stop, and did after step {cli.trainer.global_step:,}; start it again to go on")
+def leave(cli: RunCLI) -> None:
+    """End with the code that says that a signal stopped training."""
     environment = getattr(cli.trainer.strategy, "cluster_environment", None)
     if isinstance(environment, LightningEnvironment) and environment.local_rank():
         return  # at any other code Lightning kills the first process, which may still have something to do

@@ -1,4 +1,4 @@
-"""What runs beside the training loop: the metrics file, speed, traces, and the summary that ends a run."""
+"""What runs beside the training loop: the metrics file, speed, traces."""
 
 import csv
 import errno
@@ -20,9 +20,9 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.cluster import signals
-from condenser.data.store import write_json, written
+from condenser.data.store import written
 from condenser.models.flops import bf16_peak
-from condenser.runs import COMMIT, METRICS, SUMMARY, output
+from condenser.runs import COMMIT, METRICS, output
 
 
 class LoggedOnce:
@@ -225,35 +225,6 @@ class Trace(Callback):
         longest = self.profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
         (self.folder / "trace.txt").write_text(longest)
         self.profiler = None
-
-
-class Summary(Callback):
-    """Writes what the finished run was and reached; the file's presence says that the run is finished."""
-
-    def __init__(self, folder: Path):
-        self.path, self.began = folder / SUMMARY, time.perf_counter()
-
-    @rank_zero_only
-    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        """When the last checkpoint has been saved."""
-        if trainer.global_step < pl_module.total_steps():
-            return  # stopped early, by max_time for one: the run can go on
-        facts = {
-            "steps": trainer.global_step,
-            "epochs": trainer.current_epoch,
-            "tokens_seen": int(pl_module.tokens_seen),
-            "seconds_since_last_start": round(time.perf_counter() - self.began, 1),
-            "parameters": sum(parameter.numel() for parameter in pl_module.parameters()),
-            "hardware": hardware(trainer),
-            "precision": trainer.precision,
-            "versions": versions(),
-            "final": {
-                name: float(value)
-                for name, value in sorted(trainer.callback_metrics.items())
-                if name.startswith("val/")
-            },
-        }
-        write_json(self.path, facts)
 
 
 def hardware(trainer: L.Trainer) -> str:

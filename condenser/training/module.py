@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -22,6 +23,7 @@ from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
 from condenser.models.objective import COUNTS, Objective, Term, check_terms, known_options
 from condenser.training import sharding
+from condenser.training.ending import length_of, loops_at, stopped_by, validation_follows
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
 from condenser.training.step import Passes, TrainingStep, gathered, inputs_of, skips_on_device
@@ -93,6 +95,8 @@ class CondenserModule(L.LightningModule):
         self.model: Objective | None = None
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
         self.step: TrainingStep | None = None
+        self.length, self.owed = 0, False  # see ending.py
+        self.stopped: str | None = None
         self.tokens_seen, self.flops_needed = 0, 0.0  # up to the last logging step or checkpoint
         self.since = torch.zeros(len(COUNTS) + 2, dtype=torch.float64)  # the sum of `sizes` since then
         self.val_metrics: Any = nn.ModuleDict()
@@ -161,24 +165,20 @@ class CondenserModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, self.optimization, self.start)
-        steps = self.total_steps()
-        return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, steps)}
-
-    def total_steps(self) -> int:
-        """Of the whole run. (Lightning's own estimate sets up the loader before it is told where a run goes on.)"""
-        trainer: Any = self.trainer
-        n_steps, n_epochs = trainer.max_steps, trainer.max_epochs
-        if n_epochs is None or n_epochs < 0:
-            if n_steps < 0:
-                raise ValueError("the schedule needs to know when the run ends: set trainer.max_epochs or max_steps")
-            return n_steps
-        by_epochs = n_epochs * trainer.datamodule.train_dataloader().dataset.batches.steps_per_epoch
-        return by_epochs if n_steps < 0 else min(n_steps, by_epochs)
+        self.length = length_of(self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, self.length)}
 
     def on_fit_start(self) -> None:
         if self.device.type == "cuda" and self.trainer.precision != "32-true":
             torch.set_float32_matmul_precision("high")
         self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank)
+
+    def on_train_start(self) -> None:
+        schedule: Any = self.lr_schedulers()  # of this run's length; the rates in a checkpoint are of that one's
+        groups: Any = schedule.optimizer.param_groups
+        for group, peak, share_at in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+            group["lr"] = peak * share_at(schedule.last_epoch)
+        self.end_here()
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step. It never waits for a GPU, but for what is logged on logging steps, once."""
@@ -309,10 +309,27 @@ class CondenserModule(L.LightningModule):
             self.val_metrics[name] = MeanMetric().to(self.device)
         return self.val_metrics[name]
 
+    def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
+        self.end_here()  # after the callbacks
+
+    def end_here(self) -> None:
+        """End training where it is to end. Lightning validates where training is to stop: as it should at the end of a
+        run, and should not where there may be no time for it."""
+        trainer: Any = self.trainer
+        if self.global_step >= self.length:
+            trainer.should_stop = True
+        elif trainer.should_stop:
+            self.stopped = stopped_by(trainer, self.guard.stop)
+            if self.stopped is not None:
+                self.owed = validation_follows(trainer, self.global_step)
+                trainer.limit_val_batches = 0
+                trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
+
     def on_validation_model_zero_grad(self) -> None:
         """Lightning would let go of the gradients here, whose buffers stay."""
 
     def on_validation_epoch_end(self) -> None:
+        self.owed = self.owed and self.trainer.sanity_checking
         terms = [weight * self.val_metrics[f"{name}_loss"].compute() for name, weight in self.val_weights.items()]
         self.log("val/loss", torch.stack(terms).sum(), prog_bar=True, sync_dist=True)  # the same on all devices
 
@@ -322,7 +339,7 @@ class CondenserModule(L.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         self.count(self.since.tolist())
-        checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.owed
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
             checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
@@ -334,6 +351,10 @@ class CondenserModule(L.LightningModule):
         if "state_dict" in checkpoint:  # the sharded strategy has loaded it already
             self.check_fits(checkpoint)
         self.tokens_seen = checkpoint["tokens_seen"]
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            per_epoch, owed = self.trainer.datamodule.steps_per_epoch, checkpoint.get("owed", False)  # type: ignore[attr-defined]
+            loops = checkpoint["loops"]
+            loops["fit_loop"] = loops_at(loops["fit_loop"], checkpoint["global_step"], per_epoch, owed)
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError if the checkpoint is of another model, naming the first weight that differs."""

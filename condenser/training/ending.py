@@ -1,0 +1,136 @@
+"""When a run ends, and what its end is called: one rule for each.
+
+A run is *finished* when training ended of itself: by its length, or because a callback asked for it (EarlyStopping, for
+one). It is *stopped* by a signal, by ``trainer.max_time`` or by an error, and then it can go on. Its length is counted
+in steps, and so is where it goes on: Lightning's own counters are set from that one number.
+"""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.utilities import rank_zero_only
+
+from condenser.data.store import write_json
+from condenser.runs import SUMMARY
+from condenser.training.logs import hardware, versions
+
+SIGNAL, TIME = "a signal", "trainer.max_time"
+
+
+def length_of(trainer: Any) -> int:
+    """Optimizer steps of the whole run: ``max_steps``, or ``max_epochs`` of as many as an epoch has here, what comes
+    first. (Lightning's own estimate sets up the loader before it is told where a run goes on.)
+
+    Raises:
+        ValueError: there is no end, or nothing before it.
+    """
+    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []  # -1: none
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        ends.append(trainer.max_epochs * trainer.datamodule.steps_per_epoch)
+    if not ends:
+        raise ValueError("the schedule needs to know when the run ends: set trainer.max_epochs or max_steps")
+    if min(ends) < 1:
+        raise ValueError(f"trainer.max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}: a run of no steps")
+    return min(ends)
+
+
+def stopped_by(trainer: Any, asked: bool) -> str | None:
+    """What stops a run before its end, where that is no callback of the user's; on all devices the same."""
+    timers = (each for each in trainer.callbacks if isinstance(each, Timer))
+    late = any((left := each.time_remaining()) is not None and left <= 0 for each in timers)
+    return trainer.strategy.broadcast(SIGNAL if asked else TIME if late else None)
+
+
+def validation_follows(trainer: Any, step: int) -> bool:
+    """Whether Lightning validates after this step, were training to go on. (At times of day it may, or not.)"""
+    every, n_epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or not isinstance(every, int):
+        return False
+    if n_epochs is None:
+        return step % every == 0
+    epoch, done = divmod(step - 1, trainer.num_training_batches)
+    return (epoch + 1) % n_epochs == 0 and (done + 1) % every == 0
+
+
+def loops_at(loops: dict[str, Any], step: int, per_epoch: int, owed: bool = False) -> dict[str, Any]:
+    """Lightning's state of its loops, as it is in checkpoints, of a run that has taken so many steps.
+
+    It is what Lightning reads as "within an epoch, at the end of a training batch", or as "before an epoch". So a run
+    goes on from any checkpoint, also where an epoch has another number of steps now.
+
+    Args:
+        owed: the validation that follows this step is still to be done: "within a validation".
+    """
+    epoch, done = divmod(step, per_epoch)
+    if owed and not done:
+        epoch, done = epoch - 1, per_epoch  # the epoch ends after it
+
+    def counts(begun: int, completed: int) -> dict[str, int]:
+        return {"ready": begun, "started": begun, "processed": begun, "completed": completed}
+
+    epochs = counts(epoch + (done > 0), epoch) | {"processed": epoch}
+    late = 0 if owed else 1  # Lightning adds it where it goes on
+    begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+    none = counts(0, 0)
+    return loops | {
+        "epoch_progress": {"total": epochs, "current": dict(epochs)},
+        "epoch_loop.state_dict": {"_batches_that_stepped": step - 1},
+        "epoch_loop.batch_progress": {
+            "total": counts(step, step - late),
+            "current": counts(done, done - late),
+            "is_last_batch": done == per_epoch,
+        },
+        "epoch_loop.manual_optimization.optim_step_progress": {
+            "total": {"ready": step, "completed": step},
+            "current": {"ready": step, "completed": step},
+        },
+        "epoch_loop.val_loop.batch_progress": {
+            "total": begun if owed else none,
+            "current": dict(none),
+            "is_last_batch": False,
+        },
+    }
+
+
+class Ending(Callback):
+    """Says in one line how training ended; where it is finished, writes what it was and reached. That file's presence
+    says that the run is finished."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.began = folder, time.perf_counter()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """When the last checkpoint has been saved."""
+        if trainer.global_step < pl_module.length and pl_module.stopped is None:  # there was no time for any step
+            pl_module.stopped = stopped_by(trainer, pl_module.guard.stop)
+        self.say(trainer, pl_module)
+
+    @rank_zero_only
+    def say(self, trainer: L.Trainer, pl_module: Any) -> None:
+        step, length = trainer.global_step, pl_module.length
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print(f"fast_dev_run: {step:,} step(s) and a validation went through; nothing is kept")
+        elif pl_module.stopped is not None:
+            how = "was asked to stop, and did" if pl_module.stopped == SIGNAL else f"was stopped by {TIME}"
+            print(f"{self.folder} {how} after step {step:,}; start it again to go on")
+        else:
+            early = "" if step == length else f", of {length:,}: a callback ended it"
+            print(f"{self.folder} is finished: {step:,} steps{early}")
+            write_json(self.folder / SUMMARY, self.facts(trainer, pl_module))
+
+    def facts(self, trainer: Any, module: Any) -> dict[str, Any]:
+        final = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        return {
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "tokens_seen": int(module.tokens_seen),
+            "seconds_since_last_start": round(time.perf_counter() - self.began, 1),
+            "parameters": sum(parameter.numel() for parameter in module.parameters()),
+            "hardware": hardware(trainer),
+            "precision": trainer.precision,
+            "versions": versions(),
+            "final": {name: value for name, value in final.items() if name.startswith("val/")},
+        }
