@@ -19,24 +19,26 @@ from safetensors.torch import save_file
 
 from condenser.hub import HEAD_FILE, class_path, load_checkpoint, load_export
 from condenser.models.objective import Objective
-from condenser.runs import METRICS, RESULTS, checkpoints, flatten, read_mapping, read_metrics
+from condenser.runs import METRICS, RESULTS, checkpoints, flatten, is_whole, read_mapping, read_metrics, step_of
 
 ABOUT_FILE = "condenser.json"  # where the export came from
 
 
-def export(checkpoint: str, /, *, output: str) -> None:
+def export(checkpoint: str, /, *, output: str, best: bool = False, step: int | None = None) -> None:
     """Write one folder that transformers, sentence-transformers (CLS pooling) and this project load.
 
     The folder is written under a temporary name, loaded again, compared with the checkpoint, and then put in place.
 
     Args:
-        checkpoint: a .ckpt file, or a run folder (its best checkpoint by validation loss, else its last).
+        checkpoint: a .ckpt file, or a run folder (its last checkpoint).
         output: the folder to write; it must not exist, or hold an earlier export of the same checkpoint.
+        best: of a run folder, the checkpoint with the lowest validation loss.
+        step: of a run folder, the checkpoint after so many steps.
 
     Raises:
         ValueError: no such checkpoint, weights that are not finite, or an output folder that holds something else.
     """
-    path = find_checkpoint(checkpoint)
+    path = find_checkpoint(checkpoint, best, step)
     target = Path(output)
     source: dict[str, Any] = {"checkpoint": path.name, "sha256": sha256(path)}
     if already_exported(target, source):
@@ -58,17 +60,29 @@ def export(checkpoint: str, /, *, output: str) -> None:
     print(f"{output}: step {content['global_step']:,} of {path}, reloaded and compared")
 
 
-def find_checkpoint(name: str) -> Path:
-    """A .ckpt file, or the best (else newest) one of a run folder."""
+def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> Path:
+    """A .ckpt file, or one of a run folder's: its last that is whole, its best, or that of a ``step``."""
     path = Path(name)
+    if best and step is not None:
+        raise ValueError("--best and --step: give one of them")
     if path.is_file():
+        if best or step is not None:
+            raise ValueError(f"{name} is one checkpoint: --best and --step choose among those of a run folder")
         return path
     if not path.is_dir():
         raise ValueError(f"no such checkpoint or run folder: {name}")
     found = checkpoints(path)
     if not found:
         raise ValueError(f"{name} has no checkpoints/*.ckpt: is it a run folder, and has it saved one yet?")
-    return next((path for path in found if path.name.startswith("best")), found[0])
+    wanted = [path for path in found if (not best or path.name.startswith("best")) and step in (None, step_of(path))]
+    if not wanted:
+        there = ", ".join(path.name for path in found)
+        raise ValueError(f"{name} has no {'best checkpoint' if best else f'checkpoint of step {step}'}, but {there}")
+    for path in wanted:
+        if is_whole(path):
+            return path
+        print(f"{path} is damaged and is passed over")
+    return wanted[0]
 
 
 def already_exported(target: Path, source: dict[str, Any]) -> bool:

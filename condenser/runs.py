@@ -34,6 +34,7 @@ SEAL_LENGTH = len(SEAL) + 8
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> x (steps or tokens), values
 
+LENGTH = {"trainer.max_steps", "trainer.max_epochs"}  # of a run, which may be made longer
 FREE = {  # settings that do not change what is computed, or only where
     "name",
     "runs_dir",
@@ -63,6 +64,12 @@ FREE = {  # settings that do not change what is computed, or only where
     "trainer.log_every_n_steps",
     "trainer.max_time",
     "trainer.val_check_interval",
+    "trainer.check_val_every_n_epoch",
+    "trainer.limit_val_batches",
+    "trainer.num_sanity_val_steps",
+    "trainer.detect_anomaly",
+    "trainer.barebones",
+    "trainer.reload_dataloaders_every_n_epochs",
     "trainer.default_root_dir",
 }
 
@@ -113,10 +120,35 @@ def seal(crc: int) -> bytes:
     return SEAL + f"{crc:08x}".encode()
 
 
-def is_finished(run: Path, checkpoint: Path) -> bool:
-    """The run has its summary, and this checkpoint is of its end."""
+def goes_on(run: Path, checkpoint: Path, settings: dict[str, Any]) -> bool:
+    """Whether there is something left to do from this checkpoint on: the run is not finished, or is made longer.
+
+    Raises:
+        ValueError: it was started with other settings, or is to be shorter than it is already.
+    """
+    before, step, longer = read_mapping(run / CONFIG), step_of(checkpoint), False
+    if before is not None and (changed := changed_keys(before, settings)):
+        if not LENGTH.issuperset(changed):
+            raise ValueError(
+                f"{run} was started with another {', '.join(changed)}; give the run another --name, or go on with the "
+                "settings it has"
+            )
+        from condenser.models.files import load_file
+
+        longer, per_epoch = True, load_file(checkpoint, mmap=True).get("steps_per_epoch")
+        wanted = length(settings["trainer"]["max_steps"], settings["trainer"]["max_epochs"], per_epoch)
+        if wanted is not None and wanted < step:
+            raise ValueError(f"{run} has taken {step:,} steps, more than {', '.join(changed)} allows ({wanted:,})")
     summary = read_mapping(run / SUMMARY)
-    return summary is not None and summary["steps"] == step_of(checkpoint)
+    return longer or summary is None or summary["steps"] != step
+
+
+def length(max_steps: int, max_epochs: int | None, steps_per_epoch: int | None) -> int | None:
+    """Optimizer steps of a whole run: of the two limits, -1 or None where there is none, the one that comes first."""
+    ends = [max_steps] if max_steps >= 0 else []
+    if max_epochs is not None and max_epochs >= 0 and steps_per_epoch is not None:
+        ends.append(max_epochs * steps_per_epoch)
+    return min(ends, default=None)
 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

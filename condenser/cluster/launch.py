@@ -29,7 +29,7 @@ import yaml
 import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.store import read_manifest
-from condenser.runs import COMMIT, CONFIG, changed_keys, is_finished, newest_valid_checkpoint, output, read_mapping
+from condenser.runs import COMMIT, goes_on, newest_valid_checkpoint, output
 from condenser.training.fit import DryCLI, run_cli
 
 TEMPLATE = Path(__file__).parents[2] / "configs" / "cluster" / "slurm.sh"
@@ -162,12 +162,8 @@ def check(settings: Settings, options: Any) -> None:
     if accelerator in (("cpu",) if options.gpus else ("gpu", "cuda")):
         raise ValueError(f"trainer.accelerator={accelerator} does not go with --gpus {options.gpus}: change one")
     run = Path(settings["runs_dir"]) / name
-    config, newest = run / CONFIG, newest_valid_checkpoint(run, say=lambda message: None)
-    if newest is None:
-        return
-    if config.is_file() and (changed := changed_keys(read_mapping(config), settings)):
-        raise ValueError(f"{run} was started with another {', '.join(changed)}; give the run another --name")
-    if is_finished(run, newest):
+    newest = newest_valid_checkpoint(run, say=lambda message: None)
+    if newest is not None and not goes_on(run, newest, settings):
         raise ValueError(f"{run} is finished: there is nothing to do; give the run another --name")
 
 

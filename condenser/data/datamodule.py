@@ -151,6 +151,12 @@ class CondenserDataModule(L.LightningDataModule):
                 self.made[key] = Mixture(self.stores[split], weights, seed=seed)
         return self.made[key]
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence that can be fed, special ones among them."""
+        splits = [self.train, self.validation]
+        return max(int(split.typical_lengths().max()) for split in splits if len(split)) + SPECIAL_TOKENS
+
     def serve(self, objective: Any) -> None:
         """Give passes what an objective (or its class) asks for.
 
@@ -168,13 +174,7 @@ class CondenserDataModule(L.LightningDataModule):
     def steps_per_epoch(self) -> int:
         """As the trainer counts them: of all that an epoch has as many as it is limited to."""
         n = self.batches(self.train, self.batch_size, self.micro_batches_per_step).steps_per_epoch
-        limit: Any = self.trainer.limit_train_batches if self.trainer else None
-        if limit is None:
-            return n
-        limited = int(n * limit) if isinstance(limit, float) else min(n, limit)
-        if limited < 1:
-            raise ValueError(f"trainer.limit_train_batches={limit} leaves no step of the {n:,} of an epoch")
-        return limited
+        return limited(n, self.trainer.limit_train_batches if self.trainer else None)
 
     def train_dataloader(self) -> "StepLoader":
         if self.pairs and min(self.batch_size // 2, len(self.train)) < 2:
@@ -224,6 +224,14 @@ class CondenserDataModule(L.LightningDataModule):
         return StepLoader(steps, self.num_workers, self.steps_per_epoch, begin)
 
 
+def limited(n: int, limit: int | float | None) -> int:
+    """Of ``n`` steps as many as ``trainer.limit_train_batches`` leaves: a number of them, or as a float a share."""
+    steps = n if limit is None else int(n * limit) if isinstance(limit, float) else min(n, limit)
+    if steps < 1:
+        raise ValueError(f"trainer.limit_train_batches={limit} leaves no step of the {n:,} of an epoch")
+    return steps
+
+
 def store_folder(name: str) -> Path:
     """A store's folder, or the store of that name in data/tokens."""
     named = Path("data/tokens") / name
@@ -266,11 +274,13 @@ class Steps(Dataset):
         drawn = step % self.n_repeated if self.n_repeated else step
         epoch = drawn // self.batches.steps_per_epoch
         pairs = np.sort(np.concatenate(self.batches.step(drawn))) if self.mixture.each == 2 else None
-        passes = [
-            self.one_pass(epoch, numbers, pairs)
-            | {"epoch": epoch, "step": step, "micro_batch": rank + place * world_size}  # of several the first
-            for place, numbers in enumerate(self.parts(drawn))
-        ]
+        own = self.parts(drawn)
+        # all devices compute as many passes, as they must where weights are sharded: one ``again``, not to be counted
+        n_passes = min(self.n_passes, -(-self.batches.micro_batches_per_step // world_size))
+        passes = []
+        for place, numbers in enumerate(own + [self.batches.step(drawn)[0]] * (n_passes - len(own))):
+            about = {"epoch": epoch, "step": step, "micro_batch": rank + place * world_size}  # of several the first
+            passes.append(self.one_pass(epoch, numbers, pairs) | about | {"again": place >= len(own)})
         return StepBatch.of(passes, len(pairs) if pairs is not None else 0)
 
     def parts(self, step: int) -> list[np.ndarray]:

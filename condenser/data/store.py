@@ -15,7 +15,7 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,6 +152,23 @@ def load_array(path: Path) -> np.ndarray:
 def checksum(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def digest(folder: str | Path) -> str:
+    """Of all that a store's splits hold, from the checksums in its manifest."""
+    files = shard_files(Path(folder), read_manifest(folder)["splits"])
+    text = json.dumps([[path.parent.name, shard["rows"], shard["blake2b"]] for path, shard in files])
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def check_same_stores(digests: Sequence[str], folders: Sequence[Path], checkpoint: str | Path) -> None:
+    """Raises ValueError where a run would go on over other stores than it was trained on, or in another order."""
+    for number, folder in enumerate(folders):
+        if digests[number : number + 1] != [digest(folder)]:
+            raise ValueError(
+                f"{folder} is not the store that {checkpoint} was trained on: it was appended to, made anew or "
+                "exchanged. Put it back; or begin another run from the weights: --model.backbone of its export"
+            )
 
 
 def check_file_name(name: str, where: str | Path) -> None:

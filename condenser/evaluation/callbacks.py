@@ -30,6 +30,7 @@ from condenser.data.collate import Vocabulary
 from condenser.evaluation.probes import probe, sample_batches
 from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import dense_search, score
+from condenser.models.backbones.base import longest_text
 from condenser.models.objective import Objective
 
 SHARE = 0.05  # of the time; what takes more is warned about
@@ -145,6 +146,10 @@ class ZeroShotRetrieval(Diagnostic):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.collection = part_of(read_collection(Path(self.folder)), self.n_documents, self.n_queries)
+
+        longest = longest_text(pl_module.model.lm.config)  # type: ignore[union-attr]
+        if self.max_length and longest and self.max_length > longest:
+            raise ValueError(f"{type(self).__name__}: max_length={self.max_length}, the model takes {longest} tokens")
 
     def measure(self, model: Objective, trainer: Any) -> dict[str, float]:
         data, collection = trainer.datamodule, self.collection

@@ -13,6 +13,7 @@ from condenser.data.tokenizers import is_path
 from condenser.evaluation.probes import probe_store
 from condenser.export import export
 from condenser.hub import HEAD_FILE, load_export
+from condenser.models.backbones.base import longest_text
 from condenser.models.files import reading
 
 if TYPE_CHECKING:
@@ -43,10 +44,14 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
             parts = ("config_kwargs", "model_kwargs", "processor_kwargs")
             transformer = Transformer(name, **{part: {"trust_remote_code": False} for part in parts})
             encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
-    positions = getattr(backbone(encoder).config, "max_position_embeddings", None)
-    if max_length and positions and max_length > positions:
-        raise ValueError(f"--max-length {max_length}: {name} takes at most {positions} tokens")
-    encoder.max_seq_length = max_length or encoder.max_seq_length
+    longest = longest_text(backbone(encoder).config)
+    if max_length and longest and max_length > longest:
+        raise ValueError(f"--max-length {max_length}: {name} takes at most {longest} tokens")
+    encoder.max_seq_length = max_length or encoder.max_seq_length or longest
+    if longest and encoder.max_seq_length and encoder.max_seq_length > longest:
+        raise ValueError(
+            f"{name} takes at most {longest} tokens, and its own setting is {encoder.max_seq_length}: give --max-length"
+        )
     return encoder
 
 

@@ -14,27 +14,25 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.data.store import write_json
-from condenser.runs import SUMMARY
+from condenser.runs import SUMMARY, length
 from condenser.training.logs import hardware, versions
 
 SIGNAL, TIME = "a signal", "trainer.max_time"
 
 
 def length_of(trainer: Any) -> int:
-    """Optimizer steps of the whole run: ``max_steps``, or ``max_epochs`` of as many as an epoch has here, what comes
-    first. (Lightning's own estimate sets up the loader before it is told where a run goes on.)
+    """Optimizer steps of the whole run. (Lightning's own estimate sets up the loader before it is told where a run goes
+    on.)
 
     Raises:
         ValueError: there is no end, or nothing before it.
     """
-    ends = [trainer.max_steps] if trainer.max_steps >= 0 else []  # -1: none
-    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        ends.append(trainer.max_epochs * trainer.datamodule.steps_per_epoch)
-    if not ends:
+    found = length(trainer.max_steps, trainer.max_epochs, trainer.datamodule.steps_per_epoch)
+    if found is None:
         raise ValueError("the schedule needs to know when the run ends: set trainer.max_epochs or max_steps")
-    if min(ends) < 1:
+    if found < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}: a run of no steps")
-    return min(ends)
+    return found
 
 
 def stopped_by(trainer: Any, asked: bool) -> str | None:
@@ -110,14 +108,14 @@ class Ending(Callback):
 
     @rank_zero_only
     def say(self, trainer: L.Trainer, pl_module: Any) -> None:
-        step, length = trainer.global_step, pl_module.length
+        step, whole = trainer.global_step, pl_module.length
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"fast_dev_run: {step:,} step(s) and a validation went through; nothing is kept")
         elif pl_module.stopped is not None:
             how = "was asked to stop, and did" if pl_module.stopped == SIGNAL else f"was stopped by {TIME}"
             print(f"{self.folder} {how} after step {step:,}; start it again to go on")
         else:
-            early = "" if step == length else f", of {length:,}: a callback ended it"
+            early = "" if step == whole else f", of {whole:,}: a callback ended it"
             print(f"{self.folder} is finished: {step:,} steps{early}")
             write_json(self.folder / SUMMARY, self.facts(trainer, pl_module))
 

@@ -8,7 +8,9 @@ import logging
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import lightning as L
@@ -18,22 +20,23 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from condenser.cluster import signals
-from condenser.data.datamodule import CondenserDataModule
-from condenser.data.store import written
+from condenser.data.datamodule import CondenserDataModule, store_folder
+from condenser.data.store import check_same_stores, written
+from condenser.export import find_checkpoint
+from condenser.models.files import load_file
 from condenser.runs import (
     CONFIG,
     SUMMARY,
-    changed_keys,
-    is_finished,
+    goes_on,
     is_whole,
     newest_valid_checkpoint,
-    read_mapping,
     step_of,
 )
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
 from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained
+from condenser.training.lock import locked
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
 from condenser.training.tracking import is_first_rank
@@ -47,7 +50,15 @@ REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral val
 
 
 class RunCLI(LightningCLI):
-    """LightningCLI with a run folder."""
+    """LightningCLI with a run folder.
+
+    Args:
+        held: what is let go of when the run has ended.
+    """
+
+    def __init__(self, *args: Any, held: ExitStack, **kwargs: Any):
+        self.held = held
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -80,10 +91,10 @@ class RunCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
-        if not settings.name:
-            raise ValueError("the run needs a name: --name NAME, or name: in the configuration")
         check_trainer(settings.trainer)
-        self.run = Path(settings.runs_dir) / settings.name
+        self.run = run_folder(settings)
+        if settings.trainer.fast_dev_run:
+            self.run = Path(self.held.enter_context(TemporaryDirectory(prefix="fast-dev-run-")))
         self.checkpoint = self.starting_point(settings.ckpt_path)
         if self.subcommand == "fit":
             self.begin_run(settings)
@@ -94,6 +105,13 @@ class RunCLI(LightningCLI):
 
     def starting_point(self, given: str | None) -> Path | None:
         """The checkpoint to validate, or to go on from: a run that has its own goes on from that."""
+        if given == "best":
+            if self.subcommand == "fit":
+                raise ValueError(
+                    "--ckpt_path best: a run goes on from its last checkpoint; to begin another, give a file"
+                )
+            given = str(find_checkpoint(str(self.run), best=True))
+        given = None if given == "last" else given
         if given is not None and not is_whole(Path(given)):
             raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint")
         newest = newest_valid_checkpoint(self.run, say=print if is_first_rank() else lambda message: None)
@@ -105,20 +123,19 @@ class RunCLI(LightningCLI):
         """Make the run folder, or see that it is this configuration's own."""
         text = self._parser(self.subcommand).dump(settings, skip_none=False)
         config = self.run / CONFIG
-        if self.checkpoint is not None and config.is_file():
-            changed = changed_keys(read_mapping(config), yaml.safe_load(text))
-            if changed:
-                raise ValueError(
-                    f"{self.run} was started with another {', '.join(changed)}; give the run another --name, "
-                    "or go on with the settings it has"
-                )
-            if is_finished(self.run, self.checkpoint):
+        if self.checkpoint is not None:
+            if not goes_on(self.run, self.checkpoint, yaml.safe_load(text)):
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
+            stores = [settings.data.store] if settings.data.store else settings.data.stores
+            content = load_file(self.checkpoint, mmap=True)
+            if "stores" in content:
+                check_same_stores(content["stores"], [store_folder(name) for name in stores], self.checkpoint)
         if is_first_rank():
+            self.run.mkdir(parents=True, exist_ok=True)
+            self.held.enter_context(locked(self.run))
             if self.checkpoint is not None:
                 print(f"{self.run} goes on from {self.checkpoint}")
-            self.run.mkdir(parents=True, exist_ok=True)
             remove_leftovers(self.run)
             (self.run / SUMMARY).unlink(missing_ok=True)  # of an end whose checkpoints are damaged
             with written(config) as partial:  # other processes may read it now
@@ -175,10 +192,20 @@ def check_trainer(settings: Any) -> None:
             raise ValueError(f"trainer.{key} cannot be used here: {why}")
 
 
+def run_folder(settings: Any) -> Path:
+    """Raises ValueError for a name that there is not, or that leads out of ``runs_dir``."""
+    if not settings.name:
+        raise ValueError("the run needs a name: --name NAME, or name: in the configuration")
+    name = os.path.normpath(settings.name)
+    if Path(name).is_absolute() or name.split(os.sep)[0] in (".", ".."):
+        raise ValueError(f"--name {settings.name}: it must name a folder inside --runs_dir {settings.runs_dir}")
+    return Path(settings.runs_dir) / name
+
+
 def fit(args: Sequence[str]) -> None:
-    with tracking.finished():
+    with tracking.finished(), ExitStack() as held:
         with explained():
-            cli = run_cli("fit", args)
+            cli = run_cli("fit", args, held=held)
         settings, logger = cli.config["fit"], cli.trainer.loggers[-1]
         if (cli.run / SUMMARY).is_file():
             if settings.wandb_artifacts and isinstance(logger, tracking.Tracker):
@@ -200,12 +227,13 @@ def validate(args: Sequence[str]) -> None:
     run_cli("validate", args)
 
 
-def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI) -> RunCLI:
+def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, held: ExitStack | None = None) -> RunCLI:
     quiet()
     return cli(
         CondenserModule,
         CondenserDataModule,
         args=[subcommand, *args],
+        held=held or ExitStack(),
         subclass_mode_model=True,
         seed_everything_default=0,
         save_config_callback=None,

@@ -5,6 +5,7 @@ A step's flags are copied to the host while the next step is computed, and read 
 step on the device, so the weights stay as they were before it.
 """
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,9 @@ from condenser.data.collate import StepBatch
 
 
 class Watched(NamedTuple):
-    flags: Tensor  # host bools: each pass's loss is finite, the gradient is; asked to stop, to be started again
+    flags: (
+        Tensor  # host bools: of each pass, the loss is finite; the step is, everywhere; asked to stop, to start again
+    )
     copied: Any  # CUDA event, None where the copy is not asynchronous
     batch: StepBatch
     step: int
@@ -26,12 +29,13 @@ class Guard:
 
     Args:
         folder: where the batch of a bad step is saved.
+        summed: adds up a tensor over all devices.
     """
 
     stop = requeue = False  # some device was asked to stop, or to be started again; all know after the same step
 
-    def __init__(self, folder: Path, rank: int = 0):
-        self.folder, self.rank = folder, rank
+    def __init__(self, folder: Path, rank: int = 0, summed: Callable[[Tensor], Tensor] = lambda values: values):
+        self.folder, self.rank, self.summed = folder, rank, summed
         self.before: Watched | None = None
 
     def watch(self, step: int, batch: StepBatch, losses: Tensor, norm: Tensor, asked: Tensor) -> Tensor:
@@ -39,13 +43,14 @@ class Guard:
         devices are ``asked`` to stop, to be started again ``[2]``; look at those of the step before.
 
         Returns:
-            1.0 where something is not finite, else 0.0, on the device: what optimizers call ``found_inf``.
+            1.0 where something is not finite on some device, else 0.0: what optimizers call ``found_inf``.
 
         Raises:
-            ValueError: the step before was not finite.
+            ValueError: the step before was not finite. On the first device; the others end without a word.
         """
         finite = torch.cat([losses, norm[None]]).isfinite()
-        flags = torch.cat([finite, asked > 0])
+        bad = self.summed((~finite.all()).float()) > 0
+        flags = torch.cat([finite[:-1], ~bad[None], asked > 0])
         on_host, event = flags, None
         if flags.is_cuda:
             on_host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)
@@ -53,31 +58,45 @@ class Guard:
             event.record()
         self.check()
         self.before = Watched(on_host, event, batch, step)
-        return (~finite.all()).float()
+        return bad.float()
 
     def check(self) -> None:
-        """Raises ValueError if the last step that was watched was not finite."""
+        """Raises ValueError if the last step that was watched was not finite; SystemExit on all devices but the first."""
         if self.before is None:
             return
         watched, self.before = self.before, None
         if watched.copied is not None:
             watched.copied.synchronize()
-        *losses, gradient, stop, requeue = watched.flags.tolist()
+        *losses, finite, stop, requeue = watched.flags.tolist()
         self.stop, self.requeue = self.stop or stop or requeue, self.requeue or requeue
-        if all(losses) and gradient:
+        if finite:
             return
         path = self.folder / f"not-finite-step={watched.step}-rank={self.rank}.pt"
-        passes = [*watched.batch]
-        torch.save(passes, path)
-        bad = "; ".join(
-            f"the loss of micro-batch {fields['micro_batch']}, samples {str(fields['sample_ids'].tolist())[1:-1]}"
-            for fields, ok in zip(passes, losses, strict=False)
-            if not ok
-        )
-        if not bad and not all(losses):
-            bad = "the contrast of the [CLS] vectors"
+        torch.save([*watched.batch], path)
+        found = on_all_devices([*bad_losses([*watched.batch], losses)])
+        if self.rank > 0:
+            raise SystemExit(1)
         raise ValueError(
-            f"not finite at step {watched.step}: {bad or 'the gradient (the losses on this device are finite)'}. "
+            f"not finite at step {watched.step}: {'; '.join(found) or 'the gradient (all losses are finite)'}. "
             f"The step was skipped; its batch is in {path}. Lower the learning rate, clip the gradient, lengthen the "
             "warm-up, or look at these samples; the same command goes on from the newest checkpoint"
         )
+
+
+def bad_losses(passes: list[Any], finite: list[bool]) -> Iterator[str]:
+    """What is not finite, in words: of passes, or beyond them of the contrast."""
+    for fields, ok in zip(passes, finite, strict=False):
+        if not ok:
+            samples = str(fields["sample_ids"].tolist())[1:-1]
+            yield f"the loss of micro-batch {fields['micro_batch']}, samples {samples}"
+    if all(finite[: len(passes)]) and not all(finite):
+        yield "the contrast of the [CLS] vectors"
+
+
+def on_all_devices(found: list[str]) -> list[str]:
+    """What each device has found, without repeating what several have."""
+    everywhere: list[Any] = [found]
+    if torch.distributed.is_initialized():
+        everywhere = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(everywhere, found)
+    return list(dict.fromkeys(each for of_device in everywhere for each in of_device))

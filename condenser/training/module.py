@@ -18,7 +18,8 @@ from torchmetrics import MeanMetric
 from condenser import hub
 from condenser.cluster import signals
 from condenser.data.collate import StepBatch
-from condenser.models.backbones.base import prepare_layers
+from condenser.data.store import check_same_stores, digest
+from condenser.models.backbones.base import longest_text, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
 from condenser.models.objective import COUNTS, Objective, Term, check_terms, known_options
@@ -117,6 +118,12 @@ class CondenserModule(L.LightningModule):
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, say, **options)
+        longest, longest_row = longest_text(self.model.lm.config), self.trainer.datamodule.longest  # type: ignore[attr-defined]
+        if longest and longest_row > longest:
+            raise ValueError(
+                f"rows of up to {longest_row} tokens, special ones among them, and a backbone that takes {longest}: "
+                "prepare a store with a smaller --max-length, or give the model more positions"
+            )
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -126,11 +133,6 @@ class CondenserModule(L.LightningModule):
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
         self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
         self.settle()
-        for name in self.model.terms:  # on all devices, whatever each has of the validation split
-            self.val_weights[name] = 1.0
-            for what in ("loss", "accuracy", *(["loss_at_mask"] if name.endswith("mlm") else [])):
-                self.mean(f"{name}_{what}")
-        self.mean("unigram_loss_at_mask")
 
     def settle(self) -> None:
         """Decide what is left open and depends on the device: how passes are computed, and how large they are.
@@ -144,7 +146,8 @@ class CondenserModule(L.LightningModule):
         on_gpu = device.type == "cuda"
         if self.compiled and sharded:
             raise ValueError("model.compile: sharded weights are gathered layer by layer, between compiled functions")
-        self.compiled = (on_gpu and not sharded) if self.compiled is None else self.compiled
+        able = on_gpu and torch.cuda.get_device_capability(device) >= (7, 0)  # for which there is a compiler
+        self.compiled = (able and not sharded) if self.compiled is None else self.compiled
         possible = on_gpu and trainer.world_size == 1 and self.compiled and not self.gradient_checkpointing
         if self.cuda_graphs and not possible:
             raise ValueError("model.cuda_graphs needs one GPU, model.compile, and no model.gradient_checkpointing")
@@ -171,7 +174,7 @@ class CondenserModule(L.LightningModule):
     def on_fit_start(self) -> None:
         if self.device.type == "cuda" and self.trainer.precision != "32-true":
             torch.set_float32_matmul_precision("high")
-        self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank)
+        self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank, self.summed)
 
     def on_train_start(self) -> None:
         schedule: Any = self.lr_schedulers()  # of this run's length; the rates in a checkpoint are of that one's
@@ -239,7 +242,8 @@ class CondenserModule(L.LightningModule):
 
     def is_logging_step(self, step: int) -> bool:
         trainer: Any = self.trainer
-        return step % trainer.log_every_n_steps == 0
+        every: int = trainer.log_every_n_steps  # 0: never
+        return every > 0 and step % every == 0
 
     def unsynchronised(self) -> AbstractContextManager:
         strategy = self.trainer.strategy
@@ -257,7 +261,7 @@ class CondenserModule(L.LightningModule):
         norm_value, *values = found[2 * n :]
         logged = dict(zip(shares, values, strict=True)) | {"grad_norm": norm_value}
         logged["sequences"] = of_step["n_sequences"]
-        logged |= {"lr": self.lr_schedulers().get_last_lr()[0], "tokens_seen": float(self.tokens_seen)}  # type: ignore[union-attr]
+        logged |= {"lr": max(self.lr_schedulers().get_last_lr()), "tokens_seen": float(self.tokens_seen)}  # type: ignore[union-attr]
         self.log("train/loss", logged.pop("loss"), prog_bar=True)
         self.log_dict({f"train/{name}": value for name, value in logged.items()})
         self.log("perf/padding_fraction", 1 - of_step["n_tokens"] / of_step["positions"])
@@ -272,17 +276,19 @@ class CondenserModule(L.LightningModule):
         assert self.model is not None
         nats = self.trainer.datamodule.unigram_nats.to(self.device)  # type: ignore[attr-defined]
         mask_id = self.trainer.datamodule.tokenizer.mask_token_id  # type: ignore[attr-defined]
-        vectors = []
+        vectors: list[Any] = []
         for fields in batch:
-            labels, at_mask = fields["labels"], fields["input_ids"][fields["masked_index"]] == mask_id
-            self.mean("unigram_loss_at_mask").update(nats[labels][at_mask])
             cls, terms = None, {}
             if self.model.contrast is None:
                 terms = self.model.losses(inputs_of(fields), score=True)
             else:
                 cls, terms = self.model.cls_and_losses(inputs_of(fields), score=True)
-                vectors.append(cls)
+            if fields.get("again"):
+                continue
+            vectors.append(cls)
             check_terms(terms)
+            labels, at_mask = fields["labels"], fields["input_ids"][fields["masked_index"]] == mask_id
+            self.mean("unigram_loss_at_mask").update(nats[labels][at_mask])
             for name, term in terms.items():
                 self.validated(name, term, fields[term.over])
                 if term.losses is not None and term.over == "n_masked":
@@ -291,8 +297,6 @@ class CondenserModule(L.LightningModule):
             everything = gathered(self.model, vectors, batch, self.summed)
             if len(everything) > 2:  # a document alone is told from no other
                 self.validated("contrast", self.model.contrast(everything), len(everything))
-        for name, metric in self.val_metrics.items():
-            self.log(f"val/{name}", metric, on_step=False, on_epoch=True, batch_size=1)
 
     def validated(self, name: str, term: Term, n: int) -> None:
         """Count a term over ``n``."""
@@ -304,7 +308,7 @@ class CondenserModule(L.LightningModule):
             self.mean(measure).update(value, n)
 
     def mean(self, name: str) -> MeanMetric:
-        """Of a validation, over all devices; made where it is asked for first."""
+        """Of this validation; made where it is asked for first."""
         if name not in self.val_metrics:
             self.val_metrics[name] = MeanMetric().to(self.device)
         return self.val_metrics[name]
@@ -330,8 +334,16 @@ class CondenserModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.owed = self.owed and self.trainer.sanity_checking
-        terms = [weight * self.val_metrics[f"{name}_loss"].compute() for name, weight in self.val_weights.items()]
-        self.log("val/loss", torch.stack(terms).sum(), prog_bar=True, sync_dist=True)  # the same on all devices
+        known = {name: self.val_weights.get(name.removesuffix("_loss")) for name in self.val_metrics}
+        if torch.distributed.is_initialized():  # a device may have no row, and know of none
+            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, known)
+            known = {name: weight for each in everywhere for name, weight in each.items()}
+        means = {name: self.mean(name).compute() for name in known}  # over all devices
+        self.val_metrics.clear()
+        self.log_dict({f"val/{name}": value for name, value in means.items()})
+        terms = [weight * means[name] for name, weight in known.items() if weight is not None]
+        self.log("val/loss", torch.stack(terms).sum(), prog_bar=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
@@ -339,6 +351,8 @@ class CondenserModule(L.LightningModule):
         datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         self.count(self.since.tolist())
+        checkpoint["steps_per_epoch"] = datamodule.steps_per_epoch
+        checkpoint["stores"] = [digest(folder) for folder in datamodule.weights]
         checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.owed
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
@@ -352,7 +366,10 @@ class CondenserModule(L.LightningModule):
             self.check_fits(checkpoint)
         self.tokens_seen = checkpoint["tokens_seen"]
         if self.trainer.state.fn == TrainerFn.FITTING:
-            per_epoch, owed = self.trainer.datamodule.steps_per_epoch, checkpoint.get("owed", False)  # type: ignore[attr-defined]
+            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+            per_epoch, owed = datamodule.steps_per_epoch, checkpoint.get("owed", False)
+            if "stores" in checkpoint:
+                check_same_stores(checkpoint["stores"], [*datamodule.weights], "the checkpoint")
             loops = checkpoint["loops"]
             loops["fit_loop"] = loops_at(loops["fit_loop"], checkpoint["global_step"], per_epoch, owed)
 

@@ -133,12 +133,17 @@ def in_model_order(state: dict[str, Any], optimizer: Optimizer, module: nn.Modul
 
 
 def decay_to(targets: dict[nn.Parameter, Tensor], optimizer: Optimizer) -> None:
-    """Turn a step's decoupled decay toward zero into one toward ``targets``: AdamW took off rate * decay * weight."""
+    """Turn a step's decoupled decay toward zero into one toward ``targets``: AdamW took off rate * decay * weight, but
+    where it has left out the step."""
+    skipped: Any = getattr(optimizer, "found_inf", None)
     with torch.no_grad():
         for group in optimizer.param_groups:
+            share = group["lr"] * group["weight_decay"]
             for parameter in group["params"]:
-                if parameter in targets:
-                    parameter.add_(targets[parameter], alpha=group["lr"] * group["weight_decay"])
+                if parameter in targets and skipped is None:
+                    parameter.add_(targets[parameter], alpha=share)
+                elif parameter in targets:
+                    parameter.addcmul_(targets[parameter], (1 - skipped) * share)
 
 
 def build_schedule(optimizer: Optimizer, settings: Optimization, total_steps: int) -> LambdaLR:

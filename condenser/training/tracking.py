@@ -125,7 +125,7 @@ def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions
 
 @rank_zero_only
 def keep_export(logger: Tracker, run: Path) -> None:
-    """Export a finished run's best checkpoint to ``RUN/export`` and keep it as an artifact."""
+    """Export a finished run's last checkpoint to ``RUN/export`` and keep it as an artifact."""
     try:
         export(str(run), output=str(run / "export"))
     except (ValueError, OSError) as error:

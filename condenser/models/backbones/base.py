@@ -69,6 +69,11 @@ class Backbone(ABC):
     def mlm_head(self, hidden: Tensor) -> Tensor:
         return self.decoder(self.transform(hidden))
 
+    @classmethod
+    def first_position(cls, config: Any) -> int:
+        """The number that a text's first position has in the embeddings."""
+        return 0
+
     def positions(self, attention_mask: Tensor) -> Tensor:
         """Of the tokens of padded rows ``[B, L]``, as Hugging Face counts them."""
         return torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
@@ -85,6 +90,12 @@ def families() -> dict[str, type[Backbone]]:
         waiting += family.__subclasses__()
         found |= dict.fromkeys(family.model_types, family)
     return found
+
+
+def longest_text(config: Any) -> int | None:
+    """Tokens that a model of this configuration takes at most, special ones among them; None where it does not say."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return positions and positions - families().get(config.model_type, Backbone).first_position(config)
 
 
 def backbone_of(lm: PreTrainedModel) -> Backbone:

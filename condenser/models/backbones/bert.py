@@ -84,7 +84,11 @@ class Roberta(Bert):
         return self.lm.lm_head.decoder
 
     def position_states(self, position_ids: Tensor) -> Tensor:
-        return super().position_states(position_ids + self.lm.config.pad_token_id + 1)
+        return super().position_states(position_ids + self.first_position(self.lm.config))
+
+    @classmethod
+    def first_position(cls, config: Any) -> int:
+        return config.pad_token_id + 1
 
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.lm_head
