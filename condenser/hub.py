@@ -193,14 +193,22 @@ def description(model: Objective, tokenizer: Path, data: dict[str, Any], run_con
     }
 
 
+def described(about: dict[str, Any]) -> Objective:
+    """A model as `description` says, with weights still to be loaded."""
+    from transformers import AutoConfig, AutoModelForMaskedLM
+
+    values = json.loads(about["config"])
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    lm = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    return rebuilt(lm, about.get("objective", class_path(Condenser)), about["head"])
+
+
 def load_checkpoint(path: str | Path) -> tuple[Objective, dict[str, Any]]:
     """A training checkpoint -> its model, and the checkpoint without weights.
 
     Raises:
         ValueError: not a readable checkpoint of this project's, or one with files that leave the folder of an export.
     """
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
     checkpoint = load_file(path)
     try:
         about, state = checkpoint["condenser"], checkpoint.pop("state_dict")
@@ -208,10 +216,7 @@ def load_checkpoint(path: str | Path) -> tuple[Objective, dict[str, Any]]:
         raise ValueError(f"{path} is not a checkpoint of a Condenser run") from None
     for name in about["tokenizer"]:
         check_file_name(name, path)
-    values = json.loads(about["config"])
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    lm = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
-    model = rebuilt(lm, about.get("objective", class_path(Condenser)), about["head"])
+    model = described(about)
     weights = {name.removeprefix("model."): weight for name, weight in state.items()}
     try:
         own = model.state_dict().keys()

@@ -181,7 +181,7 @@ class InMemory(L.LightningDataModule):
 
     def train_dataloader(self):
         steps = steps_of(self.sequences, 8, 40, tokens_per_pass=self.tokens_per_pass or 1, few_shapes=self.few_shapes)
-        return StepLoader(steps, 2, steps.batches.steps_per_epoch, lambda: self.trainer.global_step)
+        return StepLoader(steps, True, 2, lambda: self.trainer.global_step)
 
 
 def check_run(settings, sequences):

@@ -216,12 +216,12 @@ class CondenserDataModule(L.LightningDataModule):
             extras=self.extras,
         )
         if not training:
-            return StepLoader(steps, 0, batches.steps_per_epoch, lambda: 0)
+            return StepLoader(steps, training, num_workers=0)
         trainer: Any = self.trainer
         if trainer and trainer.overfit_batches > 0:
             steps.n_repeated = self.steps_per_epoch
         begin = (lambda: trainer.global_step) if trainer else None
-        return StepLoader(steps, self.num_workers, self.steps_per_epoch, begin)
+        return StepLoader(steps, training, self.num_workers, begin, self.steps_per_epoch)
 
 
 def limited(n: int, limit: int | float | None) -> int:
@@ -304,36 +304,48 @@ class Steps(Dataset):
 
 
 class Upcoming(SequentialSampler):
-    """The steps from a loader's position to the end of its epoch. (For ``overfit_batches`` Lightning puts a sampler of
-    its own in the place of any that is not sequential.)"""
+    """The steps from a loader's position to the end of its epoch, which may have fewer than there are: Lightning limits
+    that number. (For ``overfit_batches`` it puts a sampler of its own in the place of any that is not sequential.)"""
 
-    def __init__(self, steps_per_epoch: int, progress: dict[str, int]):
-        self.steps_per_epoch, self.progress = steps_per_epoch, progress
+    def __init__(self, n_steps: int, limited: int | None, progress: dict[str, int]):
+        self.n_steps, self.limited, self.progress = n_steps, limited or n_steps, progress
 
     def __len__(self) -> int:
-        return self.steps_per_epoch
+        return self.n_steps
 
     def __iter__(self) -> Iterator[int]:
         first = self.progress["position"]
-        return iter(range(first, (first // self.steps_per_epoch + 1) * self.steps_per_epoch))
+        return iter(range(first, (first // self.limited + 1) * self.limited))
 
 
 class StepLoader(DataLoader):
-    """Loads the steps of an epoch in order, from ``begin()`` on, the number of steps that were taken. Without it epochs
-    follow one another.
+    """Loads the steps of an epoch in order.
 
     ``waited`` are the seconds that somebody waited for a step. Workers that give none for ``PATIENCE`` seconds are an
     error.
+
+    Args:
+        training: else each iteration begins at step 0.
+        begin: the number of steps that were taken, where an iteration begins. Without it epochs follow one another.
+        steps_per_epoch: of a limited epoch.
     """
 
     PATIENCE = 1800.0
 
-    def __init__(self, steps: Steps, num_workers: int, steps_per_epoch: int, begin: Callable[[], int] | None = None):
-        self.begin, self.progress = begin, {"position": 0}  # workers run ahead of it
+    def __init__(
+        self,
+        steps: Steps,
+        training: bool,
+        num_workers: int,
+        begin: Callable[[], int] | None = None,
+        steps_per_epoch: int | None = None,
+    ):
+        self.begin = begin if training else lambda: 0
+        self.progress = {"position": 0}  # workers run ahead of it
         super().__init__(
             steps,
             batch_size=None,
-            sampler=Upcoming(steps_per_epoch, self.progress),
+            sampler=Upcoming(steps.batches.steps_per_epoch, steps_per_epoch, self.progress),
             collate_fn=as_it_is,
             num_workers=num_workers,
             worker_init_fn=ends_with_its_parent,

@@ -143,7 +143,7 @@ class Trial:
             few_shapes=recipe.compiled,
             extras=self.model.asks,
         )
-        return StepLoader(steps, self.workers, rows.batches.steps_per_epoch, lambda: first)
+        return StepLoader(steps, True, self.workers, lambda: first)
 
     def take(self, step: TrainingStep, batch: StepBatch) -> None:
         counts = torch.tensor([batch.total(name) for name in COUNTS], dtype=torch.float32)

@@ -53,13 +53,14 @@ def validation_follows(trainer: Any, step: int) -> bool:
     return (epoch + 1) % n_epochs == 0 and (done + 1) % every == 0
 
 
-def loops_at(loops: dict[str, Any], step: int, per_epoch: int, owed: bool = False) -> dict[str, Any]:
+def loops_at(loops: dict[str, Any], step: int, per_epoch: int, by_steps: bool, owed: bool = False) -> dict[str, Any]:
     """Lightning's state of its loops, as it is in checkpoints, of a run that has taken so many steps.
 
     It is what Lightning reads as "within an epoch, at the end of a training batch", or as "before an epoch". So a run
     goes on from any checkpoint, also where an epoch has another number of steps now.
 
     Args:
+        by_steps: the trainer has a ``max_steps``: Lightning then goes on within an epoch always, else after it.
         owed: the validation that follows this step is still to be done: "within a validation".
     """
     epoch, done = divmod(step, per_epoch)
@@ -70,12 +71,13 @@ def loops_at(loops: dict[str, Any], step: int, per_epoch: int, owed: bool = Fals
         return {"ready": begun, "started": begun, "processed": begun, "completed": completed}
 
     epochs = counts(epoch + (done > 0), epoch) | {"processed": epoch}
-    late = 0 if owed else 1  # Lightning adds it where it goes on
+    within = bool(done) or by_steps
+    late = int(within and not owed)  # Lightning adds it
     begun = {"ready": 1, "started": 1, "processed": 0, "completed": 0}
     none = counts(0, 0)
     return loops | {
         "epoch_progress": {"total": epochs, "current": dict(epochs)},
-        "epoch_loop.state_dict": {"_batches_that_stepped": step - 1},
+        "epoch_loop.state_dict": {"_batches_that_stepped": step - int(within)},
         "epoch_loop.batch_progress": {
             "total": counts(step, step - late),
             "current": counts(done, done - late),

@@ -5,7 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
 
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
 AGAIN = "Look at what it said last; the same command goes on from the newest checkpoint"
+LESS_MEMORY = "Lower data.tokens_per_pass, or set model.gradient_checkpointing; `condenser estimate` says what fits"
 LOST = ("Connection closed", "Connection reset", "connection reset", "timed out", "Timed out", "Broken pipe")
 
 
@@ -21,10 +25,29 @@ def explained() -> Iterator[None]:
         yield
     except BaseException as error:
         end(set(active_children()) - others)
+        if isinstance(error, MisconfigurationException):
+            raise ValueError(one_line(error)) from error
+        if isinstance(error, torch.OutOfMemoryError):
+            raise ValueError(f"{one_line(error)}. {LESS_MEMORY}") from error
         message = explanation(error) if isinstance(error, RuntimeError) else None
         if message is None:
             raise
         raise ConnectionError(message) from error
+
+
+@contextmanager
+def in_one_line(what: str) -> Iterator[None]:
+    """Whatever Lightning or torch say of settings becomes a ValueError."""
+    try:
+        yield
+    except (ValueError, OSError):
+        raise
+    except Exception as error:
+        raise ValueError(f"{what}: {one_line(error)}") from error
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def end(workers: set) -> None:
@@ -36,7 +59,7 @@ def end(workers: set) -> None:
 
 
 def explanation(error: RuntimeError) -> str | None:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if "DataLoader worker" in text:
         return f"a process that loads data has ended ({text.removesuffix('.')}). {AGAIN}"
     if "DataLoader timed out" in text:

@@ -6,6 +6,7 @@ there; a finished run says so; a changed setting is refused by name (devices may
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import lightning as L
+import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -35,10 +37,10 @@ from condenser.runs import (
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
 from condenser.training.ending import SIGNAL, Ending
-from condenser.training.failures import explained
+from condenser.training.failures import explained, in_one_line
 from condenser.training.lock import locked
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
-from condenser.training.module import CondenserModule
+from condenser.training.module import CondenserModule, check_precision
 from condenser.training.tracking import is_first_rank
 
 REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
@@ -46,7 +48,11 @@ REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral val
     "gradient_clip_val": (None, "gradients are clipped by model.optimizer.gradient_clip"),
     "gradient_clip_algorithm": (None, "gradients are clipped by norm, see model.optimizer.gradient_clip"),
     "use_distributed_sampler": (False, "the batches are shared out over the devices already"),
+    "barebones": (False, "a run keeps its metrics and checkpoints"),
 }
+
+
+DEVICES = ("auto", "cpu", "gpu", "cuda")
 
 
 class RunCLI(LightningCLI):
@@ -142,18 +148,26 @@ class RunCLI(LightningCLI):
                 partial.write_text(text)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        with in_one_line("trainer"):
+            return self.trainer_of(kwargs)
+
+    def trainer_of(self, kwargs: dict[str, Any]) -> L.Trainer:
         settings = self.config[self.subcommand]
-        callbacks = list(self._get(self.config_init, "trainer.callbacks") or [])
+        callbacks = as_list(self._get(self.config_init, "trainer.callbacks"))
         loggers: list[Logger] | bool = False
         flush: Any = lambda: None  # noqa: E731
-        plugins = self._get(self.config_init, "trainer.plugins") or []
-        kwargs["plugins"] = [*plugins] if isinstance(plugins, list) else [plugins]
+        kwargs["plugins"] = as_list(self._get(self.config_init, "trainer.plugins"))
         if self.subcommand == "fit":
             saving: Checkpointing = self._get(self.config_init, "checkpoint")
-            callbacks += [Listening(), Speed(), Ending(self.run), Checkpoints(self.run / "checkpoints", saving)]
+            callbacks += [Listening(), Speed(), Ending(self.run)]
+            if settings.trainer.enable_checkpointing is False:
+                print(f"trainer.enable_checkpointing=false: {self.run} will not be able to go on")
+            else:
+                callbacks.append(Checkpoints(self.run / "checkpoints", saving))
             if settings.trace_steps:
                 callbacks.append(Trace(self.run, settings.trace_steps))
             loggers = self.loggers(settings)
+            loggers += as_list(self._get(self.config_init, "trainer.logger"), but=True)
             flush = loggers[0].flush  # type: ignore[attr-defined]
         kwargs["plugins"].append(WholeFiles(before=flush))
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
@@ -166,7 +180,7 @@ class RunCLI(LightningCLI):
         every_n_steps = settings.trainer.log_every_n_steps or 50  # Lightning's default
         metrics = MetricsCSV(self.run, every_n_steps)
         metrics.begin_at(step_of(self.checkpoint) if self.checkpoint else 0)
-        if settings.wandb == "off":
+        if settings.wandb == "off" or settings.trainer.fast_dev_run:
             return [metrics]
         tracker = tracking.tracker(self.run, settings.wandb, every_n_steps)
         tracking.describe(tracker, self.run, self.datamodule.weights, versions(), keep=settings.wandb_artifacts)
@@ -187,9 +201,29 @@ class DryCLI(RunCLI):
 
 
 def check_trainer(settings: Any) -> None:
+    """Raises ValueError for what could not have the effect that a user of Lightning expects."""
     for key, (neutral, why) in REFUSED.items():
         if settings[key] != neutral:
             raise ValueError(f"trainer.{key} cannot be used here: {why}")
+    if settings.logger is False:
+        raise ValueError(
+            "trainer.logger=false: metrics.csv is what a run is read from; W&B is off unless --wandb is on"
+        )
+    check_precision(settings.precision)
+    strategy = settings.strategy if isinstance(settings.strategy, str) else settings.strategy.get("class_path", "")
+    if re.search("(?i)fsdp|deepspeed", strategy):
+        raise ValueError(f"trainer.strategy={strategy} is not supported: -c configs/hardware/fsdp.yaml shards weights")
+    if settings.accelerator not in DEVICES:
+        raise ValueError(f"trainer.accelerator={settings.accelerator}: use one of {', '.join(DEVICES)}")
+    if settings.accelerator == "auto" and torch.backends.mps.is_available():  # which has no fp64 for what is counted
+        settings.accelerator = "cpu"
+
+
+def as_list(value: Any, but: Any = None) -> list[Any]:
+    """Of what may be one thing or a list of them, or none: None, ``but``."""
+    if value is None or value is but:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def run_folder(settings: Any) -> Path:
@@ -206,10 +240,10 @@ def fit(args: Sequence[str]) -> None:
     with tracking.finished(), ExitStack() as held:
         with explained():
             cli = run_cli("fit", args, held=held)
-        settings, logger = cli.config["fit"], cli.trainer.loggers[-1]
+        trackers = [logger for logger in cli.trainer.loggers if isinstance(logger, tracking.Tracker)]
         if (cli.run / SUMMARY).is_file():
-            if settings.wandb_artifacts and isinstance(logger, tracking.Tracker):
-                tracking.keep_export(logger, cli.run)
+            if trackers and cli.config["fit"].wandb_artifacts:
+                tracking.keep_export(trackers[0], cli.run)
         elif cli.model.stopped == SIGNAL:
             leave(cli)
 

@@ -61,7 +61,7 @@ class Guard:
         return bad.float()
 
     def check(self) -> None:
-        """Raises ValueError if the last step that was watched was not finite; SystemExit on all devices but the first."""
+        """Raises ValueError if the last step that was watched was not finite, SystemExit on devices but the first."""
         if self.before is None:
             return
         watched, self.before = self.before, None

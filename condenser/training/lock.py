@@ -44,7 +44,7 @@ def opened(path: Path) -> Any:
             holder = file.read().strip() or "another process"
             file.close()
             raise ValueError(
-                f"{path.parent} is being trained by {holder}: wait for its end, stop it, or give this run another --name"
+                f"{path.parent} is being trained by {holder}: wait for its end, stop it, or give another --name"
             ) from None
         except OSError as error:  # a file system without locks
             print(f"{path} cannot be locked ({error.strerror}): see to it that {path.parent} is not started twice")

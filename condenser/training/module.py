@@ -110,7 +110,7 @@ class CondenserModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Build the model once the store, and with it the vocabulary, is known."""
-        if self.model is not None:
+        if self.model is not None or not self.has_trainer:  # without, `load_from_checkpoint` is at work
             return
         options, say = self.options, print if self.trainer.is_global_zero else lambda message: None
         if unused := [name for name in self.head if name not in options]:
@@ -133,6 +133,13 @@ class CondenserModule(L.LightningModule):
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
         self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
         self.settle()
+
+    @property
+    def has_trainer(self) -> bool:
+        try:
+            return self.trainer is not None
+        except RuntimeError:  # which Lightning raises
+            return False
 
     def settle(self) -> None:
         """Decide what is left open and depends on the device: how passes are computed, and how large they are.
@@ -161,10 +168,15 @@ class CondenserModule(L.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        if "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision):
+        check_precision(self.trainer.precision)
+        if not hasattr(self.trainer.datamodule, "serve"):  # type: ignore[attr-defined]
             raise ValueError(
-                f"trainer.precision={self.trainer.precision} needs loss scaling; use bf16-mixed, or 32-true"
+                "Trainer.fit(module, datamodule=CondenserDataModule(...)): order, masks and passes come from the data "
+                "module, loaders alone cannot take its place"
             )
+        device = self.trainer.strategy.root_device.type
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"trainer.accelerator: {device} is not supported; use cpu, or a CUDA GPU")
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, self.optimization, self.start)
@@ -362,6 +374,9 @@ class CondenserModule(L.LightningModule):
         checkpoint["condenser"] = hub.description(self.model, folder, datamodule.about(), run_config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.model is None:  # `load_from_checkpoint`, without a trainer
+            self.model = hub.described(checkpoint["condenser"])
+            return
         if "state_dict" in checkpoint:  # the sharded strategy has loaded it already
             self.check_fits(checkpoint)
         self.tokens_seen = checkpoint["tokens_seen"]
@@ -371,7 +386,8 @@ class CondenserModule(L.LightningModule):
             if "stores" in checkpoint:
                 check_same_stores(checkpoint["stores"], [*datamodule.weights], "the checkpoint")
             loops = checkpoint["loops"]
-            loops["fit_loop"] = loops_at(loops["fit_loop"], checkpoint["global_step"], per_epoch, owed)
+            step, by_steps = checkpoint["global_step"], self.trainer.max_steps != -1
+            loops["fit_loop"] = loops_at(loops["fit_loop"], step, per_epoch, by_steps, owed)
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError if the checkpoint is of another model, naming the first weight that differs."""
@@ -384,3 +400,10 @@ class CondenserModule(L.LightningModule):
                 raise ValueError(
                     f"the checkpoint is of another model: {name} is {shapes[0]} there and {shapes[1]} here"
                 )
+
+
+def check_precision(precision: Any) -> None:
+    """Raises ValueError for numbers with which training would not be what it is taken for: in fp16 losses would have to
+    be scaled, and of weights in bf16 a third would never change."""
+    if str(precision or "32-true") not in ("32", "32-true", "bf16", "bf16-mixed", "64", "64-true"):
+        raise ValueError(f"trainer.precision={precision} is not supported; use bf16-mixed, or 32-true")

@@ -1,0 +1,619 @@
+"""When a run ends, what it goes on from and over, and what its flags do."""
+
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from conftest import make_documents, write_jsonl
+from lightning.pytorch.callbacks import Callback
+from test_devices import DDP, SHARDED, start_ranks, wait_for, write_recipe
+from test_training import StopAfter, assert_same_weights, command, final_state, fit, metrics_of, tiny_condenser
+
+from condenser.cli import main
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.store import TokenStore
+from condenser.models.condenser import Condenser
+from condenser.runs import checkpoints, step_of
+from condenser.training.lock import locked
+from condenser.training.module import CondenserModule
+from condenser.training.optim import Optimization, build_optimizer
+
+__all__ = ["DDP", "StopAfter"]
+
+WIDE = ["--data.batch_size", "248"]  # 4 steps an epoch
+EPOCHS = ["--trainer.max_steps", "-1", "--trainer.max_epochs"]
+STOP = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps"]
+
+
+def summary(run):
+    return json.loads((run / "summary.json").read_text())
+
+
+def rates(run):
+    return [float(row["train/lr"]) for row in metrics_of(run) if row["train/lr"]]
+
+
+class Reads(Callback):
+    """Keeps which samples each step read, and its rate, for all runs of this process."""
+
+    seen: list = []  # noqa: RUF012
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        ids = sorted(int(i) for fields in batch for i in fields["sample_ids"])
+        Reads.seen.append((trainer.global_step, ids, trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+READS = ["--trainer.callbacks+", f"{__name__}.Reads"]
+
+
+@pytest.fixture
+def seen():
+    Reads.seen.clear()
+    return Reads.seen
+
+
+# --- its length
+
+
+@pytest.mark.parametrize(("limit", "per_epoch"), [("3", 3), ("0.5", 2), ("1.0", 4), ("100", 4)])
+def test_an_epoch_has_the_steps_that_it_is_limited_to_for_the_schedule_and_for_the_end(
+    limit, per_epoch, recipe, tmp_path, capsys, seen
+):
+    every = ["--trainer.log_every_n_steps", "1"]
+    options = [*WIDE, *EPOCHS, "2", "--trainer.limit_train_batches", limit, *every]
+    assert fit(recipe, tmp_path, "limited", *options, *READS) == 0
+    assert summary(tmp_path / "limited")["steps"] == 2 * per_epoch
+    assert [step for step, _, _ in seen] == list(range(2 * per_epoch))
+    assert fit(recipe, tmp_path, "n", *WIDE, "--trainer.max_steps", str(2 * per_epoch), *every) == 0
+    assert rates(tmp_path / "limited") == rates(tmp_path / "n")
+    assert len(set(map(str, (ids for _, ids, _ in seen)))) == 2 * per_epoch
+    capsys.readouterr()
+    assert fit(recipe, tmp_path, "limited", *options, *READS) == 0
+    assert f"is finished ({2 * per_epoch} steps): nothing to do" in capsys.readouterr().out
+
+
+def test_overfitting_repeats_the_same_steps(recipe, tmp_path, seen):
+    options = [*WIDE, *EPOCHS, "3", "--trainer.overfit_batches", "2", "--trainer.log_every_n_steps", "1"]
+    assert fit(recipe, tmp_path, "over", *options, *READS) == 0
+    assert summary(tmp_path / "over")["steps"] == 6
+    ids = [ids for _, ids, _ in seen]
+    assert ids[:2] == ids[2:4] == ids[4:]
+    assert ids[0] != ids[1]
+
+
+@pytest.mark.parametrize("limit", ["0", "0.01", "0.0"])
+def test_a_limit_that_leaves_no_step_is_refused(limit, recipe, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "none", *WIDE, *EPOCHS, "2", "--trainer.limit_train_batches", limit) == 1
+    assert "trainer.limit_train_batches=" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("end", [["--trainer.max_steps", "0"], [*EPOCHS, "0"]])
+def test_a_run_of_no_steps_is_refused(end, recipe, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "none", *end) == 1
+    assert "a run of no steps" in capsys.readouterr().err
+
+
+def test_loaders_that_are_made_anew_each_epoch_change_nothing(recipe, tmp_path, seen):
+    options = [*WIDE, *EPOCHS, "3"]
+    assert fit(recipe, tmp_path, "plain", *options, *READS) == 0
+    plain = list(seen)
+    seen.clear()
+    anew = [*options, "--trainer.reload_dataloaders_every_n_epochs", "1"]
+    assert fit(recipe, tmp_path, "anew", *anew, *READS) == 0
+    assert seen == plain
+    seen.clear()
+    for n_steps in ("2", "3", "1"):
+        assert fit(recipe, tmp_path, "parts", *anew, *STOP, n_steps) == 0
+    assert fit(recipe, tmp_path, "parts", *anew) == 0
+    assert_same_weights(tmp_path / "parts", tmp_path / "plain")
+
+
+# --- finished, or stopped
+
+
+EARLY = ["--trainer.callbacks+", "lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor", "val/loss"]
+EARLY += ["--trainer.callbacks.divergence_threshold", "0.1"]  # at the first validation
+
+
+@pytest.mark.parametrize(
+    "every", [[], ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"]]
+)
+def test_a_run_that_a_callback_ends_is_finished(every, recipe, tmp_path, capsys):
+    options = [*WIDE, *EARLY, *every, "--trainer.num_sanity_val_steps", "0"]
+    assert fit(recipe, tmp_path, "early", *options) == 0
+    assert "is finished: 4 steps, of 8: a callback ended it" in capsys.readouterr().out
+    assert summary(tmp_path / "early")["steps"] == 4
+    assert fit(recipe, tmp_path, "early", *options) == 0
+    assert "is finished (4 steps): nothing to do" in capsys.readouterr().out
+
+
+def test_early_stopping_waits_for_the_least_number_of_steps_and_a_signal_does_not(recipe, tmp_path):
+    options = [*WIDE, *EARLY, "--trainer.min_steps", "6", "--trainer.num_sanity_val_steps", "0"]
+    assert fit(recipe, tmp_path, "early", *options) == 0
+    assert summary(tmp_path / "early")["steps"] >= 6
+    asked = ["--trainer.callbacks", "test_training.AskedToStop", "--trainer.callbacks.number", str(int(signal.SIGTERM))]
+    asked += ["--trainer.callbacks.after", "1", "--trainer.min_steps", "8"]
+    assert fit(recipe, tmp_path, "asked", *asked) == 75
+    assert step_of(checkpoints(tmp_path / "asked")[0]) < 5
+
+
+def test_a_run_without_time_is_stopped_and_goes_on(recipe, run, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "late", "--trainer.max_time", "00:00:00:00") == 0
+    assert "was stopped by trainer.max_time after step 0; start it again to go on" in capsys.readouterr().out
+    assert not (tmp_path / "late/summary.json").exists()
+    assert fit(recipe, tmp_path, "late", *STOP, "3") == 0
+    assert "was stopped by trainer.max_time after step 3; start it again" in capsys.readouterr().out
+    assert fit(recipe, tmp_path, "late") == 0
+    assert "is finished: 8 steps" in capsys.readouterr().out
+    assert_same_weights(tmp_path / "late", run)
+    assert metrics_of(tmp_path / "late") == metrics_of(run)
+
+
+def test_fast_dev_run_leaves_nothing(recipe, run, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "fast", "--trainer.fast_dev_run", "2") == 0
+    assert "fast_dev_run: 2 step(s) and a validation went through; nothing is kept" in capsys.readouterr().out
+    assert not (tmp_path / "fast").exists()
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert fit(recipe, run.parent, run.name, "--trainer.fast_dev_run", "true") == 0
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+# --- made longer
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "steps"),
+    [
+        (["--trainer.max_steps", "6"], ["--trainer.max_steps", "10"], 10),
+        (["--trainer.max_steps", "6"], [*EPOCHS, "2"], 8),
+        (["--trainer.max_steps", "4"], [*EPOCHS, "3"], 12),
+        ([*EPOCHS, "1"], [*EPOCHS, "3"], 12),
+        ([*EPOCHS, "1"], ["--trainer.max_steps", "7", "--trainer.max_epochs", "-1"], 7),
+        (["--trainer.max_steps", "6"], ["--trainer.max_steps", "10", "--trainer.max_epochs", "2"], 8),
+    ],
+)
+def test_a_run_is_made_longer_and_trains_what_is_missing(first, then, steps, recipe, tmp_path, seen):
+    same = [*WIDE, "--checkpoint.keep_last", "5", "--trainer.log_every_n_steps", "1"]
+    assert fit(recipe, tmp_path, "run", *same, *first, *READS) == 0
+    n = summary(tmp_path / "run")["steps"]
+    kept = [path for path in checkpoints(tmp_path / "run") if step_of(path) in (3, n)]
+    seen.clear()
+    assert fit(recipe, tmp_path, "whole", *same, *then, *READS) == 0
+    whole = list(seen)
+    assert [step for step, _, _ in whole] == list(range(steps))
+    for path in kept:  # from any checkpoint, as another run
+        seen.clear()
+        assert fit(recipe, tmp_path, f"of-{path.stem}", *same, *then, *READS, "--ckpt_path", str(path)) == 0
+        assert seen == whole[step_of(path) :]  # the same samples, at the rates of the new length from the first step on
+        assert summary(tmp_path / f"of-{path.stem}")["steps"] == steps
+    seen.clear()
+    assert fit(recipe, tmp_path, "run", *same, *then, *READS) == 0  # and the run itself
+    assert seen == whole[n:]
+    assert summary(tmp_path / "run")["steps"] == steps
+    assert [int(row["step"]) for row in metrics_of(tmp_path / "run") if row["train/loss"]] == list(range(steps))
+
+
+def test_a_run_is_not_made_shorter_than_it_is(run, recipe, capsys):
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    assert fit(recipe, run.parent, run.name, "--trainer.max_steps", "5") == 1
+    assert "has taken 8 steps, more than trainer.max_steps allows (5)" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_what_only_looks_on_may_change_between_starts(recipe, run, tmp_path):
+    assert fit(recipe, tmp_path, "r", *STOP, "3") == 0
+    looks = [
+        "--trainer.limit_val_batches",
+        "1",
+        "--trainer.val_check_interval",
+        "2",
+        "--trainer.log_every_n_steps",
+        "1",
+    ]
+    looks += ["--trainer.num_sanity_val_steps", "0", "--trainer.enable_model_summary", "true"]
+    assert fit(recipe, tmp_path, "r", *looks) == 0
+    assert_same_weights(tmp_path / "r", run)
+
+
+# --- the last step
+
+
+def test_validation_runs_at_the_last_step_and_an_export_is_of_it(recipe, tmp_path, capsys):
+    options = ["--trainer.max_steps", "7", "--checkpoint.keep_last", "9"]
+    assert fit(recipe, tmp_path, "r", *options) == 0
+    assert [row["step"] for row in metrics_of(tmp_path / "r") if row["val/loss"]] == ["3", "6"]
+    best = min((float(row["val/loss"]), int(row["step"]) + 1) for row in metrics_of(tmp_path / "r") if row["val/loss"])
+    assert (tmp_path / f"r/checkpoints/best-step={best[1]}.ckpt").is_file()
+    exported = {}
+    for name, choice in {"last": [], "best": ["--best"], "three": ["--step", "3"]}.items():
+        assert main(["export", str(tmp_path / "r"), "--output", str(tmp_path / name), *choice]) == 0
+        exported[name] = json.loads((tmp_path / name / "condenser.json").read_text())["source"]["step"]
+    assert exported == {"last": 7, "best": best[1], "three": 3}
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "r"), "--output", str(tmp_path / "no"), "--step", "5"]) == 1
+    assert "no checkpoint of step 5, but last-step=7.ckpt" in capsys.readouterr().err
+    file = str(checkpoints(tmp_path / "r")[0])
+    assert main(["export", file, "--output", str(tmp_path / "no"), "--best"]) == 1
+    assert main(["export", str(tmp_path / "r"), "--output", str(tmp_path / "no"), "--best", "--step", "7"]) == 1
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_worse_end_is_not_the_best_and_is_exported_all_the_same(recipe, tmp_path):
+    options = ["--model.optimizer.learning_rate", "0.2", "--model.optimizer.gradient_clip", "0"]
+    assert fit(recipe, tmp_path, "r", *options, "--trainer.val_check_interval", "1", "--trainer.max_steps", "3") == 0
+    losses = {int(row["step"]) + 1: float(row["val/loss"]) for row in metrics_of(tmp_path / "r") if row["val/loss"]}
+    assert min(losses, key=losses.get) < 3
+    assert main(["export", str(tmp_path / "r"), "--output", str(tmp_path / "e")]) == 0
+    assert json.loads((tmp_path / "e" / "condenser.json").read_text())["source"]["step"] == 3
+
+
+# --- its data
+
+
+@pytest.mark.parametrize("change", ["anew", "appended", "exchanged"])
+def test_a_run_does_not_go_on_over_other_data(change, recipe, tmp_path, capsys):
+    def prepare(store, texts, *options):
+        path = write_jsonl(tmp_path / f"{store}-{len(texts)}.jsonl", texts)
+        shape = ["--max-length", "32", "--workers", "1", "--validation-fraction", "0.1"]
+        assert main(["prepare", "--input", str(path), *shape, "--output", str(tmp_path / store), *options]) == 0
+
+    data, texts = tmp_path / "data", make_documents(200)
+    prepare("data", texts, "--tokenizer", "train:200")
+    options = ["--data.store", str(data)]
+    assert fit(recipe, tmp_path, "r", *options, *STOP, "3") == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")}
+    tokenizer = ["--tokenizer", str(shutil.copytree(data / "tokenizer", tmp_path / "tokenizer"))]
+    if change == "appended":
+        prepare("data", texts[:40], "--tokenizer", "train:200", "--append")
+    if change == "anew":
+        shutil.rmtree(data)
+        prepare("data", texts[:100], *tokenizer)
+    if change == "exchanged":
+        prepare("other", texts[::-1], *tokenizer)
+        shutil.rmtree(data)
+        (tmp_path / "other").rename(data)
+    capsys.readouterr()
+    assert fit(recipe, tmp_path, "r", *options) == 1
+    said = capsys.readouterr().err
+    assert f"{data} is not the store that {checkpoints(tmp_path / 'r')[0]} was trained on" in said
+    assert said.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "r").rglob("*")} == before
+    assert fit(recipe, tmp_path, "other", *options, "--ckpt_path", str(checkpoints(tmp_path / "r")[0])) == 1
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_store_that_was_made_again_from_the_same_text_is_the_same(recipe, store, corpus, run, tmp_path):
+    for folder in ("a", "b"):
+        options = ["--max-length", "32", "--validation-fraction", "0.1", "--workers", "1", "--tokenizer", "train:200"]
+        assert main(["prepare", "--input", str(corpus), *options, "--output", str(tmp_path / "data")]) == 0
+        if folder == "a":
+            assert fit(recipe, tmp_path, "r", "--data.store", str(tmp_path / "data"), *STOP, "3") == 0
+            shutil.rmtree(tmp_path / "data")
+    assert fit(recipe, tmp_path, "r", "--data.store", str(tmp_path / "data")) == 0
+    assert_same_weights(tmp_path / "r", run)
+
+
+# --- one process
+
+
+class Waits(Callback):
+    """Goes on when a file is there."""
+
+    def __init__(self, file: str):
+        self.file = Path(file)
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.file.with_suffix(".began").touch()
+            while not self.file.exists():
+                time.sleep(0.02)
+
+
+def wait_until(path):
+    deadline = time.monotonic() + 90
+    while not path.exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def test_a_second_start_is_refused_while_the_first_lives_and_takes_over_when_it_was_killed(
+    recipe, run, tmp_path, capsys
+):
+    waits = {"class_path": "test_ending.Waits", "init_args": {"file": str(tmp_path / "go.on")}}
+    path = write_recipe(recipe, tmp_path / "waits.yaml", trainer__callbacks=[waits], data__num_workers=2)
+    arguments = ["--config", str(path), "--runs_dir", str(tmp_path), "--name", "r"]
+    (first,) = start_ranks(1, [arguments], tmp_path / "log")
+    try:
+        wait_until(tmp_path / "go.began")
+        began = time.monotonic()
+        assert fit(recipe, tmp_path, "r") == 1
+        assert time.monotonic() - began < 5
+        said = capsys.readouterr().err
+        assert f"r is being trained by process {first.pid} on" in said
+        assert said.count("\n") == 1
+    finally:
+        first.kill()
+        first.join()
+    assert fit(recipe, tmp_path, "r") == 0  # at once, also while loader workers are still about
+    assert f"was left by process {first.pid} on" in capsys.readouterr().out
+    assert not (tmp_path / "r" / "lock").exists()
+    assert_same_weights(tmp_path / "r", run)
+
+
+def test_a_lock_goes_with_its_holder_and_not_with_a_file(tmp_path):
+    with locked(tmp_path):
+        with pytest.raises(ValueError, match="is being trained by process"), locked(tmp_path):
+            pass
+        assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on")
+    (tmp_path / "lock").write_text("process 1 on elsewhere")
+    with locked(tmp_path):
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
+        child.start()
+    with locked(tmp_path):
+        assert child.is_alive()
+    child.kill()
+    child.join()
+
+
+@pytest.mark.parametrize("name", ["../out", "..", ".", "/tmp/out", "a/../../out", "./"])
+def test_a_name_stays_inside_the_folder_of_runs(name, recipe, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    assert fit(recipe, runs, name) == 1
+    assert f"--name {name}: it must name a folder inside" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_names_may_have_folders(recipe, tmp_path):
+    assert fit(recipe, tmp_path, "study/one", "--trainer.max_steps", "1") == 0
+    assert (tmp_path / "study/one/summary.json").is_file()
+
+
+# --- the user's Lightning
+
+
+CALLBACKS = "lightning.pytorch.callbacks."
+GUESTS = {
+    "SWA": [f"{CALLBACKS}StochasticWeightAveraging", "swa_lrs=1e-4"],
+    "EMA": [f"{CALLBACKS}EMAWeightAveraging"],
+    "ModelCheckpoint": [f"{CALLBACKS}ModelCheckpoint", "monitor=val/loss", "save_top_k=2"],
+    "LearningRateMonitor": [f"{CALLBACKS}LearningRateMonitor"],
+    "EarlyStopping": [f"{CALLBACKS}EarlyStopping", "monitor=val/loss"],
+    "DeviceStatsMonitor": [f"{CALLBACKS}DeviceStatsMonitor"],
+}
+
+
+@pytest.mark.parametrize("how", ["one", "list"])
+@pytest.mark.parametrize("guest", GUESTS)
+def test_lightnings_own_callbacks_work_as_one_or_in_a_list(guest, how, recipe, tmp_path):
+    path, *options = GUESTS[guest]
+    callback = {"class_path": path, "init_args": dict(yaml.safe_load(o.replace("=", ": ")).popitem() for o in options)}
+    callback = callback if options else {"class_path": path}
+    changes = {"trainer__callbacks": [callback] if how == "list" else callback}
+    changes |= {"trainer__max_steps": -1, "trainer__max_epochs": 2, "data__batch_size": 248}
+    file = write_recipe(recipe, tmp_path / "guest.yaml", **changes)
+    assert fit(file, tmp_path, "r") == 0
+    assert summary(tmp_path / "r")["steps"] == 8
+    assert math.isfinite(summary(tmp_path / "r")["final"]["val/loss"])
+
+
+@pytest.mark.parametrize("profiler", ["simple", "advanced"])
+def test_profilers_work(profiler, recipe, tmp_path):
+    assert fit(recipe, tmp_path, "r", "--trainer.profiler", profiler, "--trainer.max_steps", "2") == 0
+
+
+def test_the_users_logger_stands_beside_ours(recipe, tmp_path):
+    logger = {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(tmp_path / "theirs")}}
+    for name, value in {"one": logger, "list": [logger], "true": True}.items():
+        file = write_recipe(recipe, tmp_path / "logger.yaml", trainer__logger=value)
+        assert fit(file, tmp_path, name) == 0
+        assert len(metrics_of(tmp_path / name)) > 4
+    theirs = list((tmp_path / "theirs").rglob("metrics.csv"))
+    assert len(theirs) == 2
+    for path in theirs:
+        assert "train/loss" in path.read_text().splitlines()[0]
+
+
+def test_checkpoints_can_be_left_out(recipe, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "r", "--trainer.enable_checkpointing", "false") == 0
+    assert "will not be able to go on" in capsys.readouterr().out
+    assert not (tmp_path / "r/checkpoints").exists()
+    assert summary(tmp_path / "r")["steps"] == 8
+
+
+def test_a_checkpoint_is_named_by_last_or_best(recipe, run, tmp_path, capsys):
+    assert main(["validate", "--config", str(recipe), "--runs_dir", str(run.parent), "--name", run.name]) == 0
+    for which in ("last", "best"):
+        where = ["--runs_dir", str(run.parent), "--name", run.name, "--ckpt_path", which]
+        assert main(["validate", "--config", str(recipe), *where]) == 0
+    assert fit(recipe, tmp_path, "r", *STOP, "3", "--ckpt_path", "last") == 0
+    assert fit(recipe, tmp_path, "r", "--ckpt_path", "last") == 0
+    assert_same_weights(tmp_path / "r", run)
+    assert fit(recipe, tmp_path, "r", "--ckpt_path", "best") == 1
+    assert "a run goes on from its last" in capsys.readouterr().err
+
+
+def test_a_module_is_loaded_without_a_trainer(run):
+    module = CondenserModule.load_from_checkpoint(checkpoints(run)[0], weights_only=True)
+    assert isinstance(module.model, Condenser)
+    for name, weight in final_state(run)["state_dict"].items():
+        assert torch.equal(module.state_dict()[name], weight)
+
+
+def test_from_python_a_trainer_trains_with_the_data_module_and_refuses_loaders_alone(store, tmp_path):
+    def trainer():
+        options = {"accelerator": "cpu", "max_steps": 2, "logger": False, "enable_checkpointing": False}
+        return L.Trainer(**options, enable_progress_bar=False, default_root_dir=tmp_path)
+
+    settings = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    module = CondenserModule(backbone_config=settings, skip_from=1)
+    data = CondenserDataModule(str(store), batch_size=32, micro_batches_per_step=2, num_workers=0)
+    trainer().fit(module, datamodule=data)
+    with pytest.raises(ValueError, match="datamodule=CondenserDataModule"):
+        trainer().fit(CondenserModule(backbone_config=settings, skip_from=1), train_dataloaders=data.train_dataloader())
+
+
+REFUSED = {
+    "trainer.precision=bf16-true": ["--trainer.precision", "bf16-true"],
+    "trainer.precision=16-mixed": ["--trainer.precision", "16-mixed"],
+    "trainer.precision=16-true": ["--trainer.precision", "16-true"],
+    "trainer.precision=16 ": ["--trainer.precision", "16"],
+    "trainer.precision=transformer-engine": ["--trainer.precision", "transformer-engine"],
+    "trainer.strategy=fsdp ": ["--trainer.strategy", "fsdp"],
+    "trainer.strategy=deepspeed_stage_2 ": ["--trainer.strategy", "deepspeed_stage_2"],
+    "FSDPStrategy is not supported": ["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"],
+    "trainer.accelerator=mps": ["--trainer.accelerator", "mps"],
+    "trainer.accelerator=tpu": ["--trainer.accelerator", "tpu"],
+    "trainer.accumulate_grad_batches": ["--trainer.accumulate_grad_batches", "2"],
+    "trainer.gradient_clip_val": ["--trainer.gradient_clip_val", "1.0"],
+    "trainer.logger=false": ["--trainer.logger", "false"],
+    "trainer.barebones": ["--trainer.barebones", "true"],
+    "trainer: ": ["--trainer.devices", "0"],
+    "No supported gpu": ["--trainer.accelerator", "gpu"],
+    "val_check_interval": ["--trainer.val_check_interval", "100", "--trainer.check_val_every_n_epoch", "1"],
+    "limit_val_batches": ["--trainer.limit_val_batches", "-3"],
+    "max_epochs": ["--trainer.max_epochs", "-5", "--trainer.max_steps", "-1"],
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_not_for_us_is_refused_by_name_in_one_line(what, recipe, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "no", *REFUSED[what]) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "INFO" not in line]
+    assert len(said) == 1
+    assert said[0].startswith("condenser fit: error: ")
+    assert what in said[0]
+
+
+def test_slurms_variables_without_srun_are_one_line(recipe, tmp_path):
+    environment = {**os.environ, "SLURM_NTASKS": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "job"}
+    done = subprocess.run(
+        command(recipe, tmp_path, "r", "--trainer.max_steps", "1"), env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if "error:" in line]
+    assert len(errors) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_rows_longer_than_the_positions_are_refused_before_any_step(recipe, store, roberta, tmp_path, capsys):
+    settings = {**yaml.safe_load(Path(recipe).read_text())["model"]["backbone_config"], "max_position_embeddings": 31}
+    longest = 2 + max(int(TokenStore(store, split).lengths.max()) for split in ("train", "validation"))
+    file = write_recipe(recipe, tmp_path / "short.yaml", model__backbone_config=settings)
+    assert fit(file, tmp_path, "r") == 1
+    assert f"rows of up to {longest} tokens, special ones among them, and a backbone that takes 31" in (
+        capsys.readouterr().err
+    )
+    settings["max_position_embeddings"] = longest
+    assert fit(write_recipe(recipe, file, model__backbone_config=settings), tmp_path, "fits") == 0
+
+
+# --- what is shown
+
+
+def test_validation_is_on_the_same_tokens_whatever_the_seed(store):
+    def batches(seed):
+        data = CondenserDataModule(str(store), batch_size=32, micro_batches_per_step=2, num_workers=0, seed=seed)
+        data.setup("fit")
+        return [step.buffer for step in data.val_dataloader()], next(iter(data.train_dataloader())).buffer
+
+    (first, train), (second, other) = batches(1), batches(2)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert train.shape != other.shape or not torch.equal(train, other)
+
+
+def test_the_rate_that_is_shown_is_the_highest(recipe, tmp_path):
+    options = ["--trainer.log_every_n_steps", "1", "--model.optimizer.warmup_fraction", "0.25"]
+    assert fit(recipe, tmp_path, "decay", *options, "--model.optimizer.layer_decay", "0.5") == 0
+    assert fit(recipe, tmp_path, "plain", *options) == 0
+    assert rates(tmp_path / "decay") == rates(tmp_path / "plain")
+    assert fit(recipe, tmp_path, "head", *options, "--model.optimizer.head_only_steps", "4") == 0
+    assert rates(tmp_path / "head") == rates(tmp_path / "plain")
+
+
+# --- devices
+
+
+@pytest.mark.parametrize("strategy", [DDP, SHARDED])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_validation_rows_that_devices_cannot_share_evenly_are_each_counted_once(
+    strategy, rows, recipe, corpus, tmp_path
+):
+    store = tmp_path / "store"
+    options = ["--max-length", "32", "--workers", "1", "--tokenizer", "train:200", "--output", str(store)]
+    fraction = next(
+        share
+        for share in range(1, 60)
+        if main(["prepare", "--input", str(corpus), *options, "--validation-fraction", str(share / 4000)]) == 0
+        and (len(TokenStore(store, "validation")) >= rows or shutil.rmtree(store))
+    )
+    assert fraction
+    changes = {"data__store": str(store), "trainer__max_steps": 2, "trainer__val_check_interval": 2}
+    if rows != len(TokenStore(store, "validation")):
+        pytest.skip(f"this corpus gives {len(TokenStore(store, 'validation'))} rows")
+    alone = write_recipe(recipe, tmp_path / "alone.yaml", **changes)
+    assert fit(alone, tmp_path, "alone") == 0
+    two = write_recipe(recipe, tmp_path / "two.yaml", **changes, trainer__devices=2, trainer__strategy=strategy)
+    ranks = start_ranks(2, [["--config", str(two), "--runs_dir", str(tmp_path), "--name", "two"]], tmp_path / "log")
+    wait_for(ranks, tmp_path / "log", seconds=90)
+    for ours, theirs in zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "alone"), strict=True):
+        if ours["val/loss"]:
+            for name in ("val/loss", "val/mlm_loss", "val/mlm_accuracy", "val/unigram_loss_at_mask"):
+                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-5)
+
+
+class Spoils(Callback):
+    """Makes the losses of the second device infinite at a step, and leaves the gradient as it is."""
+
+    def on_train_start(self, trainer, pl_module):
+        guard, watch = pl_module.guard, pl_module.guard.watch
+
+        def spoiled(step, batch, losses, norm, asked):
+            bad = step == 3 and trainer.global_rank == 1
+            return watch(step, batch, losses + torch.inf if bad else losses, norm, asked)
+
+        guard.watch = spoiled
+
+
+def test_a_loss_that_is_not_finite_on_one_device_alone_stops_all_with_one_cause(recipe, tmp_path):
+    changes = {"trainer__devices": 2, "trainer__strategy": DDP, "trainer__log_every_n_steps": 1}
+    changes |= {"trainer__callbacks": [{"class_path": "test_ending.Spoils"}], "checkpoint__every_n_steps": 1}
+    path = write_recipe(recipe, tmp_path / "two.yaml", **changes)
+    arguments = ["--config", str(path), "--runs_dir", str(tmp_path), "--name", "r"]
+    ranks = start_ranks(2, [arguments], tmp_path / "log", {"CONDENSER_TRACEBACK": ""})
+    for process in ranks:
+        process.join(90)
+    assert all(process.exitcode == 1 for process in ranks)
+    said = [Path(f"{tmp_path / 'log'}-{rank}").read_text() for rank in range(2)]
+    assert [text.count("not finite at step 3: the loss of micro-batch") for text in said] == [1, 0]
+    assert step_of(checkpoints(tmp_path / "r")[0]) == 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_step_that_is_left_out_does_not_decay_weights_either(fused):
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tiny_condenser()
+
+    module = Holder()
+    start = {n: torch.zeros_like(p) + 3 for n, p in module.model.named_parameters() if n.startswith("lm.")}
+    settings = Optimization(weight_decay=0.5, decay_to_start=True, optimizer_options={"fused": fused})
+    optimizer = build_optimizer(module, settings, start)
+    before = [p.clone() for p in module.parameters()]
+    for parameter in module.parameters():
+        parameter.grad = torch.full_like(parameter, torch.nan if fused else 0.0)
+    if fused:
+        optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    same = [torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
+    assert all(same) == fused
