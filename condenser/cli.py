@@ -12,11 +12,15 @@ import argparse
 import contextlib
 import importlib
 import inspect
+import itertools
+import json
 import os
+import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from condenser.cluster import signals
 
@@ -74,6 +78,9 @@ def run(name: str, rest: Sequence[str]) -> int:
         return 0
     except SystemExit as stop:  # argparse: --help and usage errors
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except argparse.ArgumentError as error:
+        print(f"condenser {name}: error: {in_short(str(error))} (--help lists what there is)", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("condenser: interrupted", file=sys.stderr)
         return 130
@@ -82,6 +89,18 @@ def run(name: str, rest: Sequence[str]) -> int:
             raise
         print(f"condenser {name}: error: {error}", file=sys.stderr)
         return signals.LOST if isinstance(error, ConnectionError) else 1
+
+
+def in_short(message: str) -> str:
+    """What jsonargparse says of a value, without the types that it tried one after the other."""
+    message = " ".join(message.split())
+    for noise in (
+        r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ",
+        r"- Expected a <class 'NoneType'> ?",
+        r"Given value type: <class '[\w.]*'> ",
+    ):
+        message = re.sub(noise, "", message)
+    return re.sub(r"<class '([\w.]*)'>", r"\1", message)[:500]
 
 
 def overview() -> str:
@@ -99,60 +118,63 @@ def load(path: str) -> Callable:
 
 def function_call(function: Callable, prog: str, argv: Sequence[str]) -> None:
     """Parse ``argv`` by the signature of ``function`` and call it."""
-    values = vars(function_parser(function, prog).parse_args(argv))
+    parser = function_parser(function, prog)
+    if {"-h", "--help"}.intersection(argv):
+        print(re.sub(r"--[a-z_]+", lambda option: option[0].replace("_", "-"), parser.format_help()))
+        return
+    values = vars(parser.parse_args(in_full(argv, function)))
     parameters = inspect.signature(function).parameters.values()
-    positional = [values.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY]
-    function(*positional, **values)
+    positional = [values[p.name] for p in parameters if p.kind is p.POSITIONAL_ONLY]
+    function(*positional, **{p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY})
 
 
-def function_parser(function: Callable, prog: str) -> argparse.ArgumentParser:
+def function_parser(function: Callable, prog: str) -> Any:
+    import jsonargparse
     from docstring_parser import parse
 
+    class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        """Leaves the lines of a description as they are."""
+
     doc = parse(inspect.getdoc(function) or "")
-    about = {param.arg_name: " ".join((param.description or "").split()) for param in doc.params}
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="\n\n".join(text for text in (doc.short_description, doc.long_description) if text),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    hints = typing.get_type_hints(function)
-    for parameter in inspect.signature(function).parameters.values():
-        add_argument(parser, parameter, hints[parameter.name], about.get(parameter.name, ""))
+    about = "\n\n".join(text for text in (doc.short_description, doc.long_description) if text)
+    strict: Any = {"exit_on_error": False, "allow_abbrev": False}
+    parser = jsonargparse.ArgumentParser(prog=prog, description=about, formatter_class=Formatter, **strict)
+    if "config" not in inspect.signature(function).parameters:
+        parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these settings")
+    parser.add_function_arguments(function, as_group=False, as_positional=True)
     return parser
 
 
-def add_argument(parser: argparse.ArgumentParser, parameter: inspect.Parameter, hint: object, about: str) -> None:
-    many, choices, kind = unpack_hint(hint)
-    options: dict = {"help": about.replace("%", "%%")}
-    if many:
-        options["nargs"] = "+"
-    if choices:
-        options["choices"] = choices
-    if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction
-    else:
-        options |= {"type": kind, "metavar": None if choices else parameter.name.rsplit("_")[-1].upper()}
-    if parameter.kind is parameter.POSITIONAL_ONLY:
-        parser.add_argument(parameter.name, **options)
-        return
-    required = parameter.default is parameter.empty
-    if not required:
-        options["default"] = parameter.default
-        if parameter.default not in (None, False, ()):
-            options["help"] += f" (default: {parameter.default})"
-    parser.add_argument("--" + parameter.name.replace("_", "-"), dest=parameter.name, required=required, **options)
+def in_full(argv: Sequence[str], function: Callable) -> list[str]:
+    """Options as a configuration has them.
+
+    >>> ["docs", "--max-length", "64", "--input", "a", "b", "--append", "--no-verify"]  # becomes
+    ["docs", "--max_length", "64", '--input=["a", "b"]', "--append=true", "--verify=false"]
+    """
+    kinds = {name: kind_of(hint) for name, hint in typing.get_type_hints(function).items()}
+    found: list[str] = []
+    left = list(argv)
+    while left:
+        option, is_given, value = left.pop(0).partition("=")
+        name = option.removeprefix("--").replace("-", "_")
+        option = f"--{name}" if option.startswith("--") else option
+        if option.startswith("--no_") and kinds.get(name.removeprefix("no_")) is bool and not is_given:
+            found.append(f"--{name.removeprefix('no_')}=false")
+        elif option.startswith("--") and kinds.get(name) is bool and not is_given:
+            is_value = bool(left) and left[0].lower() in ("true", "false")
+            found.append(f"{option}={left.pop(0) if is_value else 'true'}")
+        elif option.startswith("--") and kinds.get(name) is list and not is_given:
+            values = list(itertools.takewhile(lambda word: not word.startswith("--"), left))
+            left = left[len(values) :]
+            found.append(f"{option}={json.dumps(values)}")
+        else:
+            found.append(f"{option}={value}" if is_given else option)
+    return found
 
 
-def unpack_hint(hint: object) -> tuple[bool, tuple | None, type]:
-    """``list[T]``, ``Literal[...]``, ``T | None`` and plain ``T`` -> (several values?, choices, type of one value)."""
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        hint = next(arg for arg in typing.get_args(hint) if arg is not type(None))
-    if typing.get_origin(hint) is list:
-        _, choices, kind = unpack_hint(typing.get_args(hint)[0])
-        return True, choices, kind
-    if typing.get_origin(hint) is typing.Literal:
-        choices = typing.get_args(hint)
-        return False, choices, type(choices[0])
-    assert isinstance(hint, type), f"cannot make a command-line option of {hint}"
-    return False, None, hint
+def kind_of(hint: object) -> object:
+    """``list`` of ``list[T]``, and what stands beside None: ``T`` of ``T | None``."""
+    parts = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(parts) == 1:
+        return kind_of(parts[0])
+    return list if typing.get_origin(hint) is list else hint

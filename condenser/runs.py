@@ -68,7 +68,6 @@ FREE = {  # settings that do not change what is computed, or only where
     "trainer.limit_val_batches",
     "trainer.num_sanity_val_steps",
     "trainer.detect_anomaly",
-    "trainer.barebones",
     "trainer.reload_dataloaders_every_n_epochs",
     "trainer.default_root_dir",
 }
@@ -120,8 +119,14 @@ def seal(crc: int) -> bytes:
     return SEAL + f"{crc:08x}".encode()
 
 
-def goes_on(run: Path, checkpoint: Path, settings: dict[str, Any]) -> bool:
+def goes_on(
+    run: Path, checkpoint: Path, settings: dict[str, Any], steps_per_epoch: Callable[[Path], int | None]
+) -> bool:
     """Whether there is something left to do from this checkpoint on: the run is not finished, or is made longer.
+
+    Args:
+        settings: of the run that is to go on.
+        steps_per_epoch: reads it from a checkpoint.
 
     Raises:
         ValueError: it was started with other settings, or is to be shorter than it is already.
@@ -133,10 +138,8 @@ def goes_on(run: Path, checkpoint: Path, settings: dict[str, Any]) -> bool:
                 f"{run} was started with another {', '.join(changed)}; give the run another --name, or go on with the "
                 "settings it has"
             )
-        from condenser.models.files import load_file
-
-        longer, per_epoch = True, load_file(checkpoint, mmap=True).get("steps_per_epoch")
-        wanted = length(settings["trainer"]["max_steps"], settings["trainer"]["max_epochs"], per_epoch)
+        longer, limits = True, settings["trainer"]
+        wanted = length(limits["max_steps"], limits["max_epochs"], steps_per_epoch(checkpoint))
         if wanted is not None and wanted < step:
             raise ValueError(f"{run} has taken {step:,} steps, more than {', '.join(changed)} allows ({wanted:,})")
     summary = read_mapping(run / SUMMARY)

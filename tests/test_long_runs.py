@@ -78,9 +78,6 @@ class Run:
         self.strategy = SimpleNamespace(
             broadcast=lambda value: value, barrier=lambda name: None, reduce_boolean_decision=lambda value: value
         )
-        self._logger_connector = SimpleNamespace(update_train_step_metrics=self.write_metrics)
-        due = lambda fetcher: self.global_step % self.validate_every == 0  # noqa: E731
-        self.fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(_should_check_val_fx=due), _data_fetcher=None)
 
     def is_logging_step(self, step):
         return step % self.log_every == 0
@@ -103,6 +100,7 @@ class Run:
             callback.on_train_start(self, self)
         while True:
             for micro_batches in self.loader:
+                self.checkpoints.on_train_batch_start(self, self)
                 self.training_step(micro_batches)
                 self.speed.on_train_batch_end(self, self, None, micro_batches, 0)
                 self.checkpoints.on_train_batch_end(self, self)

@@ -231,24 +231,9 @@ def test_checkpoints_load_without_unpickling_anything_but_tensors(whole, killed,
 
 
 def as_if_at(checkpoint, step, steps_per_epoch):
-    """A checkpoint taken within an epoch, with its counters as they are after ``step`` steps, within an epoch too."""
+    """A checkpoint with its counters as they are after ``step`` steps; Lightning's own are made from that number."""
     checkpoint = copy.deepcopy(checkpoint)
-    later, epoch = step - checkpoint["global_step"], step // steps_per_epoch
-    later_in_epoch = step % steps_per_epoch - checkpoint["global_step"] % steps_per_epoch
-    loop = checkpoint["loops"]["fit_loop"]
-    loop["state_dict"]["combined_loader"][0]["position"] = step
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] += later
-    batches, steps = loop["epoch_loop.batch_progress"], loop["epoch_loop.manual_optimization.optim_step_progress"]
-    for counts, more in (
-        (batches["total"], later),
-        (batches["current"], later_in_epoch),
-        (steps["total"], later),
-        (steps["current"], later),
-    ):
-        counts |= {key: count + more for key, count in counts.items()}
-    for count in (loop["epoch_progress"]["total"], loop["epoch_progress"]["current"]):
-        count |= {"ready": epoch + 1, "started": epoch + 1, "processed": epoch, "completed": epoch}
-    checkpoint |= {"epoch": epoch, "global_step": step}
+    checkpoint |= {"epoch": step // steps_per_epoch, "global_step": step}
     for schedule in checkpoint["lr_schedulers"]:
         schedule |= {"last_epoch": step, "_step_count": step + 1}
     for state in checkpoint["optimizer_states"][0]["state"].values():
@@ -257,10 +242,9 @@ def as_if_at(checkpoint, step, steps_per_epoch):
 
 
 def counters(checkpoint):
-    loops = {key: value for key, value in checkpoint["loops"]["fit_loop"].items() if "val_loop" not in key}
     schedules = [{**state, "_last_lr": None} for state in checkpoint["lr_schedulers"]]
     steps = {float(state["step"]) for state in checkpoint["optimizer_states"][0]["state"].values()}
-    return checkpoint["epoch"], checkpoint["global_step"], loops, schedules, steps
+    return checkpoint["epoch"], checkpoint["global_step"], schedules, steps
 
 
 @pytest.fixture

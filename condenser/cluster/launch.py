@@ -30,6 +30,7 @@ import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.store import read_manifest
 from condenser.runs import COMMIT, goes_on, newest_valid_checkpoint, output
+from condenser.training.checkpoints import steps_per_epoch_in
 from condenser.training.fit import DryCLI, run_cli
 
 TEMPLATE = Path(__file__).parents[2] / "configs" / "cluster" / "slurm.sh"
@@ -82,6 +83,7 @@ def own_parser() -> argparse.ArgumentParser:
         epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, ...): see "
         "`condenser fit --help`. Unknown ones are refused.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
     add = parser.add_argument
     add("--name", help="name of the run, or of the job array (default: the configuration's)")
@@ -163,7 +165,7 @@ def check(settings: Settings, options: Any) -> None:
         raise ValueError(f"trainer.accelerator={accelerator} does not go with --gpus {options.gpus}: change one")
     run = Path(settings["runs_dir"]) / name
     newest = newest_valid_checkpoint(run, say=lambda message: None)
-    if newest is not None and not goes_on(run, newest, settings):
+    if newest is not None and not goes_on(run, newest, settings, steps_per_epoch_in):
         raise ValueError(f"{run} is finished: there is nothing to do; give the run another --name")
 
 

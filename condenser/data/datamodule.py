@@ -215,7 +215,8 @@ class CondenserDataModule(L.LightningDataModule):
             few_shapes=self.few_shapes and training,
             extras=self.extras,
         )
-        if not training:
+        if not training:  # where weights are sharded, all devices must compute together
+            steps.n_everywhere = min(steps.n_passes, -(-micro_batches_per_step // world_size))
             return StepLoader(steps, training, num_workers=0)
         trainer: Any = self.trainer
         if trainer and trainer.overfit_batches > 0:
@@ -260,6 +261,7 @@ class Steps(Dataset):
         extras: tuple[str, ...] = (),
     ):
         self.extras, self.n_repeated = extras, 0  # the first so many steps again and again, where it is not 0
+        self.n_everywhere = 0  # passes of each device at least; those beyond its own are ``again``, not to be counted
         self.mixture, self.batches, self.vocabulary, self.masking = mixture, batches, vocabulary, masking
         self.device = device
         shapes = Shapes.of(mixture.typical_lengths(), masking.probability)
@@ -275,10 +277,8 @@ class Steps(Dataset):
         epoch = drawn // self.batches.steps_per_epoch
         pairs = np.sort(np.concatenate(self.batches.step(drawn))) if self.mixture.each == 2 else None
         own = self.parts(drawn)
-        # all devices compute as many passes, as they must where weights are sharded: one ``again``, not to be counted
-        n_passes = min(self.n_passes, -(-self.batches.micro_batches_per_step // world_size))
         passes = []
-        for place, numbers in enumerate(own + [self.batches.step(drawn)[0]] * (n_passes - len(own))):
+        for place, numbers in enumerate(own + [self.batches.step(drawn)[0]] * (self.n_everywhere - len(own))):
             about = {"epoch": epoch, "step": step, "micro_batch": rank + place * world_size}  # of several the first
             passes.append(self.one_pass(epoch, numbers, pairs) | about | {"again": place >= len(own)})
         return StepBatch.of(passes, len(pairs) if pairs is not None else 0)

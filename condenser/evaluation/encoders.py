@@ -47,11 +47,8 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
     longest = longest_text(backbone(encoder).config)
     if max_length and longest and max_length > longest:
         raise ValueError(f"--max-length {max_length}: {name} takes at most {longest} tokens")
-    encoder.max_seq_length = max_length or encoder.max_seq_length or longest
-    if longest and encoder.max_seq_length and encoder.max_seq_length > longest:
-        raise ValueError(
-            f"{name} takes at most {longest} tokens, and its own setting is {encoder.max_seq_length}: give --max-length"
-        )
+    own = max_length or encoder.max_seq_length
+    encoder.max_seq_length = min(own, longest) if own and longest else own or longest
     return encoder
 
 

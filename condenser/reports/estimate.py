@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from condenser.data.collate import StepBatch
-from condenser.data.datamodule import CondenserDataModule, Steps
+from condenser.data.datamodule import CondenserDataModule, Steps, limited
 from condenser.data.store import SPECIAL_TOKENS, write_json
 from condenser.data.synthetic import SyntheticStore
 from condenser.models.flops import TOKENS_AT_ONCE, Work, bf16_peak
@@ -28,6 +28,7 @@ from condenser.models.objective import Objective
 from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, one_pass
 from condenser.reports.rows import steps_over
 from condenser.reports.tables import table
+from condenser.runs import length
 from condenser.training.fit import DryCLI, run_cli
 from condenser.training.module import CondenserModule
 
@@ -65,6 +66,7 @@ def own_parser() -> argparse.ArgumentParser:
         epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, --trainer.*): "
         "see `condenser fit --help`. Unknown ones are refused.",
         allow_abbrev=False,
+        exit_on_error=False,
     )
     parser.add_argument("--mfu", type=float, default=0.4, help="share of a GPU's peak that is reached (default: 0.4)")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs that share a step, beside one alone (default: 8)")
@@ -134,14 +136,15 @@ def tokens_of(lengths: np.ndarray) -> int:
 
 def length_of_run(trainer: Any, batch_size: int, data: Data) -> tuple[float, float]:
     """Optimizer steps, and the tokens in them. Raises ValueError for a run without an end."""
-    per_epoch = max(1, round(data.n_rows / batch_size))
+    whole = max(1, round(data.n_rows / batch_size))
+    per_epoch = limited(whole, trainer.overfit_batches or trainer.limit_train_batches)
     epochs = trainer.max_epochs
-    if epochs is None:
-        epochs = 1000 if trainer.max_steps == -1 and trainer.max_time is None else -1  # as Lightning has it
-    limits = [limit for limit in (epochs * per_epoch, trainer.max_steps) if limit >= 0]
-    if not limits:
+    if epochs is None and trainer.max_steps == -1 and trainer.max_time is None:
+        epochs = 1000  # as Lightning has it
+    steps = length(trainer.max_steps, epochs, per_epoch)
+    if steps is None:
         raise ValueError("the run has no end that is known before: set trainer.max_epochs or trainer.max_steps")
-    return min(limits), min(limits) / per_epoch * data.tokens
+    return steps, steps / whole * data.tokens
 
 
 def n_devices(trainer: Any) -> int:

@@ -124,6 +124,10 @@ def save(checkpoint: dict[str, Any], file: Any) -> None:
     file.write(seal(sealed.crc))
 
 
+def steps_per_epoch_in(checkpoint: Path) -> int | None:
+    return load_file(checkpoint, mmap=True).get("steps_per_epoch")
+
+
 def sync_folder(folder: Path) -> None:
     """Renamed files have their names on disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -35,7 +35,7 @@ from condenser.runs import (
     step_of,
 )
 from condenser.training import tracking
-from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
+from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers, steps_per_epoch_in
 from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained, in_one_line
 from condenser.training.lock import locked
@@ -50,6 +50,13 @@ REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral val
     "use_distributed_sampler": (False, "the batches are shared out over the devices already"),
     "barebones": (False, "a run keeps its metrics and checkpoints"),
 }
+
+
+class Parser(LightningArgumentParser):
+    """Takes no abbreviations, and raises errors, which `condenser.cli` says in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
 
 
 DEVICES = ("auto", "cpu", "gpu", "cuda")
@@ -130,7 +137,7 @@ class RunCLI(LightningCLI):
         text = self._parser(self.subcommand).dump(settings, skip_none=False)
         config = self.run / CONFIG
         if self.checkpoint is not None:
-            if not goes_on(self.run, self.checkpoint, yaml.safe_load(text)):
+            if not goes_on(self.run, self.checkpoint, yaml.safe_load(text), steps_per_epoch_in):
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
             stores = [settings.data.store] if settings.data.store else settings.data.stores
@@ -274,6 +281,7 @@ def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, he
         trainer_defaults={"use_distributed_sampler": False},
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
+        parser_class=Parser,
         parser_kwargs={"prog": "condenser", "description": __doc__},
     )
 

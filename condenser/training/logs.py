@@ -3,12 +3,12 @@
 import csv
 import errno
 import io
-import itertools
+import math
 import os
 import resource
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,9 @@ from condenser.models.flops import bf16_peak
 from condenser.runs import COMMIT, METRICS, output
 
 
-class LoggedOnce:
-    """Which of the rows that Lightning logs are new: one is logged early for a checkpoint, and a run that is stopped
-    between logging steps repeats the last."""
-
-    def __init__(self, every_n_steps: int):
-        self.every_n_steps, self.newest = every_n_steps, (-1, frozenset[str]())
-
-    def is_new(self, metrics: Mapping[str, float], step: int) -> bool:
-        row = step, frozenset(metrics)
-        if row == self.newest or ("train/loss" in metrics and (step + 1) % self.every_n_steps):
-            return False
-        self.newest = row
-        return True
+def is_repeated(metrics: Mapping[str, float], step: int, every_n_steps: int) -> bool:
+    """Where a run stops between logging steps Lightning logs the last ones again."""
+    return "train/loss" in metrics and (step + 1) % every_n_steps > 0
 
 
 class MetricsCSV(Logger):
@@ -54,7 +44,7 @@ class MetricsCSV(Logger):
 
     def __init__(self, folder: Path, every_n_steps: int = 1):
         super().__init__()
-        self.path, self.logged = folder / METRICS, LoggedOnce(every_n_steps)
+        self.path, self.every_n_steps = folder / METRICS, every_n_steps
         self.columns: list[str] = []
         self.unwritten: deque[dict[str, Any]] = deque()
 
@@ -78,29 +68,22 @@ class MetricsCSV(Logger):
     def begin_at(self, step: int) -> None:
         """Drop what was logged at or after ``step`` (steps done again after a crash), and a line cut short."""
         self.path.touch()
-        lines = self.lines()
-        header = next(lines, "")
-        self.columns = next(csv.reader([header]), [])
-        self.write(header, (line for line in lines if int(line.split(",", 1)[0]) < step))
-
-    def lines(self) -> Iterator[str]:
         with open(self.path, newline="") as file:
-            yield from (line for line in file if line.endswith("\n"))
+            self.columns = next(csv.reader(file), [])
+        self.write_again(self.columns, before=step)
 
-    def write(self, header: str, rows: Iterable[str]) -> None:
-        with written(self.path) as partial, open(partial, "w", newline="") as file:
-            file.write(header)
-            file.writelines(rows)
-
-    def line(self, row: Mapping[str, Any]) -> str:
-        text = io.StringIO()
-        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
-        return text.getvalue()
+    def write_again(self, columns: Sequence[str], before: float = math.inf) -> None:
+        """The rows of steps ``before`` one, under these ``columns``."""
+        with open(self.path, newline="") as file, written(self.path) as partial, open(partial, "w", newline="") as out:
+            rows = csv.DictReader(line for line in file if line.endswith("\n"))
+            table = csv.DictWriter(out, columns, restval="", lineterminator="\n")
+            table.writeheader() if columns else None
+            table.writerows(row for row in rows if int(row["step"]) < before)
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         assert step is not None
-        if not self.logged.is_new(metrics, step):
+        if is_repeated(metrics, step, self.every_n_steps):
             return
         row: dict[str, Any] = {"step": step, **{key: float(value) for key, value in metrics.items()}}
         row["epoch"] = int(row.get("epoch", 0))
@@ -113,24 +96,21 @@ class MetricsCSV(Logger):
             self.append(self.unwritten[0])
             self.unwritten.popleft()
 
+    def line(self, row: Mapping[str, Any]) -> str:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
+        return text.getvalue()
+
     def append(self, row: Mapping[str, Any]) -> None:
-        if new := [key for key in dict.fromkeys(("step", "epoch", *row)) if key not in self.columns]:
-            self.add(new)
+        columns = list(dict.fromkeys((*self.columns, "step", "epoch", *row)))
+        if columns != self.columns:
+            self.write_again(columns)
+            self.columns = columns
         with open(self.path, "ab", buffering=0) as file:
             line, end = self.line(row).encode(), file.tell()
             if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-
-    def add(self, columns: Sequence[str]) -> None:
-        before, self.columns = self.columns, [*self.columns, *columns]
-        header = self.line(dict(zip(self.columns, self.columns, strict=True)))
-        rows, empty = itertools.islice(self.lines(), 1, None), "," * len(columns)
-        try:
-            self.write(header, (f"{row[:-1]}{empty}\n" for row in rows))
-        except OSError:
-            self.columns = before
-            raise
 
 
 class Speed(Callback):

@@ -118,12 +118,6 @@ class CondenserModule(L.LightningModule):
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
         self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, say, **options)
-        longest, longest_row = longest_text(self.model.lm.config), self.trainer.datamodule.longest  # type: ignore[attr-defined]
-        if longest and longest_row > longest:
-            raise ValueError(
-                f"rows of up to {longest_row} tokens, special ones among them, and a backbone that takes {longest}: "
-                "prepare a store with a smaller --max-length, or give the model more positions"
-            )
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -161,6 +155,12 @@ class CondenserModule(L.LightningModule):
         self.cuda_graphs = possible if self.cuda_graphs is None else self.cuda_graphs
         datamodule.few_shapes = self.compiled
         datamodule.serve(self.model)
+        longest, longest_row = longest_text(self.model.lm.config), getattr(datamodule, "longest", 0)
+        if longest and longest_row > longest:
+            raise ValueError(
+                f"rows of up to {longest_row} tokens, special ones among them, and a backbone that takes {longest}: "
+                "prepare a store with a smaller --max-length, or give the model more positions"
+            )
         if datamodule.tokens_per_pass is None and on_gpu:
             config, memory = self.model.lm.config, torch.cuda.get_device_properties(device).total_memory
             datamodule.tokens_per_pass = affordable_tokens(
@@ -191,8 +191,13 @@ class CondenserModule(L.LightningModule):
     def on_train_start(self) -> None:
         schedule: Any = self.lr_schedulers()  # of this run's length; the rates in a checkpoint are of that one's
         groups: Any = schedule.optimizer.param_groups
+        before = max(group["lr"] for group in groups)
         for group, peak, share_at in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
             group["lr"] = peak * share_at(schedule.last_epoch)
+        if (now := max(group["lr"] for group in groups)) != before and self.trainer.is_global_zero:
+            print(
+                f"the learning rate is {now:.3g} here, not {before:.3g}: the schedule is that of {self.length:,} steps"
+            )
         self.end_here()
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:

@@ -20,7 +20,7 @@ from condenser.cluster import signals
 from condenser.data.store import MANIFEST
 from condenser.export import export, sha256
 from condenser.runs import CONFIG
-from condenser.training.logs import LoggedOnce
+from condenser.training.logs import is_repeated
 
 PATIENCE = {"init_timeout": 30.0, "finish_timeout": 30.0}  # seconds; WANDB_INIT_TIMEOUT sets the first
 
@@ -32,12 +32,12 @@ class Tracker(WandbLogger):
 
     def __init__(self, every_n_steps: int, **options: Any):
         super().__init__(**options)
-        self.logged = LoggedOnce(every_n_steps)
+        self.every_n_steps = every_n_steps
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         assert step is not None
-        if self.lost or not self.logged.is_new(metrics, step):
+        if self.lost or is_repeated(metrics, step, self.every_n_steps):
             return
         try:
             super().log_metrics(metrics, step)
