@@ -24,7 +24,7 @@ from condenser.data.collate import EXTRAS, Fields, Masking, Shapes, StepBatch, V
 from condenser.data.masking import Unit
 from condenser.data.mixing import Mixture, check_one_tokenizer
 from condenser.data.pairs import Pairs
-from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, load_array, read_manifest, tokenizer_hash
+from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, digest, load_array, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
 VALIDATION_SEED = 0
@@ -126,6 +126,7 @@ class CondenserDataModule(L.LightningDataModule):
             )
         self.stores = {split: [TokenStore(folder, split) for folder in self.weights] for split in SPLITS}
         self.made: dict[Any, Mixture] = {}
+        self.digests = [digest(folder) for folder in self.weights]
         check_one_tokenizer(self.stores["train"])
         shares = zip(self.weights.values(), self.stores["train"], strict=True)
         if not any(weight and len(store) for weight, store in shares):

@@ -12,22 +12,22 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from condenser import hub
 from condenser.cluster import signals
 from condenser.data.collate import StepBatch
-from condenser.data.store import check_same_stores, digest
+from condenser.data.store import check_same_stores
 from condenser.models.backbones.base import longest_text, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
-from condenser.models.objective import COUNTS, Objective, Term, check_terms, known_options
+from condenser.models.objective import COUNTS, Objective, known_options
 from condenser.training import sharding
 from condenser.training.ending import length_of, loops_at, stopped_by, validation_follows
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
-from condenser.training.step import Passes, TrainingStep, gathered, inputs_of, skips_on_device
+from condenser.training.step import Passes, TrainingStep, skips_on_device
+from condenser.training.validation import Validation
 
 
 class CondenserModule(L.LightningModule):
@@ -100,8 +100,6 @@ class CondenserModule(L.LightningModule):
         self.stopped: str | None = None
         self.tokens_seen, self.flops_needed = 0, 0.0  # up to the last logging step or checkpoint
         self.since = torch.zeros(len(COUNTS) + 2, dtype=torch.float64)  # the sum of `sizes` since then
-        self.val_metrics: Any = nn.ModuleDict()
-        self.val_weights: dict[str, float] = {}
 
     @property
     def options(self) -> dict[str, Any]:
@@ -289,46 +287,14 @@ class CondenserModule(L.LightningModule):
         self.flops_needed += since[len(COUNTS)]
         self.since = torch.zeros_like(self.since)
 
-    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+    def on_validation_epoch_start(self) -> None:
         assert self.model is not None
-        nats = self.trainer.datamodule.unigram_nats.to(self.device)  # type: ignore[attr-defined]
-        mask_id = self.trainer.datamodule.tokenizer.mask_token_id  # type: ignore[attr-defined]
-        vectors: list[Any] = []
-        for fields in batch:
-            cls, terms = None, {}
-            if self.model.contrast is None:
-                terms = self.model.losses(inputs_of(fields), score=True)
-            else:
-                cls, terms = self.model.cls_and_losses(inputs_of(fields), score=True)
-            if fields.get("again"):
-                continue
-            vectors.append(cls)
-            check_terms(terms)
-            labels, at_mask = fields["labels"], fields["input_ids"][fields["masked_index"]] == mask_id
-            self.mean("unigram_loss_at_mask").update(nats[labels][at_mask])
-            for name, term in terms.items():
-                self.validated(name, term, fields[term.over])
-                if term.losses is not None and term.over == "n_masked":
-                    self.mean(f"{name}_loss_at_mask").update(term.losses[at_mask])
-        if self.model.contrast is not None:
-            everything = gathered(self.model, vectors, batch, self.summed)
-            if len(everything) > 2:  # a document alone is told from no other
-                self.validated("contrast", self.model.contrast(everything), len(everything))
+        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        nats = datamodule.unigram_nats.to(self.device)
+        self.validation = Validation(self.model, nats, datamodule.tokenizer.mask_token_id)
 
-    def validated(self, name: str, term: Term, n: int) -> None:
-        """Count a term over ``n``."""
-        self.val_weights[name] = term.weight
-        self.mean(f"{name}_loss").update(term.sum / max(n, 1), n)
-        if term.correct is not None:
-            self.mean(f"{name}_accuracy").update(term.correct.float())
-        for measure, value in term.measures.items():
-            self.mean(measure).update(value, n)
-
-    def mean(self, name: str) -> MeanMetric:
-        """Of this validation; made where it is asked for first."""
-        if name not in self.val_metrics:
-            self.val_metrics[name] = MeanMetric().to(self.device)
-        return self.val_metrics[name]
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        self.validation.add(batch, self.summed)
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         self.end_here()  # after the callbacks
@@ -351,16 +317,10 @@ class CondenserModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.owed = self.owed and self.trainer.sanity_checking
-        known = {name: self.val_weights.get(name.removesuffix("_loss")) for name in self.val_metrics}
-        if torch.distributed.is_initialized():  # a device may have no row, and know of none
-            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everywhere, known)
-            known = {name: weight for each in everywhere for name, weight in each.items()}
-        means = {name: self.mean(name).compute() for name in known}  # over all devices
-        self.val_metrics.clear()
-        self.log_dict({f"val/{name}": value for name, value in means.items()})
-        terms = [weight * means[name] for name, weight in known.items() if weight is not None]
-        self.log("val/loss", torch.stack(terms).sum(), prog_bar=True)
+        found = self.validation.result()
+        if "loss" in found:
+            self.log("val/loss", found.pop("loss"), prog_bar=True)
+        self.log_dict({f"val/{name}": value for name, value in found.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
@@ -369,7 +329,7 @@ class CondenserModule(L.LightningModule):
         config = Path(self.trainer.default_root_dir) / "config.yaml"
         self.count(self.since.tolist())
         checkpoint["steps_per_epoch"] = datamodule.steps_per_epoch
-        checkpoint["stores"] = [digest(folder) for folder in datamodule.weights]
+        checkpoint["stores"] = datamodule.digests
         checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.owed
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]

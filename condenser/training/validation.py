@@ -1,0 +1,76 @@
+"""What a validation measures: means over the whole split, the same on any number of devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from condenser.data.collate import StepBatch
+from condenser.models.objective import Objective, Term, check_terms
+from condenser.training.step import gathered, inputs_of
+
+
+class Validation:
+    """One validation.
+
+    Args:
+        unigram_nats: of each token id ``[V]``, what guessing by frequency costs.
+        mask_id: of [MASK].
+    """
+
+    def __init__(self, model: Objective, unigram_nats: Tensor, mask_id: int):
+        self.model, self.unigram_nats, self.mask_id = model, unigram_nats, mask_id
+        self.means: dict[str, MeanMetric] = {}
+        self.weights: dict[str, float] = {}  # of terms
+
+    def add(self, batch: StepBatch, summed: Callable[[Tensor], Tensor]) -> None:
+        """Count a step; ``summed`` adds up a tensor over all devices."""
+        model, vectors = self.model, []
+        for fields in batch:
+            cls, terms = None, {}
+            if model.contrast is None:
+                terms = model.losses(inputs_of(fields), score=True)
+            else:
+                cls, terms = model.cls_and_losses(inputs_of(fields), score=True)
+            if fields.get("again"):
+                continue
+            vectors.append(cls)
+            check_terms(terms)
+            at_mask = fields["input_ids"][fields["masked_index"]] == self.mask_id
+            self.mean("unigram_loss_at_mask").update(self.unigram_nats[fields["labels"]][at_mask])
+            for name, term in terms.items():
+                self.add_term(name, term, fields[term.over])
+                if term.losses is not None and term.over == "n_masked":
+                    self.mean(f"{name}_loss_at_mask").update(term.losses[at_mask])
+        if model.contrast is not None:
+            everything = gathered(model, vectors, batch, summed)  # type: ignore[arg-type]
+            if len(everything) > 2:  # a document alone is told from no other
+                self.add_term("contrast", model.contrast(everything), len(everything))
+
+    def add_term(self, name: str, term: Term, n: int) -> None:
+        """Count a term over ``n``."""
+        self.weights[name] = term.weight
+        self.mean(f"{name}_loss").update(term.sum / max(n, 1), n)
+        if term.correct is not None:
+            self.mean(f"{name}_accuracy").update(term.correct.float())
+        for measure, value in term.measures.items():
+            self.mean(measure).update(value, n)
+
+    def mean(self, name: str) -> MeanMetric:
+        """Made where it is asked for first."""
+        if name not in self.means:
+            self.means[name] = MeanMetric().to(self.unigram_nats.device)
+        return self.means[name]
+
+    def result(self) -> dict[str, Tensor]:
+        """All means, and of the terms the weighted sum, which is minimised: ``loss``."""
+        known = {name: self.weights.get(name.removesuffix("_loss")) for name in self.means}
+        if torch.distributed.is_initialized():  # a device may have no row, and know of none
+            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(everywhere, known)
+            known = {name: weight for each in everywhere for name, weight in each.items()}
+        found = {name: self.mean(name).compute() for name in known}
+        terms = [weight * found[name] for name, weight in known.items() if weight is not None]
+        return found | ({"loss": torch.stack(terms).sum()} if terms else {})
