@@ -6,7 +6,6 @@ there; a finished run says so; a changed setting is refused by name (devices may
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -15,7 +14,6 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import lightning as L
-import torch
 import yaml
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
@@ -38,18 +36,11 @@ from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers, steps_per_epoch_in
 from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained, in_one_line
+from condenser.training.flags import check_trainer
 from condenser.training.lock import locked
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
-from condenser.training.module import CondenserModule, check_precision
+from condenser.training.module import CondenserModule
 from condenser.training.tracking import is_first_rank
-
-REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral value, where)
-    "accumulate_grad_batches": (1, "a step is cut by data.micro_batches_per_step"),
-    "gradient_clip_val": (None, "gradients are clipped by model.optimizer.gradient_clip"),
-    "gradient_clip_algorithm": (None, "gradients are clipped by norm, see model.optimizer.gradient_clip"),
-    "use_distributed_sampler": (False, "the batches are shared out over the devices already"),
-    "barebones": (False, "a run keeps its metrics and checkpoints"),
-}
 
 
 class Parser(LightningArgumentParser):
@@ -57,9 +48,6 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
-
-
-DEVICES = ("auto", "cpu", "gpu", "cuda")
 
 
 class RunCLI(LightningCLI):
@@ -205,25 +193,6 @@ class DryCLI(RunCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
-
-
-def check_trainer(settings: Any) -> None:
-    """Raises ValueError for what could not have the effect that a user of Lightning expects."""
-    for key, (neutral, why) in REFUSED.items():
-        if settings[key] != neutral:
-            raise ValueError(f"trainer.{key} cannot be used here: {why}")
-    if settings.logger is False:
-        raise ValueError(
-            "trainer.logger=false: metrics.csv is what a run is read from; W&B is off unless --wandb is on"
-        )
-    check_precision(settings.precision)
-    strategy = settings.strategy if isinstance(settings.strategy, str) else settings.strategy.get("class_path", "")
-    if re.search("(?i)fsdp|deepspeed", strategy):
-        raise ValueError(f"trainer.strategy={strategy} is not supported: -c configs/hardware/fsdp.yaml shards weights")
-    if settings.accelerator not in DEVICES:
-        raise ValueError(f"trainer.accelerator={settings.accelerator}: use one of {', '.join(DEVICES)}")
-    if settings.accelerator == "auto" and torch.backends.mps.is_available():  # which has no fp64 for what is counted
-        settings.accelerator = "cpu"
 
 
 def as_list(value: Any, but: Any = None) -> list[Any]:

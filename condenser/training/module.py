@@ -24,6 +24,7 @@ from condenser.models.flops import Work, affordable_tokens
 from condenser.models.objective import COUNTS, Objective, known_options
 from condenser.training import sharding
 from condenser.training.ending import length_of, loops_at, stopped_by, validation_follows
+from condenser.training.flags import check_precision
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
 from condenser.training.step import Passes, TrainingStep, skips_on_device
@@ -365,10 +366,3 @@ class CondenserModule(L.LightningModule):
                 raise ValueError(
                     f"the checkpoint is of another model: {name} is {shapes[0]} there and {shapes[1]} here"
                 )
-
-
-def check_precision(precision: Any) -> None:
-    """Raises ValueError for numbers with which training would not be what it is taken for: in fp16 losses would have to
-    be scaled, and of weights in bf16 a third would never change."""
-    if str(precision or "32-true") not in ("32", "32-true", "bf16", "bf16-mixed", "64", "64-true"):
-        raise ValueError(f"trainer.precision={precision} is not supported; use bf16-mixed, or 32-true")
