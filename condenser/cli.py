@@ -62,7 +62,7 @@ def main(args: Sequence[str] | None = None) -> int:
     words = 2 if " ".join(argv[:2]) in COMMANDS else 1
     name, rest = " ".join(argv[:words]), argv[words:]
     if name not in COMMANDS:
-        print(f"condenser: no command {name!r}\n\n{overview()}", file=sys.stderr)
+        print(f"condenser: no command {name!r} (`condenser --help` lists them)", file=sys.stderr)
         return 2
     with signals.listening() if name == "fit" else contextlib.nullcontext():
         return run(name, rest)
@@ -87,7 +87,7 @@ def run(name: str, rest: Sequence[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("CONDENSER_TRACEBACK"):
             raise
-        print(f"condenser {name}: error: {error}", file=sys.stderr)
+        print(f"condenser {name}: error: {in_short(str(error))}", file=sys.stderr)
         return signals.LOST if isinstance(error, ConnectionError) else 1
 
 
@@ -98,9 +98,10 @@ def in_short(message: str) -> str:
         r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ",
         r"- Expected a <class 'NoneType'> ?",
         r"Given value type: <class '[\w.]*'> ",
+        r" Given value: (Namespace|NestedArg)\(.*",
     ):
         message = re.sub(noise, "", message)
-    return re.sub(r"<class '([\w.]*)'>", r"\1", message)[:500]
+    return re.sub(r"<class '([\w.]*)'>", r"\1", message)
 
 
 def overview() -> str:
@@ -146,30 +147,36 @@ def function_parser(function: Callable, prog: str) -> Any:
 
 
 def in_full(argv: Sequence[str], function: Callable) -> list[str]:
-    """Options as a configuration has them.
+    """Arguments as a configuration has them.
 
     >>> ["docs", "--max-length", "64", "--input", "a", "b", "--append", "--no-verify"]  # becomes
-    ["docs", "--max_length", "64", '--input=["a", "b"]', "--append=true", "--verify=false"]
+    ["docs", "--max_length=64", '--input=["a", "b"]', "--append=true", "--verify=false"]
     """
     kinds = {name: kind_of(hint) for name, hint in typing.get_type_hints(function).items()}
-    found: list[str] = []
-    left = list(argv)
+    options, plain, left = list[str](), list[str](), list(argv)
     while left:
-        option, is_given, value = left.pop(0).partition("=")
-        name = option.removeprefix("--").replace("-", "_")
-        option = f"--{name}" if option.startswith("--") else option
-        if option.startswith("--no_") and kinds.get(name.removeprefix("no_")) is bool and not is_given:
-            found.append(f"--{name.removeprefix('no_')}=false")
-        elif option.startswith("--") and kinds.get(name) is bool and not is_given:
-            is_value = bool(left) and left[0].lower() in ("true", "false")
-            found.append(f"{option}={left.pop(0) if is_value else 'true'}")
-        elif option.startswith("--") and kinds.get(name) is list and not is_given:
+        word, is_given, value = left.pop(0).partition("=")
+        if not word.startswith("-"):
+            plain.append(word + is_given + value)
+            continue
+        name = word.removeprefix("--").replace("-", "_") if word.startswith("--") else "config"
+        kind = kinds.get(name)
+        if kinds.get(name.removeprefix("no_")) is bool and name.startswith("no_") and not is_given:
+            name, value = name.removeprefix("no_"), "false"
+        elif kind is bool and not is_given:
+            value = left.pop(0) if left and left[0].lower() in ("true", "false") else "true"
+        elif kind is list and not is_given:
             values = list(itertools.takewhile(lambda word: not word.startswith("--"), left))
-            left = left[len(values) :]
-            found.append(f"{option}={json.dumps(values)}")
-        else:
-            found.append(f"{option}={value}" if is_given else option)
-    return found
+            left, value = left[len(values) :], json.dumps(values)
+        elif not is_given and left and (name in kinds or name == "config"):
+            value = left.pop(0)
+        elif not is_given:  # an option without a value, or an unknown one
+            options += [f"--{name}" if word.startswith("--") else word, *([left.pop(0)] if left else [])]
+            continue
+        options.append(f"--{name}={value}")
+    parameters = inspect.signature(function).parameters.values()
+    several = [p.name for p in parameters if p.kind is p.POSITIONAL_ONLY and kinds[p.name] is list]
+    return [*([json.dumps(plain)] if several and plain else plain), *options]
 
 
 def kind_of(hint: object) -> object:

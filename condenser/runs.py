@@ -133,9 +133,9 @@ def goes_on(
     """
     before, step, longer = read_mapping(run / CONFIG), step_of(checkpoint), False
     if before is not None and (changed := changed_keys(before, settings)):
-        if not LENGTH.issuperset(changed):
+        if others := [key for key in changed if key not in LENGTH]:
             raise ValueError(
-                f"{run} was started with another {', '.join(changed)}; give the run another --name, or go on with the "
+                f"{run} was started with another {', '.join(others)}; give the run another --name, or go on with the "
                 "settings it has"
             )
         longer, limits = True, settings["trainer"]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -21,6 +22,7 @@ from test_training import StopAfter, assert_same_weights, command, final_state, 
 
 from condenser.cli import main
 from condenser.data.datamodule import CondenserDataModule
+from condenser.data.mixing import Mixture
 from condenser.data.store import TokenStore
 from condenser.models.condenser import Condenser
 from condenser.runs import checkpoints, step_of
@@ -373,6 +375,18 @@ def test_a_name_stays_inside_the_folder_of_runs(name, recipe, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_run_is_not_made_inside_another(run, recipe, capsys):
+    for name in (f"{run.name}/b", f"{run.name}/checkpoints"):
+        assert fit(recipe, run.parent, name) == 1
+        assert f"--name {name}: {run} is a run itself" in capsys.readouterr().err
+
+
+def test_a_run_does_not_begin_beyond_its_end(run, recipe, tmp_path, capsys):
+    assert fit(recipe, tmp_path, "r", "--trainer.max_steps", "4", "--ckpt_path", str(checkpoints(run)[0])) == 1
+    assert "has taken 8 steps, and the run is to have 4" in capsys.readouterr().err
+    assert not (tmp_path / "r" / "summary.json").exists()
+
+
 def test_names_may_have_folders(recipe, tmp_path):
     assert fit(recipe, tmp_path, "study/one", "--trainer.max_steps", "1") == 0
     assert (tmp_path / "study/one/summary.json").is_file()
@@ -388,6 +402,7 @@ GUESTS = {
     "ModelCheckpoint": [f"{CALLBACKS}ModelCheckpoint", "monitor=val/loss", "save_top_k=2"],
     "LearningRateMonitor": [f"{CALLBACKS}LearningRateMonitor"],
     "EarlyStopping": [f"{CALLBACKS}EarlyStopping", "monitor=val/loss"],
+    "Timer": [f"{CALLBACKS}Timer", "duration=00:01:00:00"],
     "DeviceStatsMonitor": [f"{CALLBACKS}DeviceStatsMonitor"],
 }
 
@@ -396,7 +411,7 @@ GUESTS = {
 @pytest.mark.parametrize("guest", GUESTS)
 def test_lightnings_own_callbacks_work_as_one_or_in_a_list(guest, how, recipe, tmp_path):
     path, *options = GUESTS[guest]
-    callback = {"class_path": path, "init_args": dict(yaml.safe_load(o.replace("=", ": ")).popitem() for o in options)}
+    callback = {"class_path": path, "init_args": dict(option.split("=") for option in options)}
     callback = callback if options else {"class_path": path}
     changes = {"trainer__callbacks": [callback] if how == "list" else callback}
     changes |= {"trainer__max_steps": -1, "trainer__max_epochs": 2, "data__batch_size": 248}
@@ -482,6 +497,17 @@ REFUSED = {
     "val_check_interval": ["--trainer.val_check_interval", "100", "--trainer.check_val_every_n_epoch", "1"],
     "limit_val_batches": ["--trainer.limit_val_batches", "-3"],
     "max_epochs": ["--trainer.max_epochs", "-5", "--trainer.max_steps", "-1"],
+    "trainer.val_check_interval=0": ["--trainer.val_check_interval", "0"],
+    "trainer.check_val_every_n_epoch=-1": ["--trainer.check_val_every_n_epoch", "-1"],
+    "BatchSizeFinder cannot": ["--trainer.callbacks", "BatchSizeFinder"],
+    "LearningRateFinder cannot": ["--trainer.callbacks", "LearningRateFinder"],
+    "BackboneFinetuning cannot": ["--trainer.callbacks", "BackboneFinetuning"],
+    "conditioned on metric `nope`": ["--trainer.callbacks", "EarlyStopping", "--trainer.callbacks.monitor", "nope"],
+    "backbone_config makes no model": ["--model.backbone_config.hidden_act", "foo"],
+    "learning_rate=-1.0 must be positive": ["--model.optimizer.learning_rate", "-1"],
+    "fast_dev_run begins anew": ["--trainer.fast_dev_run", "1", "--ckpt_path", "some.ckpt"],
+    "data.store is empty": ["--data.store", ""],
+    "trainer.overfit_batches=0.001 leaves": ["--trainer.overfit_batches", "0.001"],
 }
 
 
@@ -543,32 +569,49 @@ def test_the_rate_that_is_shown_is_the_highest(recipe, tmp_path):
 # --- devices
 
 
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A store with an odd number of validation rows, three or more."""
+    folder = tmp_path_factory.mktemp("odd")
+    for n in range(60, 90):
+        options = ["--input", str(write_jsonl(folder / f"{n}.jsonl", make_documents(n))), "--tokenizer", "train:200"]
+        options += ["--max-length", "32", "--validation-fraction", "0.05", "--workers", "1"]
+        assert main(["prepare", *options, "--output", str(folder / str(n))]) == 0
+        if (rows := len(TokenStore(folder / str(n), "validation"))) > 2 and rows % 2:
+            return folder / str(n)
+
+
 @pytest.mark.parametrize("strategy", [DDP, SHARDED])
-@pytest.mark.parametrize("rows", [1, 3])
-def test_validation_rows_that_devices_cannot_share_evenly_are_each_counted_once(
-    strategy, rows, recipe, corpus, tmp_path
-):
-    store = tmp_path / "store"
-    options = ["--max-length", "32", "--workers", "1", "--tokenizer", "train:200", "--output", str(store)]
-    fraction = next(
-        share
-        for share in range(1, 60)
-        if main(["prepare", "--input", str(corpus), *options, "--validation-fraction", str(share / 4000)]) == 0
-        and (len(TokenStore(store, "validation")) >= rows or shutil.rmtree(store))
-    )
-    assert fraction
-    changes = {"data__store": str(store), "trainer__max_steps": 2, "trainer__val_check_interval": 2}
-    if rows != len(TokenStore(store, "validation")):
-        pytest.skip(f"this corpus gives {len(TokenStore(store, 'validation'))} rows")
+def test_validation_rows_that_devices_cannot_share_evenly_are_each_counted_once(strategy, recipe, odd, tmp_path):
+    """With more micro-batches than rows each row is a pass, and one device has one more of them."""
+    changes = {"data__store": str(odd), "data__batch_size": 64, "data__micro_batches_per_step": 64}
+    changes |= {"trainer__max_steps": 1}
     alone = write_recipe(recipe, tmp_path / "alone.yaml", **changes)
     assert fit(alone, tmp_path, "alone") == 0
     two = write_recipe(recipe, tmp_path / "two.yaml", **changes, trainer__devices=2, trainer__strategy=strategy)
     ranks = start_ranks(2, [["--config", str(two), "--runs_dir", str(tmp_path), "--name", "two"]], tmp_path / "log")
     wait_for(ranks, tmp_path / "log", seconds=90)
-    for ours, theirs in zip(metrics_of(tmp_path / "two"), metrics_of(tmp_path / "alone"), strict=True):
-        if ours["val/loss"]:
-            for name in ("val/loss", "val/mlm_loss", "val/mlm_accuracy", "val/unigram_loss_at_mask"):
-                assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-5)
+    (ours,), (theirs,) = ([row for row in metrics_of(tmp_path / name) if row["val/loss"]] for name in ("two", "alone"))
+    for name in ("val/loss", "val/mlm_loss", "val/mlm_accuracy", "val/unigram_loss_at_mask"):
+        assert float(ours[name]) == pytest.approx(float(theirs[name]), rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5])
+@pytest.mark.parametrize("devices", [2, 4])
+def test_all_devices_have_as_many_passes_of_a_validation_and_count_each_row_once(devices, rows, store):
+    data = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4, num_workers=0)
+    data.setup("fit")
+    mixture = Mixture([TokenStore(store, "validation")], [rows / len(TokenStore(store, "validation"))], seed=0)
+    assert len(mixture) == rows
+    counted, n_passes = [], set()
+    for rank in range(devices):
+        data.trainer = SimpleNamespace(global_rank=rank, world_size=devices)
+        (batch,) = data.loader(mixture, rows, min(4, rows), training=False)
+        n_passes.add(len(batch))
+        counted += [i for fields in batch if not fields["again"] for i in fields["sample_ids"].tolist()]
+    assert len(n_passes) == 1
+    assert n_passes.pop() >= 1
+    assert len(counted) == len(set(counted)) == rows
 
 
 class Spoils(Callback):
@@ -617,3 +660,50 @@ def test_a_step_that_is_left_out_does_not_decay_weights_either(fused):
     optimizer.step()
     same = [torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True)]
     assert all(same) == fused
+
+
+# --- command lines
+
+
+def test_arguments_of_functions_are_read_as_users_write_them(run, store, tmp_path, capsys):
+    out = str(tmp_path / "a.html")
+    for words in ([str(run), "--output", out], ["--output", out, str(run)], ["--output", out, str(run), str(run)]):
+        assert main(["report", *words]) == 0
+    config = tmp_path / "c.yaml"
+    config.write_text(f"runs: ['{run}']\noutput: '{tmp_path / 'b.html'}'\n")
+    assert main(["report", "--config", str(config)]) == 0
+    assert (tmp_path / "b.html").is_file()
+    assert main(["inspect", str(store), "--samples=1", "--no-verify"]) == 0
+    assert main(["inspect", "--verify", str(store), "--samples", "0"]) == 0
+    assert "all files agree" in capsys.readouterr().out
+
+
+WRONG = {
+    "no command 'foo'": ["foo"],
+    "unrecognized arguments: --outptu": [
+        "prepare",
+        "--input",
+        "a",
+        "--tokenizer",
+        "b",
+        "--output",
+        "c",
+        "--outptu",
+        "x",
+    ],
+    "unrecognized arguments: --trainer.max_step": ["fit", "--trainer.max_step", "3"],
+    "learning_rat": ["fit", "--model.optimizer.learning_rat", "1"],
+    "following arguments are required: model, output": ["evaluate"],
+    'Parser key "step": - Expected a int': ["export", "a", "--output", "b", "--step", "x"],
+    "--rounds 0 must be at least 1": ["bench", "--rounds", "0"],
+    "--nodes 0 must be at least 1": ["launch", "--name", "x", "--nodes", "0", "--dry-run"],
+    "File does not exist": ["fit", "--config", "no-such.yaml"],
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_command_lines_are_one_line(what, capsys):
+    assert main(WRONG[what]) in (1, 2)
+    said = capsys.readouterr().err
+    assert what in said
+    assert said.count("\n") == 1

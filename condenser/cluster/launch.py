@@ -31,7 +31,7 @@ from condenser.data.datamodule import store_folder
 from condenser.data.store import read_manifest
 from condenser.runs import COMMIT, goes_on, newest_valid_checkpoint, output
 from condenser.training.checkpoints import steps_per_epoch_in
-from condenser.training.fit import DryCLI, run_cli
+from condenser.training.fit import DryCLI, dumped, run_cli
 
 TEMPLATE = Path(__file__).parents[2] / "configs" / "cluster" / "slurm.sh"
 UNLIMITED = ("0", "infinite", "unlimited")  # as sbatch's --time
@@ -48,6 +48,9 @@ class Script(string.Template):
 
 def launch(args: Sequence[str]) -> None:
     options, of_fit = own_parser().parse_known_args(args)
+    for name, least in {"nodes": 1, "gpus": 0, "tasks": 1, "cpus": 1, "notice": 1, "retries": 0}.items():
+        if getattr(options, name) < least:
+            raise ValueError(f"--{name} {getattr(options, name)} must be at least {least}")
     if options.notice >= (limit := seconds_of(options.time)):
         raise ValueError(
             f"--notice {options.notice} must be shorter than --time {options.time}, which is {limit} seconds: the run "
@@ -143,7 +146,7 @@ def settings_of_runs(options: Any, of_fit: list[str]) -> tuple[str, list[Setting
 def complete(of_fit: list[str], options: Any) -> Settings:
     """The settings that `fit` makes of these arguments, on the devices that the job will have."""
     run = run_cli("fit", of_fit, DryCLI)
-    settings = yaml.safe_load(run._parser("fit").dump(run.config["fit"], skip_none=False))
+    settings = yaml.safe_load(dumped(run, run.config["fit"]))
     settings["trainer"] |= {"devices": options.gpus or options.tasks, "num_nodes": options.nodes}
     return {**settings, "runs_dir": str(Path(settings["runs_dir"]).absolute()), "config": None}
 

@@ -62,8 +62,10 @@ def load_segmenter(name: str | None) -> Segmenter | None:
         return None
     module, _, function = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        segment = getattr(importlib.import_module(module), function)
+        words_of(segment, "word")
+        return segment
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"--word-segmenter {name}: give module:function of a function from a text to its words ({error})"
         ) from None

@@ -69,6 +69,8 @@ class CondenserDataModule(L.LightningDataModule):
         super().__init__()
         if (store is None) == (not stores):
             raise ValueError("give data.store or data.stores, one of them")
+        if not all(stores or [store]):
+            raise ValueError("data.store is empty: give the folder of a token store")
         self.weights = {
             store_folder(name): weight for name, weight in ({store: 1.0} if store else stores or {}).items()
         }
@@ -175,7 +177,9 @@ class CondenserDataModule(L.LightningDataModule):
     def steps_per_epoch(self) -> int:
         """As the trainer counts them: of all that an epoch has as many as it is limited to."""
         n = self.batches(self.train, self.batch_size, self.micro_batches_per_step).steps_per_epoch
-        return limited(n, self.trainer.limit_train_batches if self.trainer else None)
+        trainer: Any = self.trainer
+        name = "overfit_batches" if trainer and trainer.overfit_batches > 0 else "limit_train_batches"
+        return limited(n, trainer.limit_train_batches if trainer else None, name)
 
     def train_dataloader(self) -> "StepLoader":
         if self.pairs and min(self.batch_size // 2, len(self.train)) < 2:
@@ -226,11 +230,11 @@ class CondenserDataModule(L.LightningDataModule):
         return StepLoader(steps, training, self.num_workers, begin, self.steps_per_epoch)
 
 
-def limited(n: int, limit: int | float | None) -> int:
-    """Of ``n`` steps as many as ``trainer.limit_train_batches`` leaves: a number of them, or as a float a share."""
+def limited(n: int, limit: int | float | None, name: str = "limit_train_batches") -> int:
+    """Of ``n`` steps as many as a ``limit`` of the trainer leaves: a number of them, or as a float a share."""
     steps = n if limit is None else int(n * limit) if isinstance(limit, float) else min(n, limit)
     if steps < 1:
-        raise ValueError(f"trainer.limit_train_batches={limit} leaves no step of the {n:,} of an epoch")
+        raise ValueError(f"trainer.{name}={limit} leaves no step of the {n:,} of an epoch")
     return steps
 
 
@@ -373,7 +377,11 @@ class StepLoader(DataLoader):
 
 
 def ends_with_its_parent(worker: int) -> None:
-    for number in (signal.SIGTERM, signal.SIGUSR1):  # which ask the run to stop: it still needs its loader then
+    for number in (
+        signal.SIGTERM,
+        signal.SIGUSR1,
+        signal.SIGINT,
+    ):  # the run is to stop, and needs its loader until then
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -77,6 +77,10 @@ def bench(
     Raises:
         ValueError: no such store or configuration, or too few rows.
     """
+    given = {"max_length": max_length, "sequences": sequences, "micro_batches": micro_batches, "steps": steps}
+    for name, value in (given | {"rounds": rounds, "tokens_per_pass": tokens_per_pass}).items():
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     sequences, steps = sequences or (1024 if on_gpu else 32), steps or (10 if on_gpu else 1)

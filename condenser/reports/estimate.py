@@ -144,6 +144,8 @@ def length_of_run(trainer: Any, batch_size: int, data: Data) -> tuple[float, flo
     steps = length(trainer.max_steps, epochs, per_epoch)
     if steps is None:
         raise ValueError("the run has no end that is known before: set trainer.max_epochs or trainer.max_steps")
+    if steps < 1:
+        raise ValueError(f"trainer.max_steps={trainer.max_steps}, max_epochs={epochs}: a run of no steps")
     return steps, steps / whole * data.tokens
 
 

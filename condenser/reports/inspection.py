@@ -46,6 +46,10 @@ def inspect_store(
     Raises:
         ValueError: no store there, or a damaged one.
     """
+    least = {"samples": (samples, 0), "epoch": (epoch, 0), "batch_size": (batch_size, 1)}
+    for name, (value, at_least) in (least | {"micro_batches_per_step": (micro_batches_per_step, 1)}).items():
+        if value < at_least:
+            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {at_least}")
     console, manifest = Console(highlight=False), read_manifest(store)
     if verify:
         verify_files(Path(store), manifest["splits"])

@@ -25,8 +25,8 @@ def explained() -> Iterator[None]:
         yield
     except BaseException as error:
         end(set(active_children()) - others)
-        if isinstance(error, MisconfigurationException):
-            raise ValueError(one_line(error)) from error
+        if isinstance(error, MisconfigurationException) or said_by_lightning(error):
+            raise ValueError(one_line(error)) from error  # type: ignore[arg-type]
         if isinstance(error, torch.OutOfMemoryError):
             raise ValueError(f"{one_line(error)}. {LESS_MEMORY}") from error
         message = explanation(error) if isinstance(error, RuntimeError) else None
@@ -44,6 +44,15 @@ def in_one_line(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise ValueError(f"{what}: {one_line(error)}") from error
+
+
+def said_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself raised a RuntimeError, which it does for settings too."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
+    return type(error) is RuntimeError and raised_in.startswith("lightning.")
 
 
 def one_line(error: Exception) -> str:

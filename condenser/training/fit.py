@@ -9,12 +9,14 @@ import os
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import lightning as L
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -36,7 +38,7 @@ from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers, steps_per_epoch_in
 from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained, in_one_line
-from condenser.training.flags import check_trainer
+from condenser.training.flags import check_callbacks, check_trainer
 from condenser.training.lock import locked
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
@@ -96,6 +98,8 @@ class RunCLI(LightningCLI):
         self.run = run_folder(settings)
         if settings.trainer.fast_dev_run:
             self.run = Path(self.held.enter_context(TemporaryDirectory(prefix="fast-dev-run-")))
+            if settings.ckpt_path is not None:
+                raise ValueError("trainer.fast_dev_run begins anew: leave --ckpt_path out")
         self.checkpoint = self.starting_point(settings.ckpt_path)
         if self.subcommand == "fit":
             self.begin_run(settings)
@@ -113,6 +117,8 @@ class RunCLI(LightningCLI):
                 )
             given = str(find_checkpoint(str(self.run), best=True))
         given = None if given == "last" else given
+        if given is not None and Path(given).is_dir():
+            raise ValueError(f"--ckpt_path {given} is a folder: give one of the files in its checkpoints/")
         if given is not None and not is_whole(Path(given)):
             raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint")
         newest = newest_valid_checkpoint(self.run, say=print if is_first_rank() else lambda message: None)
@@ -122,7 +128,7 @@ class RunCLI(LightningCLI):
 
     def begin_run(self, settings: Any) -> None:
         """Make the run folder, or see that it is this configuration's own."""
-        text = self._parser(self.subcommand).dump(settings, skip_none=False)
+        text = dumped(self, settings)
         config = self.run / CONFIG
         if self.checkpoint is not None:
             if not goes_on(self.run, self.checkpoint, yaml.safe_load(text), steps_per_epoch_in):
@@ -149,6 +155,7 @@ class RunCLI(LightningCLI):
     def trainer_of(self, kwargs: dict[str, Any]) -> L.Trainer:
         settings = self.config[self.subcommand]
         callbacks = as_list(self._get(self.config_init, "trainer.callbacks"))
+        check_callbacks(callbacks)
         loggers: list[Logger] | bool = False
         flush: Any = lambda: None  # noqa: E731
         kwargs["plugins"] = as_list(self._get(self.config_init, "trainer.plugins"))
@@ -195,6 +202,23 @@ class DryCLI(RunCLI):
         pass
 
 
+def dumped(cli: RunCLI, settings: Any) -> str:
+    """Settings as YAML. (The parser cannot write members of enumerations, as Lightning has them for defaults.)"""
+    parser = cli._parser(cli.subcommand)
+    return parser.dump(without_enums(settings.clone()), skip_none=False)
+
+
+def without_enums(value: Any) -> Any:
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, list):
+        return [without_enums(each) for each in value]
+    if isinstance(value, Namespace | dict):
+        for key, each in list(vars(value).items() if isinstance(value, Namespace) else value.items()):
+            value[key] = without_enums(each)
+    return value
+
+
 def as_list(value: Any, but: Any = None) -> list[Any]:
     """Of what may be one thing or a list of them, or none: None, ``but``."""
     if value is None or value is but:
@@ -209,7 +233,11 @@ def run_folder(settings: Any) -> Path:
     name = os.path.normpath(settings.name)
     if Path(name).is_absolute() or name.split(os.sep)[0] in (".", ".."):
         raise ValueError(f"--name {settings.name}: it must name a folder inside --runs_dir {settings.runs_dir}")
-    return Path(settings.runs_dir) / name
+    run = Path(settings.runs_dir) / name
+    for folder in run.parents[: name.count(os.sep)]:
+        if (folder / CONFIG).exists():
+            raise ValueError(f"--name {settings.name}: {folder} is a run itself")
+    return run
 
 
 def fit(args: Sequence[str]) -> None:
@@ -230,6 +258,8 @@ def leave(cli: RunCLI) -> None:
     if isinstance(environment, LightningEnvironment) and environment.local_rank():
         return  # at any other code Lightning kills the first process, which may still have something to do
     again = cli.model.guard.requeue and "SLURM_JOB_ID" in os.environ
+    if signals.INTERRUPT in signals.received:
+        raise SystemExit(128 + signals.INTERRUPT)
     raise SystemExit(signals.AGAIN if again else signals.STOPPED)
 
 
@@ -266,6 +296,7 @@ def quiet() -> None:
         ".*callbacks used to create the checkpoint need to be provided",
         ".*Checkpoint directory .* exists and is not empty",
         ".*isinstance\\(treespec, LeafSpec\\)",
+        "It is recommended to use `self.log",  # with sync_dist: what is logged is the same on all devices
     ):
         warnings.filterwarnings("ignore", message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)

@@ -170,7 +170,7 @@ class Listening(Callback):
         signals.listen()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        signals.listen()
+        signals.listen(signals.INTERRUPT)
         steps: Any = trainer.fit_loop.epoch_loop
         steps._broadcast_sigterm_tensor = lambda: None
 

@@ -246,7 +246,8 @@ class CondenserModule(L.LightningModule):
 
     def asked(self) -> Tensor:
         """Whether this process was asked to stop, and to be started again."""
-        wanted = [number in signals.received for number in (signals.STOP, signals.REQUEUE)]
+        stop = not signals.received.isdisjoint((signals.STOP, signals.INTERRUPT))
+        wanted = [stop, signals.REQUEUE in signals.received]
         return torch.tensor(wanted, dtype=torch.float64)
 
     def summed(self, values: Tensor) -> Tensor:
@@ -353,6 +354,10 @@ class CondenserModule(L.LightningModule):
                 check_same_stores(checkpoint["stores"], [*datamodule.weights], "the checkpoint")
             loops = checkpoint["loops"]
             step, by_steps = checkpoint["global_step"], self.trainer.max_steps != -1
+            if step > (whole := length_of(self.trainer)):
+                raise ValueError(
+                    f"the checkpoint has taken {step:,} steps, and the run is to have {whole:,}: see trainer.max_steps"
+                )
             loops["fit_loop"] = loops_at(loops["fit_loop"], step, per_epoch, by_steps, owed)
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:

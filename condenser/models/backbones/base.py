@@ -150,7 +150,10 @@ def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: 
     """
     if backbone is None:
         check_settings(settings, BertConfig())
-        return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
+        try:
+            return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
+        except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
+            raise ValueError(f"backbone_config makes no model: {type(error).__name__}: {error}") from error
     config = changed_config(backbone, settings)
     with reading(backbone):
         lm, report = AutoModelForMaskedLM.from_pretrained(
