@@ -245,7 +245,7 @@ def test_rows_that_a_full_disk_refuses_cost_no_more_the_more_there_are(tmp_path,
 
 def test_metrics_of_every_step_are_gone_on_with_and_read_in_little_memory(tmp_path):
     """In memory as text they take more than ten times as much."""
-    n, names = 30_000, [f"train/{i}" for i in range(10)]
+    n, names = 10_000, [f"train/{i}" for i in range(10)]
     lines = (f"{step},0,{','.join(str(step / 3 + i) for i in range(10))}\n" for step in range(n))
     (tmp_path / "metrics.csv").write_text(",".join(["step", "epoch", *names]) + "\n" + "".join(lines))
     tracemalloc.start()
