@@ -566,6 +566,13 @@ def test_the_rate_that_is_shown_is_the_highest(recipe, tmp_path):
     assert rates(tmp_path / "head") == rates(tmp_path / "plain")
 
 
+def test_what_is_spared_before_each_step_is_still_lightnings():
+    """A question to all ranks, for which the host would wait (`condenser.training.logs.Listening`)."""
+    from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+
+    assert callable(_TrainingEpochLoop._broadcast_sigterm_tensor)
+
+
 # --- devices
 
 
