@@ -177,6 +177,11 @@ def rebuilt(lm: Any, objective: str, settings: dict[str, Any]) -> Objective:
     return Condenser.from_masked_lm(lm, **({"n_head_layers": 0} | own))
 
 
+def class_of(model: Objective) -> type[Objective]:
+    """Its own class: where weights are sharded torch has put one of its making before it."""
+    return next(each for each in type(model).__mro__ if not each.__module__.startswith("torch."))
+
+
 def class_path(objective: type[Objective]) -> str:
     return f"{objective.__module__}.{objective.__qualname__}"
 
@@ -185,7 +190,7 @@ def description(model: Objective, tokenizer: Path, data: dict[str, Any], run_con
     """What a checkpoint must hold besides weights so that it can be exported on its own; plain values only."""
     return {
         "config": json.dumps(model.lm.config.to_dict()),
-        "objective": class_path(type(model)),
+        "objective": class_path(class_of(model)),
         "head": model.settings,
         "tokenizer": {path.name: path.read_text() for path in sorted(tokenizer.iterdir())},
         "manifest": json.dumps(data),

@@ -156,9 +156,15 @@ def length(max_steps: int, max_epochs: int | None, steps_per_epoch: int | None) 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ, leaving out those that may change when a run goes on."""
-    old, new = dict(flatten(before)), dict(flatten(now))
+    old, new = ({**flat, **precision(flat)} for flat in (dict(flatten(before)), dict(flatten(now))))
     differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     return sorted(key for key in differing if not any(key == free or key.startswith(free + ".") for free in FREE))
+
+
+def precision(settings: dict[str, Any]) -> dict[str, Any]:
+    """The trainer's, by its full name."""
+    key, names = "trainer.precision", {"None": "32-true", "32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
+    return {key: names.get(str(settings[key]), settings[key])} if key in settings else {}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -17,6 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from test_training import assert_same_weights, final_state, metrics_of, tiny_condenser
 
 from condenser.cli import main
+from condenser.hub import load_checkpoint
+from condenser.models.cocondenser import CoCondenser
 from condenser.runs import SEAL, SEAL_LENGTH, checkpoints, is_whole
 from condenser.training.sharding import shard, whole
 
@@ -325,6 +327,11 @@ def test_a_sharded_checkpoint_is_one_file_like_any_other(runs):
     for number, state in theirs["state"].items():
         for name, value in state.items():
             torch.testing.assert_close(ours["state"][number][name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_a_sharded_checkpoint_knows_its_objective(runs):
+    model, _ = load_checkpoint(checkpoints(runs / "contrast-sharded")[0])
+    assert type(model) is CoCondenser
 
 
 def test_sharded_and_resumed_equals_uninterrupted_bit_for_bit(runs):

@@ -479,6 +479,44 @@ def test_from_python_a_trainer_trains_with_the_data_module_and_refuses_loaders_a
         trainer().fit(CondenserModule(backbone_config=settings, skip_from=1), train_dataloaders=data.train_dataloader())
 
 
+def test_a_module_that_a_second_trainer_goes_on_with_is_clipped_as_before(store, tmp_path):
+    def trainer(n_steps):
+        options = {"accelerator": "cpu", "max_steps": n_steps, "logger": False, "enable_checkpointing": False}
+        return L.Trainer(**options, enable_progress_bar=False, default_root_dir=tmp_path)
+
+    def module():
+        settings = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+        optimizer = Optimization(learning_rate=1e-3, gradient_clip=0.1, schedule="constant", warmup_fraction=0.0)
+        return CondenserModule(backbone_config=settings, skip_from=1, optimizer=optimizer)
+
+    data = CondenserDataModule(str(store), batch_size=32, micro_batches_per_step=2, num_workers=0)
+    once, twice = module(), module()
+    trainer(6).fit(once, datamodule=data)
+    first = trainer(3)
+    first.fit(twice, datamodule=data)
+    first.save_checkpoint(tmp_path / "half.ckpt")
+    trainer(6).fit(twice, datamodule=data, ckpt_path=tmp_path / "half.ckpt")
+    for name, weight in once.state_dict().items():
+        assert torch.equal(weight, twice.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("n_steps", ["6", "8"])
+def test_averaging_that_was_stopped_goes_on_as_if_it_had_not_been(n_steps, recipe, tmp_path):
+    swa = {"class_path": f"{CALLBACKS}StochasticWeightAveraging"}
+    swa["init_args"] = {"swa_lrs": 1e-3, "swa_epoch_start": 1, "annealing_epochs": 2}
+    runs = {}
+    for name, n in {"whole": None, "parts": n_steps}.items():
+        stop = [] if n is None else [{"class_path": "test_training.StopAfter", "init_args": {"n_steps": int(n)}}]
+        changes = {"trainer__callbacks": [*stop, swa], "trainer__max_steps": -1, "trainer__max_epochs": 3}
+        file = write_recipe(recipe, tmp_path / f"{name}.yaml", **changes, data__batch_size=248)
+        assert fit(file, tmp_path, name) == 0
+        if n is not None:
+            changes["trainer__callbacks"] = [swa]
+            assert fit(write_recipe(recipe, file, **changes, data__batch_size=248), tmp_path, name) == 0
+        runs[name] = tmp_path / name
+    assert_same_weights(runs["parts"], runs["whole"])
+
+
 REFUSED = {
     "trainer.precision=bf16-true": ["--trainer.precision", "bf16-true"],
     "trainer.precision=16-mixed": ["--trainer.precision", "16-mixed"],

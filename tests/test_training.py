@@ -162,6 +162,8 @@ def test_only_what_is_computed_counts_as_a_change():
     }
     after = {"data": {"batch_size": 1, "num_workers": 2}, "trainer": {"devices": 8, "max_steps": 5}, "wandb": "online"}
     assert changed_keys(before, after) == []
+    after["trainer"]["precision"], before["trainer"]["precision"] = "32-true", None
+    assert changed_keys(before, after) == []
     after["trainer"]["max_steps"] = 6
     assert changed_keys(before, after) == ["trainer.max_steps"]
 

@@ -7,8 +7,8 @@ there; a finished run says so; a changed setting is refused by name (devices may
 import logging
 import os
 import warnings
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -242,7 +242,7 @@ def run_folder(settings: Any) -> Path:
 
 def fit(args: Sequence[str]) -> None:
     with tracking.finished(), ExitStack() as held:
-        with explained():
+        with explained(), interrupted():
             cli = run_cli("fit", args, held=held)
         trackers = [logger for logger in cli.trainer.loggers if isinstance(logger, tracking.Tracker)]
         if (cli.run / SUMMARY).is_file():
@@ -250,6 +250,19 @@ def fit(args: Sequence[str]) -> None:
                 tracking.keep_export(trackers[0], cli.run)
         elif cli.model.stopped == SIGNAL:
             leave(cli)
+
+
+@contextmanager
+def interrupted() -> Iterator[None]:
+    """Says how training ended where it was interrupted at once, which Lightning makes an exit of."""
+    try:
+        yield
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        if is_first_rank():
+            print("interrupted at once: start it again to go on from the newest checkpoint")
+        raise SystemExit(128 + signals.INTERRUPT) from None
 
 
 def leave(cli: RunCLI) -> None:

@@ -10,9 +10,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from condenser import hub
 from condenser.cluster import signals
@@ -167,6 +169,8 @@ class CondenserModule(L.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
+        self.step, self.stopped, self.owed = None, None, False  # of another trainer's
+        self.tokens_seen, self.flops_needed, self.since = 0, 0.0, torch.zeros_like(self.since)
         check_precision(self.trainer.precision)
         if not hasattr(self.trainer.datamodule, "serve"):  # type: ignore[attr-defined]
             raise ValueError(
@@ -188,7 +192,21 @@ class CondenserModule(L.LightningModule):
         self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank, self.summed)
 
     def on_train_start(self) -> None:
-        schedule: Any = self.lr_schedulers()  # of this run's length; the rates in a checkpoint are of that one's
+        if self.lr_schedulers() is None:  # within an epoch Lightning does not tell averaging to go on
+            groups = self.trainer.optimizers[0].param_groups
+            rates = [group["lr"] for group in groups]
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, StochasticWeightAveraging):
+                    callback.on_train_epoch_start(self.trainer, self)
+            for group, rate in zip(groups, rates, strict=True):  # which a new schedule has changed
+                group["lr"] = rate
+        if isinstance(self.lr_schedulers(), LambdaLR):
+            self.set_rates()
+        self.end_here()
+
+    def set_rates(self) -> None:
+        """Those of this run's length; the ones in a checkpoint are of its own."""
+        schedule: Any = self.lr_schedulers()
         groups: Any = schedule.optimizer.param_groups
         before = max(group["lr"] for group in groups)
         for group, peak, share_at in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
@@ -197,7 +215,6 @@ class CondenserModule(L.LightningModule):
             print(
                 f"the learning rate is {now:.3g} here, not {before:.3g}: the schedule is that of {self.length:,} steps"
             )
-        self.end_here()
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step. It never waits for a GPU, but for what is logged on logging steps, once."""
@@ -221,7 +238,8 @@ class CondenserModule(L.LightningModule):
         scheduler: Any = self.lr_schedulers()
         if log:
             self.log_step(passes, totals, norm)
-        scheduler.step()
+        if isinstance(scheduler, LambdaLR):  # and not a callback's, of epochs
+            scheduler.step()
 
     def training_step_of(self, optimizer: torch.optim.Optimizer) -> TrainingStep:
         assert self.model is not None
@@ -297,6 +315,11 @@ class CondenserModule(L.LightningModule):
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         self.validation.add(batch, self.summed)
+
+    def on_train_epoch_end(self) -> None:
+        scheduler: Any = self.lr_schedulers()
+        if not isinstance(scheduler, LambdaLR):
+            scheduler.step()
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         self.end_here()  # after the callbacks

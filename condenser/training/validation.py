@@ -72,5 +72,6 @@ class Validation:
             torch.distributed.all_gather_object(everywhere, known)
             known = {name: weight for each in everywhere for name, weight in each.items()}
         found = {name: self.mean(name).compute() for name in known}
+        found = {name: mean for name, mean in found.items() if not (name.endswith("at_mask") and mean.isnan())}
         terms = [weight * found[name] for name, weight in known.items() if weight is not None]
         return found | ({"loss": torch.stack(terms).sum()} if terms else {})
