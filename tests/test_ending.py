@@ -515,6 +515,20 @@ def test_averaging_that_was_stopped_goes_on_as_if_it_had_not_been(n_steps, recip
             assert fit(write_recipe(recipe, file, **changes, data__batch_size=248), tmp_path, name) == 0
         runs[name] = tmp_path / name
     assert_same_weights(runs["parts"], runs["whole"])
+    plain = write_recipe(recipe, tmp_path / "plain.yaml", trainer__max_steps=12, data__batch_size=248)
+    assert fit(plain, tmp_path, "plain") == 0
+    with pytest.raises(AssertionError):
+        assert_same_weights(runs["whole"], tmp_path / "plain")
+
+
+def test_averaged_weights_are_the_mean_of_those_at_the_epochs_begins(recipe, tmp_path):
+    swa = {"class_path": f"{CALLBACKS}StochasticWeightAveraging", "init_args": {"swa_lrs": 1e-3, "swa_epoch_start": 2}}
+    changes = {"trainer__callbacks": [swa], "trainer__max_steps": -1, "trainer__max_epochs": 3, "data__batch_size": 248}
+    changes |= {"checkpoint__every_n_steps": 4, "checkpoint__keep_last": 9}
+    assert fit(write_recipe(recipe, tmp_path / "swa.yaml", **changes), tmp_path, "r") == 0
+    state = {step_of(path): torch.load(path, weights_only=True)["state_dict"] for path in checkpoints(tmp_path / "r")}
+    for name, averaged in final_state(tmp_path / "r")["state_dict"].items():
+        torch.testing.assert_close(averaged, (state[4][name] + state[8][name]) / 2)
 
 
 REFUSED = {

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from condenser.data.store import written
 from condenser.models.files import load_file
 from condenser.runs import seal, step_of
+from condenser.training.ending import averaging
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -205,7 +206,7 @@ class Checkpoints(Checkpoint):
             self.save_last(trainer, ends=True)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.last_step != trainer.global_step:
+        if self.last_step != trainer.global_step or averaging(trainer):
             self.save_last(trainer, ends=True)
 
     def save_last(self, trainer: L.Trainer, ends: bool = False) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, Timer
+from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.data.store import write_json
@@ -51,6 +51,11 @@ def validation_follows(trainer: Any, step: int) -> bool:
         return step % every == 0
     epoch, done = divmod(step - 1, trainer.num_training_batches)
     return (epoch + 1) % n_epochs == 0 and (done + 1) % every == 0
+
+
+def averaging(trainer: Any) -> list[StochasticWeightAveraging]:
+    """Callbacks that put an average in the place of the weights when training has ended."""
+    return [each for each in trainer.callbacks if isinstance(each, StochasticWeightAveraging)]
 
 
 def loops_at(loops: dict[str, Any], step: int, per_epoch: int, by_steps: bool, owed: bool = False) -> dict[str, Any]:

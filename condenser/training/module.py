@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
@@ -25,7 +24,7 @@ from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
 from condenser.models.objective import COUNTS, Objective, known_options
 from condenser.training import sharding
-from condenser.training.ending import length_of, loops_at, stopped_by, validation_follows
+from condenser.training.ending import averaging, length_of, loops_at, stopped_by, validation_follows
 from condenser.training.flags import check_precision
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
@@ -180,6 +179,9 @@ class CondenserModule(L.LightningModule):
         device = self.trainer.strategy.root_device.type
         if device not in ("cpu", "cuda"):
             raise ValueError(f"trainer.accelerator: {device} is not supported; use cpu, or a CUDA GPU")
+        for callback in averaging(self.trainer):  # it copies the module here, and the model is still to be made
+            self.configure_model()
+            callback.setup(self.trainer, self, stage)
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, self.optimization, self.start)
@@ -195,9 +197,8 @@ class CondenserModule(L.LightningModule):
         if self.lr_schedulers() is None:  # within an epoch Lightning does not tell averaging to go on
             groups = self.trainer.optimizers[0].param_groups
             rates = [group["lr"] for group in groups]
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                if isinstance(callback, StochasticWeightAveraging):
-                    callback.on_train_epoch_start(self.trainer, self)
+            for callback in averaging(self.trainer):
+                callback.on_train_epoch_start(self.trainer, self)
             for group, rate in zip(groups, rates, strict=True):  # which a new schedule has changed
                 group["lr"] = rate
         if isinstance(self.lr_schedulers(), LambdaLR):
@@ -318,7 +319,8 @@ class CondenserModule(L.LightningModule):
 
     def on_train_epoch_end(self) -> None:
         scheduler: Any = self.lr_schedulers()
-        if not isinstance(scheduler, LambdaLR):
+        is_over = self.global_step % self.trainer.num_training_batches == 0  # and not stopped before
+        if is_over and not isinstance(scheduler, LambdaLR):
             scheduler.step()
 
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
