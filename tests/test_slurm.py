@@ -170,7 +170,7 @@ def test_a_signal_while_the_processes_start_is_not_lost(whole, recipe, folder):
 @pytest.mark.timeout(600)
 def test_a_time_limit_costs_no_step(whole, recipe, folder):
     """SLURM sends the signal up to a minute earlier than asked."""
-    job = Job(recipe, folder, "limited", "--time", "2", "--notice", "25", seconds=3)
+    job = Job(recipe, folder, "limited", "--time", "2", "--notice", "25", seconds=5)
     assert int(job.finish()["Restarts"]) >= 1
     assert job.steps(0) == job.steps(1) == list(range(N_STEPS))
     assert_finished_like(job, whole)
