@@ -134,7 +134,7 @@ class DiesAt(Callback):
             raise RuntimeError("died")
 
 
-@pytest.mark.parametrize("every", ["step", "epoch"])
+@pytest.mark.parametrize("every", ["step", pytest.param("epoch", marks=pytest.mark.slow)])
 def test_a_validation_that_is_due_when_a_run_is_asked_to_stop_is_done_when_it_goes_on(every, recipe, tmp_path):
     options = ["--trainer.max_steps", "14", "--checkpoint.every_n_steps", "4", "--data.batch_size", "64"]
     if every == "epoch":  # of 4 steps

@@ -250,7 +250,7 @@ def scale_of(batch):
     return 1 / torch.tensor([batch.total(name) for name in COUNTS])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(checkpointing, monkeypatch):
     """Dropout off; gradients and scores; nothing is compiled again once every shape has been seen."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # what is counted comes before
