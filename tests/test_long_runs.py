@@ -74,7 +74,7 @@ class Run:
         self.optimizer = torch.optim.AdamW([{"params": [weight], "leads": False}], lr=1e-3, fused=True)
         self.schedule = build_schedule(self.optimizer, Optimization(learning_rate=1e-3), n_steps)
         self.global_step, self.tokens_seen, self.flops_needed = 0, 0, 0.0
-        self.samples, self.logged, self.callback_metrics = 0, {}, {}
+        self.samples, self.logged, self.callback_metrics, self.callbacks = 0, {}, {}, []
         self.strategy = SimpleNamespace(
             broadcast=lambda value: value, barrier=lambda name: None, reduce_boolean_decision=lambda value: value
         )
@@ -100,7 +100,6 @@ class Run:
             callback.on_train_start(self, self)
         while True:
             for micro_batches in self.loader:
-                self.checkpoints.on_train_batch_start(self, self)
                 self.training_step(micro_batches)
                 self.speed.on_train_batch_end(self, self, None, micro_batches, 0)
                 self.checkpoints.on_train_batch_end(self, self)
@@ -110,6 +109,9 @@ class Run:
                     self.callback_metrics["val/loss"] = torch.tensor(1.0 / self.global_step)
                     self.metrics.log_metrics({"val/loss": 1.0 / self.global_step}, self.global_step - 1)
                     self.checkpoints.on_validation_end(self, self)
+                self.should_stop = self.global_step == self.n_steps
+                self.checkpoints.on_train_epoch_end(self, self)
+                self.checkpoints.on_train_batch_start(self, self)  # as the next begins
                 yield self.global_step
                 if self.global_step == self.n_steps:
                     self.checkpoints.on_train_end(self, self)

@@ -377,11 +377,7 @@ class StepLoader(DataLoader):
 
 
 def ends_with_its_parent(worker: int) -> None:
-    for number in (
-        signal.SIGTERM,
-        signal.SIGUSR1,
-        signal.SIGINT,
-    ):  # the run is to stop, and needs its loader until then
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the run is to stop, but needs its loader still
         signal.signal(number, signal.SIG_IGN)
 
 

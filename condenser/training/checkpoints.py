@@ -205,8 +205,9 @@ class Checkpoints(Checkpoint):
         if trainer.should_stop:  # before callbacks end training, which may put other weights in the place of these
             self.save_last(trainer, ends=True)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.last_step != trainer.global_step or averaging(trainer):
+    def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        is_averaged = averaging(trainer) and pl_module.stopped is None  # and is not to go on from there
+        if self.last_step != trainer.global_step or is_averaged:
             self.save_last(trainer, ends=True)
 
     def save_last(self, trainer: L.Trainer, ends: bool = False) -> None:

@@ -96,7 +96,7 @@ class RunCLI(LightningCLI):
         settings = self.config[self.subcommand]
         check_trainer(settings.trainer)
         self.run = run_folder(settings)
-        if settings.trainer.fast_dev_run:
+        if settings.trainer.fast_dev_run and self.subcommand == "fit":
             self.run = Path(self.held.enter_context(TemporaryDirectory(prefix="fast-dev-run-")))
             if settings.ckpt_path is not None:
                 raise ValueError("trainer.fast_dev_run begins anew: leave --ckpt_path out")
