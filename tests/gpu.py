@@ -191,7 +191,7 @@ def check_run(settings, sequences):
     class Strict(CondenserModule):
         def training_step(self, batch, batch_idx):
             if ON_GPU:  # by now every shape is compiled and captured
-                torch.cuda.set_sync_debug_mode("error" if 8 < self.global_step < 19 else "default")
+                torch.cuda.set_sync_debug_mode("error" if 9 < self.global_step < 19 else "default")
             try:
                 super().training_step(batch, batch_idx)
             except RuntimeError as error:

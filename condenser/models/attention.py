@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from condenser.models.short_attention import is_for, short_attention
+
 
 class Take(torch.autograd.Function):
     """``rows.index_select(0, index)`` for an index without repetitions (but where no gradient comes from): its gradient
@@ -92,6 +94,14 @@ def bounds_of(cu_seqlens: Tensor, longest: int, n: int, kernel: bool) -> Bounds:
     lengths = cu_seqlens.diff().clamp(min=1)  # a row of nothing but padding would give NaN
     mask = torch.arange(longest, device=bounds.device) < lengths[:, None, None, None]
     return Bounds(bounds, longest, slots, mask)
+
+
+def attend_within(states: Tensor, bounds: Bounds, dropout: float = 0.0) -> Tensor:
+    """Each sequence over itself: queries, keys and values ``[T, 3, A, D]`` -> ``[T, A, D]``."""
+    if bounds.slots is None and is_for(states.device, bounds.longest, states.shape[-1]):
+        return short_attention(states, bounds.cu_seqlens)
+    query, key_value = states.split([1, 2], dim=1)
+    return attend(query.squeeze(1), key_value, bounds, bounds, dropout)
 
 
 def attend(query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds, dropout: float = 0.0) -> Tensor:

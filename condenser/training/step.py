@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from condenser.data.collate import Fields, StepBatch
 from condenser.data.hashing import hash_ints
+from condenser.models.dropout import Seeds
 from condenser.models.losses import at_least_fp32
 from condenser.models.objective import COUNTS, Objective, Term, check_terms
 
@@ -84,6 +85,7 @@ class TrainingStep:
         self.backward, self.unsynchronised, self.always_score = backward, unsynchronised, compiled  # else two graphs
         self.summed, self.gradient_cache = summed, gradient_cache
         self.pass_loss, self.cls_states = pass_loss, objective.cls_states
+        self.seeds = Seeds(objective) if compiled else None
         if compiled:
             torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)  # shapes; 8 by default
             self.pass_loss = torch.compile(pass_loss, dynamic=False, fullgraph=True)
@@ -156,6 +158,8 @@ class TrainingStep:
     def seeded(self, run: Callable[..., Any], fields: Fields, *arguments: Any) -> Any:
         """``run`` on what the objective sees of a pass, with its dropout."""
         seed_dropout(self.weights[0].device, dropout_seed(self.seed, fields["step"], fields["micro_batch"]))
+        if self.seeds:
+            self.seeds.draw()
         return run(inputs_of(fields), *arguments)
 
     def forward(self, inputs: Fields, scale: Tensor, score: bool) -> Pass:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import Bounds, Sequences, attend, take
+from condenser.models.attention import Bounds, Sequences, attend, attend_within, take
 from condenser.models.backbones.base import Backbone
+from condenser.models.dropout import drop
 
 
 class Bert(Backbone):
@@ -36,40 +37,35 @@ class Bert(Backbone):
         hidden = embedded(input_ids, parts.word_embeddings) + self.position_states(position_ids)
         hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
         hidden = norm(hidden, parts.LayerNorm).to(state_type(hidden))
-        return F.dropout(hidden, parts.dropout.p, parts.dropout.training)
+        return drop(hidden, parts.dropout)
 
     def position_states(self, position_ids: Tensor) -> Tensor:
         return embedded(position_ids, self.embeddings.position_embeddings)
 
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
-        attention = layer.attention.self
         if at_queries:
-            own, queries = take(hidden, where.query_index), where.queries
-            query, key_value = linear(own, attention.query), linear(hidden, attention.key, attention.value)
-        else:
-            own, queries = hidden, where.keys
-            width = attention.query.out_features
-            states = linear(hidden, attention.query, attention.key, attention.value)
-            query, key_value = states.split([width, 2 * width], dim=-1)
-        return self.attended(layer, own, query, key_value, queries, where.keys)
+            return self.between(layer, take(hidden, where.query_index), hidden, where.queries, where.keys)
+        attention = layer.attention.self
+        states = linear(hidden, attention.query, attention.key, attention.value)
+        states = states.unflatten(-1, (3, -1, attention.attention_head_size))  # [T, 3, A, D]
+        return self.mixed(layer, hidden, attend_within(states, where.keys, dropped_share(layer)))
 
     def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds) -> Tensor:
-        attention = layer.attention.self
-        key_value = linear(context, attention.key, attention.value)
-        return self.attended(layer, query, linear(query, attention.query), key_value, rows, rows)
+        return self.between(layer, query, context, rows, rows)
 
-    def attended(
-        self, layer: Any, own: Tensor, query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds
-    ) -> Tensor:
-        """The output ``[Q, H]`` for states ``own`` ``[Q, H]`` with these products, ``[Q, H]`` and ``[T, 2H]``."""
-        attention, mixed = layer.attention.self, layer.attention.output
-        query = query.unflatten(-1, (-1, attention.attention_head_size))  # [Q, A, D]
+    def between(self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds) -> Tensor:
+        attention = layer.attention.self
+        query = linear(own, attention.query).unflatten(-1, (-1, attention.attention_head_size))  # [Q, A, D]
+        key_value = linear(context, attention.key, attention.value)
         key_value = key_value.unflatten(-1, (2, -1, attention.attention_head_size))  # [T, 2, A, D]
-        dropout = attention.dropout.p if layer.training else 0.0
-        context = attend(query, key_value, queries, keys, dropout).flatten(1)
-        hidden = added(own, mixed.dropout(linear(context, mixed.dense)), mixed.LayerNorm)
+        return self.mixed(layer, own, attend(query, key_value, queries, keys, dropped_share(layer)))
+
+    def mixed(self, layer: Any, own: Tensor, attended: Tensor) -> Tensor:
+        """The output ``[Q, H]`` of a layer for states ``own`` ``[Q, H]`` and what they saw, ``[Q, A, D]``."""
+        of_heads = layer.attention.output
+        hidden = added(own, drop(linear(attended.flatten(1), of_heads.dense), of_heads.dropout), of_heads.LayerNorm)
         wide = layer.intermediate.intermediate_act_fn(linear(hidden, layer.intermediate.dense))
-        return added(hidden, layer.output.dropout(linear(wide, layer.output.dense)), layer.output.LayerNorm)
+        return added(hidden, drop(linear(wide, layer.output.dense), layer.output.dropout), layer.output.LayerNorm)
 
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.cls.predictions.transform
@@ -113,6 +109,11 @@ def linear(hidden: Tensor, *layers: Any) -> Tensor:
 
 def norm(hidden: Tensor, layer: Any) -> Tensor:
     return F.layer_norm(hidden.to(layer.weight.dtype), layer.normalized_shape, layer.weight, layer.bias, layer.eps)
+
+
+def dropped_share(layer: Any) -> float:
+    """Of what a layer's attention sees."""
+    return layer.attention.self.dropout.p if layer.training else 0.0
 
 
 def added(hidden: Tensor, more: Tensor, layer: Any) -> Tensor:

@@ -1,0 +1,52 @@
+"""Dropout of compiled passes, by a hash.
+
+A compiler draws random numbers within the operations around them, ten rounds of a generator for each, which on a GPU
+takes longer than the rest of what a layer norm does; and the backward pass has to read again what was dropped. Here it
+is a hash of a position, cheap enough to be computed a second time, under a seed that each module gets for each pass.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+MULTIPLIERS = 0x7FEB352D, 0x846CA68B - 2**32  # of a mix of 32 bits in which each bit depends on each (Wellons, 2018)
+
+
+class Seeds:
+    """Seeds of all dropout modules of a model, drawn anew for each pass by the device's generator."""
+
+    def __init__(self, model: nn.Module):
+        self.modules = [module for module in model.modules() if isinstance(module, nn.Dropout)]
+        device = next(model.parameters()).device
+        # four for each, of which two are used: compilers want what they read to begin at a multiple of 16 bytes
+        self.values = torch.zeros(len(self.modules), 4, dtype=torch.int32, device=device)
+        for module, values in zip(self.modules, self.values, strict=True):
+            module.seed = values
+
+    def draw(self) -> None:
+        self.values.random_()
+
+
+def drop(states: Tensor, dropout: nn.Module) -> Tensor:
+    """Some of the ``states`` become 0, all others larger, as `torch.nn.Dropout` says."""
+    seed = getattr(dropout, "seed", None)
+    if seed is None or not dropout.training or not torch.compiler.is_compiling():
+        dropped: Tensor = dropout(states)
+        return dropped
+    p = float(dropout.p)  # type: ignore[arg-type]
+    return torch.where(kept(seed, states.shape, p), states * (1 / (1 - p) if p < 1 else 0.0), 0)
+
+
+def kept(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
+    """Which of ``shape`` are not dropped, each with probability ``1 - p``."""
+    place = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(shape)
+    number = mixed(mixed(place ^ seed[0]) + seed[1])
+    return (number >> 7 & 0xFFFFFF) >= round(p * 2**24)
+
+
+def mixed(x: Tensor) -> Tensor:
+    """A permutation of all int32; products wrap around, and shifts bring in zeros."""
+    x = (x ^ (x >> 16 & 0xFFFF)) * MULTIPLIERS[0]
+    x = (x ^ (x >> 15 & 0x1FFFF)) * MULTIPLIERS[1]
+    return x ^ (x >> 16 & 0xFFFF)
