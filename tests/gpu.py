@@ -1,17 +1,18 @@
 """What a GPU makes of this project: all ways to compute a step against each other, a run, and the benchmark. One JSON.
 
-    python tests/gpu.py [--json runs/gpu.json] [--minutes 8] [--toy]
+    python tests/gpu.py [--json runs/gpu.json] [--minutes 8] [--only PART ...] [--toy]
 
 Runs from a checkout, needs torch, lightning, transformers and jsonargparse alone, and goes on when one part fails; the
-exit code says whether one did. `--toy` does everything at toy size, on a CPU too.
+exit code says whether one did. Each part is a process: the checks side by side, as most of their time goes into
+compiling, then the benchmarks one by one. `--toy` does everything at toy size, on a CPU too.
 """
 
 import argparse
 import json
 import os
+import subprocess
 import sys
 import time
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -38,6 +39,7 @@ from condenser.training.step import TrainingStep
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 SMALL = {"num_hidden_layers": 12, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+FEW = {"num_hidden_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 1024}
 TOY = {"num_hidden_layers": 3, "hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 128}
 BENCHMARKS = {  # name: settings of the model, longest row, sequences of a step
     "base, length 128": ({}, 128, 1024),
@@ -240,7 +242,7 @@ def bench(settings, max_length, sequences, n_steps, rounds):
         workers=8 if ON_GPU else 0,
         tokens_per_pass=65536 if ON_GPU else 1,
     )
-    recipes = [recipe for recipe in RECIPES if ON_GPU or not recipe.compiled]
+    recipes = [recipe for recipe in RECIPES if recipe.compiled == recipe.replayed and (ON_GPU or not recipe.replayed)]
     found = trial.run(recipes, rounds, lambda text: print("  ", text, flush=True))
     rate = matmul_rate(DEVICE, trial.dtype)
     for name, figures in found.items():
@@ -255,15 +257,8 @@ def bench(settings, max_length, sequences, n_steps, rounds):
     return {"matmul_flops_per_second": rate, "recipes": found, "kernels_ms": trial.kernels}
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", default="runs/gpu.json", help="a file for everything that was found")
-    parser.add_argument("--minutes", type=float, default=8, help="no part is begun when three quarters of it are over")
-    parser.add_argument("--toy", action="store_true", help="tiny shapes; also on a CPU")
-    options = parser.parse_args(argv)
-    if not ON_GPU and not options.toy:
-        parser.error("there is no GPU; --toy tries everything on the CPU")
-    settings, sequences = (TOY, 8) if options.toy else (SMALL, 256)
+def parts_of(toy):
+    settings, sequences = (TOY, 8) if toy else (FEW, 256)
     parts = {
         "equality": lambda: check_equality(settings, sequences),
         "objectives": lambda: check_objectives(settings, sequences),
@@ -271,33 +266,65 @@ def main(argv=None):
         "run": lambda: check_run(settings, sequences),
     }
     for name, (of_model, max_length, n) in BENCHMARKS.items():
-        sizes = (TOY, max_length, 4, 1, 1) if options.toy else (of_model, max_length, n, 6, 3)
+        sizes = (TOY, max_length, 4, 1, 1) if toy else (of_model, max_length, n, 6, 3)
         parts[f"bench: {name}"] = lambda sizes=sizes: bench(*sizes)
+    return parts
+
+
+def in_processes(names, options, seconds):
+    """What the parts of these names found, all at once; of one that failed or took too long, its output."""
+    folder, started = Path(options.json).parent, {}
+    for number, name in enumerate(names):
+        path = folder / f"part-{number}.json"
+        path.unlink(missing_ok=True)
+        command = [sys.executable, __file__, "--part", name, "--json", str(path), *["--toy"] * options.toy]
+        log = open(path.with_suffix(".log"), "w+")  # noqa: SIM115
+        started[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT), path, log
+    deadline, found = time.perf_counter() + seconds, {}
+    for name, (process, path, log) in started.items():
+        try:
+            process.wait(max(1.0, deadline - time.perf_counter()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        log.seek(0)
+        text = log.read()
+        found[name] = json.loads(path.read_text()) if path.is_file() else {"failed": text[-4000:]}
+        print(f"{name}:\n{text if name.startswith('bench') or not path.is_file() else '  went well'}", flush=True)
+        log.close()
+    return found
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", default="runs/gpu.json", help="a file for everything that was found")
+    parser.add_argument("--minutes", type=float, default=8, help="all of it takes no longer")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="some parts, by the beginning of their names")
+    parser.add_argument("--part", help=argparse.SUPPRESS)  # to be done in this process
+    parser.add_argument("--toy", action="store_true", help="tiny shapes; also on a CPU")
+    options = parser.parse_args(argv)
+    if not ON_GPU and not options.toy:
+        parser.error("there is no GPU; --toy tries everything on the CPU")
+    parts = parts_of(options.toy)
+    Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+    if options.part:
+        Path(options.json).write_text(json.dumps(parts[options.part]()))
+        return 0
+    wanted = [name for name in parts if options.only is None or name.startswith(tuple(options.only))]
     began = time.perf_counter()
     found = {
         "device": torch.cuda.get_device_name() if ON_GPU else f"CPU, {os.cpu_count()} cores",
         "versions": {"torch": torch.__version__, "lightning": L.__version__, "commit": commit()},
     }
     print(found, flush=True)
-    failed = []
-    for name, part in parts.items():
-        spent = time.perf_counter() - began
-        if spent > 45 * options.minutes:
-            found[name] = f"not begun after {spent:.0f} s"
-            failed.append(name)
-            continue
-        print(f"{name} (after {spent:.0f} s)", flush=True)
-        try:
-            found[name] = part()
-        except Exception:
-            found[name] = traceback.format_exc()
-            failed.append(name)
-            print(found[name], flush=True)
-        torch._dynamo.reset()
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
+    checks = [name for name in wanted if not name.startswith("bench")]
+    for together in [checks, *([name] for name in wanted if name not in checks)]:
+        left = 60 * options.minutes - (time.perf_counter() - began)
+        found |= in_processes(together, options, left)
         Path(options.json).write_text(json.dumps(found, indent=1) + "\n")
+    failed = [name for name in wanted if "failed" in found[name]]
     seconds = time.perf_counter() - began
-    print(f"{len(parts) - len(failed)} of {len(parts)} parts went well in {seconds:.0f} s; {options.json}")
+    print(f"{len(wanted) - len(failed)} of {len(wanted)} parts went well in {seconds:.0f} s; {options.json}")
     return 1 if failed else 0
 
 

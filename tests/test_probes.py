@@ -370,9 +370,10 @@ def test_a_copy_has_the_weights_and_shares_none_of_them(device):
     assert not {p.data_ptr() for p in copy.parameters()} & {p.data_ptr() for p in model.parameters()}
     on_cpu = step_batch(flat_pass())
     found, same = probe(copy, copy.lm, [batch]), probe(model.cpu(), model.lm, [on_cpu])
+    tolerance = 1e-4 if device == "cpu" else 1e-3  # a fit before this has allowed TF32
     for key in ("true", "other", "zeros"):
-        assert found["head_loss"][key] == pytest.approx(same["head_loss"][key], rel=1e-4)
-    assert found["cls_entropy"] == pytest.approx(same["cls_entropy"], rel=1e-4)
+        assert found["head_loss"][key] == pytest.approx(same["head_loss"][key], rel=tolerance)
+    assert found["cls_entropy"] == pytest.approx(same["cls_entropy"], rel=tolerance)
 
 
 def test_a_part_of_a_collection_holds_what_is_relevant_to_its_queries(collection):

@@ -6,8 +6,10 @@ is a hash of a position, cheap enough to be computed a second time, under a seed
 """
 
 import math
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 MULTIPLIERS = 0x7FEB352D, 0x846CA68B - 2**32  # of a mix of 32 bits in which each bit depends on each (Wellons, 2018)
@@ -28,13 +30,11 @@ class Seeds:
         self.values.random_()
 
 
-def drop(states: Tensor, dropout: nn.Module) -> Tensor:
-    """Some of the ``states`` become 0, all others larger, as `torch.nn.Dropout` says."""
-    seed = getattr(dropout, "seed", None)
+def drop(states: Tensor, dropout: Any) -> Tensor:
+    """Some of the ``states`` become 0, all others larger, as the module ``dropout`` says."""
+    p, seed = dropout.p, getattr(dropout, "seed", None)
     if seed is None or not dropout.training or not torch.compiler.is_compiling():
-        dropped: Tensor = dropout(states)
-        return dropped
-    p = float(dropout.p)  # type: ignore[arg-type]
+        return F.dropout(states, p, dropout.training)  # the module itself may be asked only once by torch's tracker
     return torch.where(kept(seed, states.shape, p), states * (1 / (1 - p) if p < 1 else 0.0), 0)
 
 

@@ -21,7 +21,7 @@ from condenser.models.attention import put
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work
 from condenser.models.objective import COUNTS, Objective, Term
-from condenser.training.step import TrainingStep
+from condenser.training.step import TrainingStep, tensors
 
 FIRST = 4  # steps that do not count
 Precision = Literal["32-true", "bf16-mixed"]
@@ -109,7 +109,7 @@ class Trial:
         for recipe in recipes:
             say(f"first steps: {recipe.name}")
             steps[recipe.name] = self.step_of(recipe)
-            found[recipe.name] = self.profile(recipe, steps[recipe.name])
+            found[recipe.name] = self.profile(recipe, steps[recipe.name], FIRST + rounds * self.steps)
         for number in range(rounds):
             for recipe in recipes:
                 say(f"round {number + 1} of {rounds}: {recipe.name}")
@@ -174,16 +174,20 @@ class Trial:
             "needed_flops_per_second": sum(flops(Work.needed(batch)) for batch in batches) / seconds,
         }
 
-    def profile(self, recipe: Recipe, step: TrainingStep) -> Figures:
-        """Of one of the first steps: bytes at the most (weights, gradients, optimizer states and whatever it needs),
-        launches, and on a GPU the time of kernels by kind."""
-        items, on_gpu = iter(self.loader(recipe, 0)), self.device.type == "cuda"
-        for _ in range(FIRST - 1 if recipe.compiled else 1):  # until every shape has been compiled
-            self.take(step, next(items))
-        if on_gpu:
+    def profile(self, recipe: Recipe, step: TrainingStep, n_steps: int) -> Figures:
+        """Of a step: bytes at the most (weights, gradients, optimizer states and whatever it needs), launches, and on a
+        GPU the time of kernels by kind. Before it, passes of all shapes that come in ``n_steps`` are computed once."""
+        on_gpu, seen = self.device.type == "cuda", set[tuple[torch.Size, ...]]()
+        if on_gpu:  # of the first steps too, as a replay keeps what it was captured in
+            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
+        for batch in islice(self.loader(recipe, 0), n_steps if recipe.compiled else 1):
+            shapes = {tuple(value.shape for value in tensors(fields)) for fields in batch}
+            if not shapes <= seen:
+                self.take(step, batch)
+                seen |= shapes
         with without_stderr(), torch.profiler.profile(profile_memory=not on_gpu) as profiler:
-            self.take(step, next(items))
+            self.take(step, batch)
             self.backend.synchronize()
         events = profiler.events()
         if on_gpu:
