@@ -180,8 +180,7 @@ def in_full(argv: Sequence[str], function: Callable) -> list[str]:
 
 
 def kind_of(hint: object) -> object:
-    """``list`` of ``list[T]``, and what stands beside None: ``T`` of ``T | None``."""
-    parts = [arg for arg in typing.get_args(hint) if arg is not type(None)]
-    if typing.get_origin(hint) in (types.UnionType, typing.Union) and len(parts) == 1:
-        return kind_of(parts[0])
+    """``list`` of ``list[T]``, and of several types the first: ``T`` of ``T | None``."""
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return kind_of(typing.get_args(hint)[0])
     return list if typing.get_origin(hint) is list else hint

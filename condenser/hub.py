@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from condenser.data.store import check_file_name, tokenizer_hash
-from condenser.data.tokenizers import is_path
+from condenser.data.tokenizers import is_path, vocabulary_size
 from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
@@ -46,11 +46,10 @@ def warm_start(
         if is_path(backbone) and not Path(backbone).is_dir():
             raise ValueError(f"model.backbone: no such folder: {backbone}")
         check_same_tokenizer(backbone, tokenizer)
-    lm = build_masked_lm(backbone, settings, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
-    if lm.config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({len(tokenizer)})"
-        )
+    n_ids = vocabulary_size(tokenizer)
+    lm = build_masked_lm(backbone, settings, vocab_size=n_ids, pad_token_id=tokenizer.pad_token_id)
+    if lm.config.vocab_size < n_ids:
+        raise ValueError(f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({n_ids})")
     try:
         model = objective.from_masked_lm(lm, **options)
     except TypeError as error:

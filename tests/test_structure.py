@@ -31,7 +31,7 @@ ACROSS = {  # and of these, that module alone
     ("cli", "cluster"): {"signals"},
     ("evaluation", "reports"): {"figures"},
     ("evaluation", "corpus"): {"readers"},
-    ("reports", "corpus"): {"readers", "documents", "prepare", "work"},
+    ("reports", "corpus"): {"inputs", "readers", "documents", "prepare", "work"},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-from condenser.corpus.documents import Document, hash64
+from condenser.corpus.documents import Document
 from condenser.corpus.encoding import Encoder
 from condenser.corpus.words import load_segmenter
 from condenser.data.hashing import hash_ints, uniform
@@ -69,12 +69,14 @@ class Cut:
 def cut_documents(documents: list[Document], encode: Encoder, blocks: Blocks) -> tuple[dict[str, Cut], dict[str, int]]:
     """Encode and cut documents: the rows of each split, and what became of documents and tokens."""
     cut = {split: Cut() for split in SPLITS}
-    counts = dict.fromkeys(("empty", "too_short", "rows_dropped", "tokens_kept", "tokens_dropped"), 0)
-    keys = np.array([hash64(document.text) for document in documents], np.uint64)
+    names = "empty", "too_short", "rows_dropped", "tokens_kept", "tokens_dropped", "special_tokens_as_text"
+    counts = dict.fromkeys(names, 0)
+    keys = np.array([document.content for document in documents], np.uint64)
     in_validation = uniform(hash_ints(blocks.seed, keys, SPLIT)) < blocks.validation_fraction
     targets = hash_ints(blocks.seed, keys, TARGET)
-    for number, (text, _) in enumerate(documents):
+    for number, (text, *_) in enumerate(documents):
         ids, starts, sentence_ends = encode(text)
+        counts["special_tokens_as_text"] += sum(map(text.count, encode.special_tokens))
         spans = block_spans(sentence_ends, blocks, targets[number]) if len(ids) else []
         kept = [(first, end) for first, end in spans if end - first >= blocks.min_length]
         if len(kept) >= (2 if blocks.kind == "spans" else 1):

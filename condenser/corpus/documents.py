@@ -13,6 +13,7 @@ from condenser.corpus.readers import Source, Unit, missing_column, units
 
 class Document(NamedTuple):
     text: str
+    content: int  # 64-bit hash of the text
     key: int  # 64-bit hash of its id, or of its text where it has none
 
 
@@ -78,8 +79,9 @@ def document_of(record: bytes | dict[str, Any], source: Source) -> Document:
         raise ValueError("holds NUL characters: binary data, or a damaged file")
     identity = record.get(columns.id)
     try:
-        key = hash64(text)
-        return Document(text, key if identity is None else hash64(str(identity)))
+        content = hash64(text)
+        has_none = identity is None or identity != identity  # tables hold NaN where a number is missing
+        return Document(text, content, content if has_none else hash64(same_id(identity)))
     except UnicodeEncodeError as error:
         raise ValueError(f"no valid Unicode: {error.reason}") from None
 
@@ -107,7 +109,15 @@ def field(record: dict[str, Any], column: str, option: str) -> str:
     value = "" if record[column] is None else record[column]
     if not isinstance(value, str | bytes):
         raise ValueError(f"{column!r} is not a text but {type(value).__name__}")
-    return decoded(value) if isinstance(value, bytes) else value
+    text = decoded(value) if isinstance(value, bytes) else value
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def same_id(identity: Any) -> str:
+    """One text for an id, whether a file holds it as a text, as bytes, or as a number."""
+    if isinstance(identity, bytes):
+        return decoded(identity)
+    return str(int(identity)) if isinstance(identity, float) and identity.is_integer() else str(identity)
 
 
 def hash64(text: str) -> int:

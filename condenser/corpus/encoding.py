@@ -3,12 +3,15 @@
 Sentences are found by sentencex: compiled (50 MB/s; the next best reached 25, the common ones below 3), rules for many
 languages inside the wheel, and it knows the sentence ends of Chinese and Japanese, which no space follows.
 
+What a text spells out as special tokens ([MASK], </s>) is text like any other.
+
 The general way tokenizes a text as a whole and asks the tokenizer where each token is. BERT's own tokenizers never join
 characters across white space or punctuation, so for them sentences can be tokenized one by one, which gives the same
 tokens without asking: a quarter quicker.
 """
 
 import itertools
+import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -35,10 +38,12 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, language: str = "en", segment: Segmenter | None = None):
-        self.tokenizer, self.language, self.segment = tokenizer, language, segment
+        self.tokenizer, self.special_tokens = without_special_tokens(tokenizer)
+        self.language, self.segment = language, segment
+        self.n_ids = 1 + max(tokenizer.get_vocab().values())
         self.by_sentence = segment is None and is_bert(tokenizer)
         if self.by_sentence:
-            pieces = [tokenizer.id_to_token(token_id) or "" for token_id in range(tokenizer.get_vocab_size())]
+            pieces = [self.tokenizer.id_to_token(token_id) or "" for token_id in range(self.n_ids)]
             goes_on = tokenizer.model.continuing_subword_prefix
             bare = [piece.removeprefix(goes_on) or " " for piece in pieces]
             self.alone_from = unspaced("".join(piece[0] for piece in bare))  # by token id
@@ -76,6 +81,30 @@ class Encoder:
         ends = np.searchsorted(np.maximum.accumulate(places[:, 1]), bounds, side="right")
         starts = word_starts(text, np.concatenate(words), places, self.segment)
         return Encoded(np.concatenate(ids), starts, sorted({*ends.tolist(), len(places)} - {0}))
+
+
+def without_special_tokens(tokenizer: Any) -> tuple[Any, list[str]]:
+    """The tokenizer, to which its special tokens in a text are text; and these.
+
+    It is no use to tell the library not to look for them (``encode_special_tokens``): some models find them in their
+    vocabulary all the same. So there they get names that no text holds.
+    """
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.to_str())
+    special = {token["content"] for token in state["added_tokens"] if token["special"]}
+    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+    state["truncation"] = state["padding"] = None
+    model = state["model"]
+    merged = {piece for merge in model.get("merges", ()) for piece in (*merge, "".join(merge))}
+    names = {piece: f"\0{piece}" for piece in special - merged}
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(piece, piece): token_id for piece, token_id in model["vocab"].items()}
+        if model.get("unk_token"):
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+    else:  # of pieces with their scores
+        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
+    return Tokenizer.from_str(json.dumps(state)), sorted(special)
 
 
 def is_bert(tokenizer: Any) -> bool:

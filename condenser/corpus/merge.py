@@ -1,5 +1,6 @@
 """`condenser prepare merge`: the shares of the work, put together to a finished store; the end of every preparation."""
 
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from condenser.corpus.shards import dataset_files
-from condenser.corpus.work import BAD_NAMED, UNFINISHED, outcome_path
+from condenser.corpus.work import BAD_NAMED, UNFINISHED, keys_path, outcome_path
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -21,7 +22,7 @@ from condenser.data.store import (
     verify,
     write_json,
 )
-from condenser.data.tokenizers import load_tokenizer
+from condenser.data.tokenizers import load_tokenizer, vocabulary_size
 
 
 class EmptyStoreError(ValueError):
@@ -52,26 +53,28 @@ def merge(store: str, /) -> None:
     counts = {name: sum(outcome["counts"][name] for outcome in outcomes) for name in outcomes[0]["counts"]}
     bad = [bad for outcome in outcomes for bad in outcome["bad"]][:BAD_NAMED]
     if not any(about["rows"] for about in splits.values()):
-        reasons = in_words(counts, "bad", "empty", "too_short")
+        reasons = in_words(counts, "bad", "empty", "too_short", "dropped_repeats")
         raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
     verify(folder, splits)
-    counts_by_id = token_counts(folder, splits["train"]["shards"], len(tokenizer))
+    counts_by_id = token_counts(folder, splits["train"]["shards"], vocabulary_size(tokenizer))
     save_array(folder / "token_counts.npy", counts_by_id)
     counts["kept"] = sum(about["documents"] for about in splits.values())
-    counts["repeated_ids"] = repeated([folder / "units" / f"{name}.npy" for name in names])
+    keys = [keys_path(folder, name) for name in names]
+    counts["repeated_ids"], counts["repeated_texts"] = repeated(keys, 0), repeated(keys, 1)
     counts["tokens_unknown"] = int(counts_by_id[tokenizer.unk_token_id]) if tokenizer.unk_token else 0
     for split, about in splits.items():
         dataset_files(folder / split, about["shards"])
     manifest = {
         "settings": state["settings"],
-        "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(tokenizer)},
+        "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(counts_by_id)},
         "counts": counts,
         "bad": bad,
         "units": names,
         "splits": splits,
     }
     write_json(folder / MANIFEST, manifest)
-    for path in [*folder.glob("units/share-*.json"), *folder.glob("**/*.partial")]:  # of those who were killed, too
+    leftovers = ("units/share-*.json", "units/*.repeats.npy", "**/*.partial")  # of those who were killed, too
+    for path in itertools.chain.from_iterable(map(folder.glob, leftovers)):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / UNFINISHED).unlink()
     print(summary(store, manifest))
@@ -117,12 +120,14 @@ def token_counts(folder: Path, shards: list[dict[str, Any]], vocabulary: int) ->
     return counts
 
 
-def repeated(files: list[Path]) -> int:
-    """How many of the hashes in all files were there before; memory is bounded by taking a part of them at a time."""
-    parts = 1 + sum(path.stat().st_size for path in files) // 2**28
+def repeated(files: list[Path], column: int) -> int:
+    """How many of the hashes in a column of all files were there before; memory is bounded by taking a part of them at
+    a time."""
+    parts = 1 + sum(path.stat().st_size for path in files) // 2**29
     n_repeated = 0
     for part in range(parts):
-        hashes = np.concatenate([keys[keys % np.uint64(parts) == part] for keys in map(load_array, files)])
+        of_files = (load_array(path)[:, column] for path in files)
+        hashes = np.concatenate([keys[keys % np.uint64(parts) == part] for keys in of_files])
         n_repeated += len(hashes) - len(np.unique(hashes))
     return n_repeated
 
@@ -134,8 +139,9 @@ def in_words(counts: dict[str, int], *names: str) -> str:
 def summary(store: str, manifest: dict[str, Any]) -> str:
     counts, splits = manifest["counts"], manifest["splits"]
     lines = [f"{store}: for {split} {in_words(about, 'rows', 'tokens')}" for split, about in splits.items()]
-    lines.append(in_words(counts, "documents", "kept", "empty", "too_short", "bad", "repeated_ids"))
-    lines.append(in_words(counts, "tokens_kept", "tokens_dropped", "tokens_unknown"))
+    of_documents = "documents", "kept", "empty", "too_short", "bad", "dropped_repeats"
+    lines.append(in_words(counts, *of_documents, "repeated_ids", "repeated_texts"))
+    lines.append(in_words(counts, "tokens_kept", "tokens_dropped", "tokens_unknown", "special_tokens_as_text"))
     lines += [f"bad: {bad}" for bad in manifest["bad"][:3]]
     if not splits["validation"]["rows"]:
         lines.append("no document is in the validation split: raise --validation-fraction to validate during training")

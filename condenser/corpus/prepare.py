@@ -23,10 +23,20 @@ import numpy as np
 
 from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
+from condenser.corpus.inputs import in_short, resolve
 from condenser.corpus.merge import EmptyStoreError, merge
-from condenser.corpus.readers import Columns, resolve
+from condenser.corpus.readers import Columns
 from condenser.corpus.tokenizers import store_tokenizer
-from condenser.corpus.work import UNFINISHED, Job, Share, available_cores, do_share, outcome_path, progress
+from condenser.corpus.work import (
+    UNFINISHED,
+    Job,
+    Share,
+    available_cores,
+    do_share,
+    mark_repeats,
+    outcome_path,
+    progress,
+)
 from condenser.data.store import MANIFEST, checksum, missing_files, read_json, read_manifest, write_json
 
 UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit; in between, there are 512 units
@@ -34,13 +44,14 @@ UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one uni
 
 def prepare(
     *,
-    input: list[str],
-    tokenizer: str,
-    output: str,
+    input: list[str | Path] | str | Path,
+    tokenizer: str | Path,
+    output: str | Path,
     kind: Literal["blocks", "spans"] = "blocks",
     text_column: str = "text",
     title_column: str | None = None,
     id_column: str = "id",
+    split: str = "train",
     max_length: int = 128,
     min_length: int = 1,
     short_fraction: float = 0.1,
@@ -48,6 +59,7 @@ def prepare(
     language: str = "en",
     word_segmenter: str | None = None,
     skip_bad_lines: bool = False,
+    deduplicate: bool = False,
     append: bool = False,
     seed: int = 0,
     workers: int | None = None,
@@ -61,14 +73,16 @@ def prepare(
     On several machines, give each the same command with its --shard, then run `condenser prepare merge` once.
 
     Args:
-        input: files (.jsonl, .parquet, .txt; .gz, .xz or .zst of them), folders, glob patterns, or a Hugging Face
-            dataset (a saved folder, or NAME[:CONFIGURATION] on the hub). In plain text a blank line ends a document.
+        input: files (.jsonl, .ndjson, .parquet, .txt; .gz, .xz or .zst of them), folders with whatever of these they
+            hold, patterns (`**` too), or a Hugging Face dataset (a saved folder, or NAME[:CONFIGURATION] on the hub).
+            In plain text a blank line ends a document. What is found but not read is named.
         tokenizer: a folder, a hub name, or train:SIZE for a lower-casing WordPiece trained on the input.
         output: the store's folder.
         kind: blocks are independent rows; spans are those of documents with at least two (coCondenser).
         text_column: the field or column that holds the text.
         title_column: the field or column of a title, which is put before the text as a line of its own.
         id_column: the field or column, where there is one, whose repetitions are counted.
+        split: of datasets; several are put together (train+test).
         max_length: tokens of a row, [CLS] and [SEP] included.
         min_length: rows with fewer tokens than this are dropped, and counted.
         short_fraction: share of the rows with a random shorter target length.
@@ -77,6 +91,7 @@ def prepare(
         word_segmenter: module:function from a text to its words, for scripts without spaces (jieba:cut); otherwise
             there each token is a word.
         skip_bad_lines: count what cannot be used instead of stopping at the first.
+        deduplicate: drop documents whose text, title included, was there before; they are counted in any case.
         append: add inputs to a finished store; what is in it stays as it is.
         seed: seed of the shorter target lengths and of the split.
         workers: processes; all cores by default. The result does not depend on it.
@@ -86,16 +101,21 @@ def prepare(
     Raises:
         ValueError: unreadable input, an unsuitable tokenizer, or an output folder that holds something else.
     """
+    tokenizer, output = str(tokenizer), str(output)
     index, count = share_of(shard)
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
     if count > 1 and (tokenizer.startswith("train:") or engine == "ray"):
         raise ValueError(f"--shard {shard} needs a tokenizer that is there already, and --engine processes")
     blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
-    sources = resolve(input, Columns(text_column, title_column, id_column))
+    inputs = [input] if isinstance(input, str | Path) else input
+    sources, left_out = resolve([str(each) for each in inputs], Columns(text_column, title_column, id_column), split)
+    if left_out:
+        print(in_short(left_out))
     check(sources, skip_bad_lines)  # what cannot work stops here, before anything is written
     settings: dict[str, Any] = {"tokenizer": tokenizer, "text_column": text_column, "title_column": title_column}
     settings |= {"title_prepended": title_column is not None, "id_column": id_column, **asdict(blocks)}
+    settings |= {"split": split, "deduplicate": deduplicate}
     folder = Path(output)
     fingerprints = [source.fingerprint() for source in sources]
     unit_bytes = int(np.clip(sum(source.size() for source in sources) // 512, *UNIT_BYTES))
@@ -110,7 +130,10 @@ def prepare(
     share = Share(sources, state["settings"]["unit_bytes"], index, count)
     with in_the_making(folder, state, alone=count == 1):
         store_tokenizer(folder, tokenizer, lambda: texts(share, skip_bad_lines))
-        job = Job(folder, checksum(folder / "tokenizer" / "tokenizer.json"), blocks, skip_bad_lines)
+        job = Job(folder, checksum(folder / "tokenizer" / "tokenizer.json"), blocks, skip_bad_lines, deduplicate)
+        if deduplicate:
+            earlier = read_manifest(folder)["units"] if state["first_source"] else []
+            mark_repeats(job, replace(share, index=0, count=1), earlier, workers or available_cores())
         if engine == "ray":
             from condenser.corpus.ray_engine import do_shares
 
@@ -173,7 +196,7 @@ def existing_state(folder: Path) -> dict[str, Any] | None:
         return read_json(folder / UNFINISHED, "settings", "first_source")
     if (folder / MANIFEST).is_file():
         return read_manifest(folder)
-    if folder.exists() and not all(path.suffix == ".partial" for path in folder.iterdir()):
+    if folder.exists() and not all(path.name.startswith(".") or path.suffix == ".partial" for path in folder.iterdir()):
         raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
     return None
 

@@ -4,7 +4,6 @@ A source is read in units, whose bounds depend on the source alone. Reading only
 quick; taking them apart (documents.py) is left to the process that works on the unit.
 """
 
-import glob
 import gzip
 import hashlib
 import io
@@ -12,17 +11,15 @@ import json
 import lzma
 import os
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import pyarrow as pa
 
 from condenser.data.store import check_file_name
-from condenser.data.tokenizers import is_path
 
 DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": gzip.open,
@@ -30,7 +27,8 @@ DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
     ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),  # which notices where one is cut off
 }
 COMPRESSED = tuple(DECOMPRESSED)
-READERS = {".jsonl": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text", ".parquet": "parquet"}
+READERS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text"}
+READERS |= {".parquet": "parquet"}
 LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is not what it was taken for
 
 
@@ -50,12 +48,17 @@ class Source:
     name: str
     kind: str  # jsonl, text, parquet, folder, hub
     columns: Columns = Columns()
+    split: str = "train"  # of a dataset
     number: int = 0  # among all sources of the store
 
+    @property
+    def is_dataset(self) -> bool:
+        return self.kind in ("folder", "hub")
+
     def fingerprint(self) -> dict[str, Any]:
-        """Enough to tell another input: name, size, and a hash of both ends of a file."""
-        if self.kind in ("folder", "hub"):
-            return {"name": self.name}
+        """Enough to tell another input: name, size, and a hash of both ends of a file; of a dataset its split."""
+        if self.is_dataset:
+            return {"name": self.name} | ({} if self.split == "train" else {"split": self.split})
         digest = hashlib.blake2b(digest_size=8)
         with open(self.name, "rb") as file:
             digest.update(file.read(1 << 20))
@@ -65,7 +68,7 @@ class Source:
 
     def size(self) -> int:
         """Bytes on disk, 0 for a dataset."""
-        return 0 if self.kind in ("folder", "hub") else os.path.getsize(self.name)
+        return 0 if self.is_dataset else os.path.getsize(self.name)
 
 
 Payload = bytes | list[dict[str, Any]]  # lines that hold whole records, or the records of a table
@@ -83,53 +86,6 @@ class Unit(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.source.number:05d}-{self.number:05d}"
-
-
-def resolve(inputs: list[str], columns: Columns = Columns()) -> list[Source]:
-    """Files, glob patterns, folders of files, dataset folders and hub names -> sources, in a fixed order.
-
-    Raises:
-        ValueError: a path that is not there, an empty file, or a format that is not known.
-    """
-    sources: list[Source] = []
-    for name in inputs:
-        paths = sorted(glob.glob(name))
-        sources += [] if paths else [hub_source(name)]
-        for path in paths:
-            sources += folder_sources(path) if os.path.isdir(path) else [file_source(path)]
-    paths = [os.path.realpath(source.name) if source.size() else source.name for source in sources]
-    if repeated := sorted(path for path, n in Counter(paths).items() if n > 1):
-        raise ValueError(f"{repeated[0]} is given twice among the inputs")
-    return [replace(source, columns=columns) for source in sources]
-
-
-def file_source(path: str) -> Source:
-    stem = path[: -len(Path(path).suffix)] if path.endswith(COMPRESSED) else path
-    kind = READERS.get(Path(stem).suffix.lower())
-    if kind is None:
-        raise ValueError(
-            f"{path}: not a format that is read here: {', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
-        )
-    if os.path.getsize(path) == 0:
-        raise ValueError(f"{path} is empty")
-    return Source(path, kind)
-
-
-def folder_sources(folder: str) -> list[Source]:
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("dataset_info.json", "dataset_dict.json")):
-        return [Source(folder, "folder")]
-    readable = [
-        str(path) for path in sorted(Path(folder).iterdir()) if READERS.keys() & set(path.suffixes) and path.is_file()
-    ]
-    if not readable:
-        raise ValueError(f"{folder} is neither a dataset folder nor one with {', '.join(READERS)} files")
-    return [file_source(path) for path in readable]
-
-
-def hub_source(name: str) -> Source:
-    if glob.has_magic(name) or is_path(name) or Path(name).suffix.lower() in (*READERS, *COMPRESSED):
-        raise ValueError(f"no such file: {name}")
-    return Source(name, "hub")
 
 
 def units(source: Source, size: int) -> Iterator[Unit]:
@@ -192,11 +148,15 @@ def groups(items: Iterator[Any], size: int, size_of: Callable[[Any], int]) -> It
 def opened(path: str | Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """A file to read, decompressed by its suffix, and as it is on disk. ValueError if it cannot be read to its end."""
     with open(path, "rb") as raw:
-        decompressed = DECOMPRESSED.get(Path(path).suffix)
+        decompressed = DECOMPRESSED.get(suffix_of(path))
         try:
             yield decompressed(raw) if decompressed else raw, raw
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
             raise ValueError(f"{path} cannot be decompressed to its end: {error}") from None
+
+
+def suffix_of(path: str | Path) -> str:
+    return Path(path).suffix.lower()
 
 
 def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
@@ -204,21 +164,41 @@ def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
     if source.kind == "parquet":
         yield from parquet_records(source)
         return
-    import datasets
-
-    if source.kind == "folder":
-        check_dataset(Path(source.name))
-        dataset: Any = datasets.load_from_disk(source.name)
-        dataset = dataset["train"] if isinstance(dataset, datasets.DatasetDict) else dataset
-    else:
-        name, _, configuration = source.name.partition(":")
-        try:
-            dataset = datasets.load_dataset(name, configuration or None, split="train", streaming=True)
-        except Exception as error:  # the library raises many kinds, network errors among them
-            raise ValueError(f"{source.name} is neither a file nor a dataset that could be loaded: {error}") from error
+    dataset = saved_dataset(source) if source.kind == "folder" else hub_dataset(source)
     needed = needed_columns(source, list(dataset.features or next(iter(dataset))))
     for record in dataset.select_columns(needed):
         yield record, 0
+
+
+def saved_dataset(source: Source) -> Any:
+    import datasets
+
+    check_dataset(Path(source.name))
+    try:
+        dataset: Any = datasets.load_from_disk(source.name)
+    except Exception as error:  # the library raises many kinds
+        raise ValueError(f"{source.name} is no saved dataset, or damaged: {error}") from error
+    if not isinstance(dataset, datasets.DatasetDict):
+        if source.split != "train":
+            raise ValueError(f"--split {source.split}: {source.name} is a dataset without splits")
+        return dataset
+    wanted = source.split.split("+")
+    if missing := [split for split in wanted if split not in dataset]:
+        raise ValueError(
+            f"{source.name} has no split {missing[0]!r} but {', '.join(map(repr, dataset))}: name one with --split, or "
+            "several (a+b)"
+        )
+    return datasets.concatenate_datasets([dataset[split] for split in wanted])
+
+
+def hub_dataset(source: Source) -> Any:
+    import datasets
+
+    name, _, configuration = source.name.partition(":")
+    try:
+        return datasets.load_dataset(name, configuration or None, split=source.split, streaming=True)
+    except Exception as error:  # the library raises many kinds, network errors among them
+        raise ValueError(f"{source.name} is neither a file nor a dataset that could be loaded: {error}") from error
 
 
 def check_dataset(folder: Path) -> None:
@@ -245,8 +225,14 @@ def parquet_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
 
 def as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
     """Texts as bytes, so that one that is not UTF-8 spoils its own record only."""
-    binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
-    return batch.cast(pa.schema([pa.field(each.name, binary.get(each.type, each.type)) for each in batch.schema]))
+    return batch.cast(pa.schema([pa.field(each.name, binary_of(each.type)) for each in batch.schema]))
+
+
+def binary_of(kind: pa.DataType) -> pa.DataType:
+    """The type of bytes for one of texts, whichever way they are stored; others stay."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+    return pa.large_binary() if any(is_text(kind) for is_text in texts) else kind
 
 
 def needed_columns(source: Source, existing: list[str]) -> list[str]:

@@ -41,6 +41,8 @@ def word_starts(text: str, words: np.ndarray, offsets: np.ndarray, segment: Segm
         alone, (first, end) = unspaced(text), offsets.T
         starts |= alone[first]  # BERT's tokenizers number each Chinese character, SentencePiece's a sentence
         starts[1:] |= alone[np.maximum(end[:-1] - 1, 0)]
+    if not text.isascii():
+        starts[1:] &= offsets[1:, 0] >= np.maximum.accumulate(offsets[:-1, 1])  # bytes of one character
     return starts
 
 

@@ -7,6 +7,7 @@ the bytes do not depend on who did the work, and an interrupted run goes on wher
 import gc
 import itertools
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from condenser.corpus.encoding import Encoder
 from condenser.corpus.readers import Source, Unit, units
 from condenser.corpus.shards import write_shard
 from condenser.corpus.words import load_segmenter
-from condenser.data.store import SPLITS, missing_files, read_json, save_array, write_json
+from condenser.data.store import SPLITS, load_array, missing_files, read_json, save_array, write_json
 
 UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest says the same
 BAD_NAMED = 20  # records that could not be used and are named in the manifest; all are counted
@@ -41,6 +43,7 @@ class Job:
     tokenizer_checksum: str
     blocks: Blocks
     skip_bad_lines: bool
+    deduplicate: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,7 @@ def do_share(job: Job, share: Share, workers: int, show_progress: bool = True) -
     for name in ("units", *SPLITS):
         (job.folder / name).mkdir(parents=True, exist_ok=True)
     names = []
-    with pool(job, workers) as submit, progress(share, "preparing", show_progress) as show:
+    with pool(partial(do_unit, job), workers) as submit, progress(share, "preparing", show_progress) as show:
         for unit in share.units():
             names.append(unit.name)
             if not is_done(job.folder, unit.name):
@@ -80,30 +83,72 @@ def do_share(job: Job, share: Share, workers: int, show_progress: bool = True) -
     write_json(job.folder / "units" / f"share-{share.index}-of-{share.count}.json", names)
 
 
+def mark_repeats(job: Job, everything: Share, earlier: list[str], workers: int) -> None:
+    """Note down for each unit which of its documents have the text of one before, in the units ``earlier`` too.
+
+    Every machine that does a share does this for all of them: to read and hash takes a small part of the time.
+    """
+    names: list[str] = []
+    contents = [load_array(keys_path(job.folder, name))[:, 1] for name in earlier]
+    read = partial(contents_of, job.skip_bad_lines)
+    with pool(read, workers, contents.append) as submit, progress(everything, "looking for repeats", True) as show:
+        for unit in everything.units():
+            names.append(unit.name)
+            submit(unit)
+            show(unit)
+    sizes = [len(each) for each in contents]
+    is_repeat = np.ones(sum(sizes), bool)
+    is_repeat[np.unique(np.concatenate([np.empty(0, np.uint64), *contents]), return_index=True)[1]] = False
+    of_units = np.split(is_repeat, np.cumsum(sizes)[:-1])[len(earlier) :]
+    (job.folder / "units").mkdir(exist_ok=True)
+    for name, repeats in zip(names, of_units, strict=True):
+        save_array(repeats_path(job.folder, name), repeats)
+
+
+def contents_of(skip_bad_lines: bool, unit: Unit) -> np.ndarray:
+    return np.array([document.content for document in documents(unit, skip_bad_lines)[0]], np.uint64)
+
+
 @contextmanager
-def pool(job: Job, workers: int) -> Iterator[Callable[[Unit], None]]:
-    """Gives the function that has a unit done, by another process if there are several; few wait at a time."""
+def pool(
+    work: Callable[[Unit], Any], workers: int, done: Callable[[Any], Any] = lambda result: None
+) -> Iterator[Callable[[Unit], None]]:
+    """Gives the function that has a unit done, by another process if there are several, of which few wait at a time;
+    what comes of it is ``done``, in order."""
     if workers == 1:
-        yield partial(do_unit, job)
+        yield lambda unit: done(work(unit))
         return
     waiting = deque[Future]()
     executor = ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker)
 
     def submit(unit: Unit) -> None:
-        waiting.append(executor.submit(do_unit, job, unit))
+        with without_main():
+            waiting.append(executor.submit(work, unit))
         if len(waiting) > workers + 1:
-            waiting.popleft().result()
+            done(waiting.popleft().result())
 
     try:
         yield submit
         for future in waiting:
-            future.result()
+            done(future.result())
     except BrokenProcessPool:
         raise ValueError(
             "a worker process was killed, perhaps for want of memory: the same command goes on; --workers sets how many"
         ) from None
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Processes that begin here do not run the script that is being run, in which they need nothing: it would have to
+    keep its own work behind ``if __name__ == "__main__"``."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def prepare_worker() -> None:
@@ -136,20 +181,23 @@ def progress(share: Share, doing: str, shown: bool) -> Iterator[Callable[[Unit],
 
 
 def do_unit(job: Job, unit: Unit) -> None:
-    """Write a unit's shards and the hashes of its documents' ids, then its outcome."""
+    """Write a unit's shards and the hashes of its documents, then its outcome."""
     good, bad = documents(unit, job.skip_bad_lines)
+    keys = np.array([(document.key, document.content) for document in good], np.uint64).reshape(-1, 2)
+    repeats = load_array(repeats_path(job.folder, unit.name)) if job.deduplicate else np.zeros(len(good), bool)
     encoder = load_encoder(job.folder, job.tokenizer_checksum, job.blocks.language, job.blocks.word_segmenter)
-    cut, counts = cut_documents(good, encoder, job.blocks)
-    token_type = "uint16" if encoder.tokenizer.get_vocab_size() <= 65536 else "uint32"
-    outcome: dict[str, Any] = {"counts": {"documents": len(good) + len(bad), "bad": len(bad)} | counts}
+    kept = [document for document, is_repeat in zip(good, repeats, strict=True) if not is_repeat]
+    cut, counts = cut_documents(kept, encoder, job.blocks)
+    token_type = "uint16" if encoder.n_ids <= 65536 else "uint32"
+    of_documents = {"documents": len(good) + len(bad), "bad": len(bad), "dropped_repeats": len(good) - len(kept)}
+    outcome: dict[str, Any] = {"counts": of_documents | counts}
     for split, rows in cut.items():
         outcome[split] = {"documents": rows.n_documents, "shards": []}
         if rows.n_documents:
             path = job.folder / split / f"data-{unit.name}.arrow"
             outcome[split]["shards"] = [write_shard(path, rows, token_type, job.blocks.kind == "spans")]
-    path = outcome_path(job.folder, unit.name)
-    save_array(path.with_suffix(".npy"), np.array([document.key for document in good], np.uint64))
-    write_json(path, outcome | {"bad": bad[:BAD_NAMED]})
+    save_array(keys_path(job.folder, unit.name), keys)
+    write_json(outcome_path(job.folder, unit.name), outcome | {"bad": bad[:BAD_NAMED]})
 
 
 @lru_cache(maxsize=1)
@@ -158,8 +206,6 @@ def load_encoder(folder: Path, checksum: str, language: str, word_segmenter: str
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     return Encoder(tokenizer, language, load_segmenter(word_segmenter))
 
 
@@ -173,6 +219,15 @@ def is_done(folder: Path, unit: str) -> bool:
 
 def outcome_path(folder: Path, unit: str) -> Path:
     return folder / "units" / f"{unit}.json"
+
+
+def keys_path(folder: Path, unit: str) -> Path:
+    """Of the hashes of all documents' ids and texts, ``[n, 2]``."""
+    return folder / "units" / f"{unit}.npy"
+
+
+def repeats_path(folder: Path, unit: str) -> Path:
+    return folder / "units" / f"{unit}.repeats.npy"
 
 
 def available_cores() -> int:

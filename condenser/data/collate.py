@@ -43,7 +43,7 @@ class Vocabulary:
                 raise ValueError(
                     f"the tokenizer {tokenizer.name_or_path!r} has no {name} token, which Condenser pre-training needs"
                 )
-        ordinary = np.setdiff1d(np.arange(len(tokenizer)), tokenizer.all_special_ids)
+        ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], tokenizer.all_special_ids)
         return cls(**ids, random_ids=ordinary)
 
 

@@ -18,6 +18,11 @@ def load_tokenizer(name: str | Path) -> Any:
     return tokenizer
 
 
+def vocabulary_size(tokenizer: Any) -> int:
+    """How many rows its ids need in an embedding; some of these may have no token."""
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def is_path(name: str) -> bool:
     """Whether a name that a folder or the hub may answer to is meant as a path: ``NAME`` and ``OWNER/NAME`` are not,
     unless a folder OWNER is here."""

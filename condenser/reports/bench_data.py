@@ -19,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from condenser.corpus.documents import documents
+from condenser.corpus.inputs import resolve
 from condenser.corpus.prepare import prepare
-from condenser.corpus.readers import resolve, units
+from condenser.corpus.readers import units
 from condenser.corpus.work import available_cores
 from condenser.data.collate import Vocabulary
 from condenser.data.store import SPECIAL_TOKENS, read_manifest, write_json
@@ -157,7 +158,7 @@ def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
 
 def texts_of(input: list[str]) -> list[str]:
     texts = []
-    for source in resolve(input):
+    for source in resolve(input)[0]:
         for unit in units(source, 1 << 24):
             good, _ = documents(unit, skip_bad_lines=True)
             texts += [document.text for document in good]

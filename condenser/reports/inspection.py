@@ -17,6 +17,7 @@ from condenser.reports.tables import table
 
 COLOURS = {"mask": "white on red", "random": "black on yellow", "keep": "black on green"}
 STEPS_LOOKED_AT = 20  # of an epoch
+OF_DOCUMENTS = ("documents", "kept", "empty", "too_short", "bad", "dropped_repeats", "repeated_ids", "repeated_texts")
 
 
 def inspect_store(
@@ -79,8 +80,8 @@ def about(manifest: dict[str, Any]) -> dict[str, str]:
     shown = ("kind", "max_length", "min_length", "short_fraction", "language", "word_segmenter", "title_column", "seed")
     return {
         **{name: listed(split, ("rows", "tokens", "documents")) for name, split in splits.items()},
-        "documents": listed(counts, ("documents", "kept", "empty", "too_short", "bad", "repeated_ids")),
-        "tokens": listed(counts, [name for name in counts if name.startswith("tokens_")]),
+        "documents": listed(counts, [name for name in OF_DOCUMENTS if name in counts]),
+        "tokens": listed(counts, [name for name in counts if "tokens_" in name]),
         "size": f"{n_bytes / 1e6:,.1f} MB, {n_bytes / max(1, counts['tokens_kept']):.2f} bytes a token",
         "tokenizer": f"{settings['tokenizer']}, {manifest['tokenizer']['vocabulary']:,} ids",
         "sources": "\n".join(source["name"] for source in settings["sources"]),

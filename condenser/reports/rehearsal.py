@@ -20,6 +20,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel
 from condenser.data.collate import StepBatch, collate
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
+from condenser.data.tokenizers import vocabulary_size
 from condenser.models import attention
 from condenser.models.backbones.base import build_masked_lm, changed_config, prepare_layers
 from condenser.models.objective import COUNTS
@@ -47,7 +48,7 @@ class Rehearsal:
     def __init__(self, module: CondenserModule, datamodule: CondenserDataModule):
         self.module, self.datamodule, self.fake = module, datamodule, FakeTensorMode()
         has_store = all(folder.is_dir() for folder in datamodule.weights)
-        defaults = {"vocab_size": len(datamodule.tokenizer)} if has_store else {}
+        defaults = {"vocab_size": vocabulary_size(datamodule.tokenizer)} if has_store else {}
         options: dict[str, Any] = module.options
         with self.fake:
             lm = skeleton(module.backbone, module.backbone_config, **defaults)

@@ -10,7 +10,7 @@ from condenser.data.mixing import Mixture
 from condenser.data.pairs import Pairs
 from condenser.data.store import SPECIAL_TOKENS, TokenStore
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
-from condenser.data.tokenizers import load_tokenizer
+from condenser.data.tokenizers import load_tokenizer, vocabulary_size
 
 
 def open_rows(store: str | None, max_length: int, n_synthetic: int) -> tuple[Any, Vocabulary, int]:
@@ -19,7 +19,7 @@ def open_rows(store: str | None, max_length: int, n_synthetic: int) -> tuple[Any
         return SyntheticStore(n_synthetic, max_length), VOCABULARY, 30522
     rows = TokenStore(store, "train")
     tokenizer = load_tokenizer(Path(store) / "tokenizer")
-    return rows, Vocabulary.of(tokenizer), len(tokenizer)
+    return rows, Vocabulary.of(tokenizer), vocabulary_size(tokenizer)
 
 
 def steps_over(
