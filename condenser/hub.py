@@ -191,7 +191,7 @@ def description(model: Objective, tokenizer: Path, data: dict[str, Any], run_con
         "config": json.dumps(model.lm.config.to_dict()),
         "objective": class_path(class_of(model)),
         "head": model.settings,
-        "tokenizer": {path.name: path.read_text() for path in sorted(tokenizer.iterdir())},
+        "tokenizer": {path.name: path.read_text() for path in sorted(tokenizer.glob("[!.]*"))},
         "manifest": json.dumps(data),
         "run_config": run_config,
     }

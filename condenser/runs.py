@@ -75,7 +75,7 @@ FREE = {  # settings that do not change what is computed, or only where
 
 def checkpoints(run: Path) -> list[Path]:
     """The checkpoints of a run, newest step first."""
-    found = (run / "checkpoints").glob("*.ckpt")
+    found = (run / "checkpoints").glob("[!.]*.ckpt")
     return sorted(found, key=lambda path: (step_of(path), path.name), reverse=True)
 
 

@@ -81,6 +81,11 @@ def store(corpus, tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def small_units(monkeypatch):
+    monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (4000, 4000))
+
+
 def numpy_calls(function, *names):
     """How many calls of these functions of numpy a function makes."""
     calls = []

@@ -1,6 +1,7 @@
 """Documents to rows of tokens: sentences, words and spans, in any language."""
 
 import itertools
+import json
 from collections import Counter
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import AutoTokenizer
 from condenser.corpus.blocks import Blocks, block_spans, cut_documents
 from condenser.corpus.documents import Document, hash64
 from condenser.corpus.encoding import Encoder, sentence_bounds
+from condenser.corpus.words import unspaced, word_starts
 from condenser.data.hashing import hash_ints
 
 
@@ -149,6 +151,81 @@ def bert(store):
     return backend
 
 
+def all_text(tokenizer):
+    """The same, but it does not look for special tokens in a text."""
+    same = Tokenizer.from_str(tokenizer.to_str())
+    same.encode_special_tokens = True
+    return same
+
+
+@pytest.fixture(scope="module")
+def kinds(bert, roberta, sentencepiece):
+    """Tokenizers by kind, with the special tokens of each."""
+    words = {"[PAD]": 0, "[UNK]": 1, "[MASK]": 2, "the": 3, "word": 4, "[": 5, "MASK": 6, "]": 7}
+    found = {"bert": bert, "byte-level": AutoTokenizer.from_pretrained(roberta).backend_tokenizer}
+    for name, model in (
+        ("WordPiece between spaces", models.WordPiece(words, unk_token="[UNK]")),
+        ("word by word", models.WordLevel(words, unk_token="[UNK]")),
+        ("BPE of whole words", models.BPE(words, [], unk_token="[UNK]", ignore_merges=True)),
+    ):
+        found[name] = Tokenizer(model)
+        found[name].pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        found[name].add_special_tokens(["[PAD]", "[UNK]", "[MASK]", "[CLS]"])  # the last is no word of the model
+    unigram = json.loads(sentencepiece.to_str())
+    unigram["model"]["vocab"] += [["</s>", 0.0], ["▁<s>", 0.0], ["<mask>", 0.0]]
+    found["Unigram"] = Tokenizer.from_str(json.dumps(unigram))
+    found["Unigram"].add_special_tokens(["</s>", "▁<s>", "<mask>", "<cls>"])
+    return found
+
+
+KINDS = ["bert", "byte-level", "WordPiece between spaces", "word by word", "BPE of whole words", "Unigram"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_special_tokens_that_a_text_spells_out_are_text_and_are_counted(kind, kinds):
+    tokenizer = kinds[kind]
+    special = {token.content: number for number, token in tokenizer.get_added_tokens_decoder().items()}
+    unknown = {number for content, number in special.items() if "unk" in content.lower()}
+    assert len(special) >= 4
+    for content in special:
+        text = f"the {content} word{content} {content}"
+        rows, counts = cut_documents([document(text)], Encoder(tokenizer), Blocks(validation_fraction=0))
+        (ids,) = rows["train"].tokens
+        assert not {*ids.tolist()} & {*special.values()} - unknown, text
+        assert len(ids) >= 3
+        assert counts["special_tokens_as_text"] == 3
+    plain = Encoder(tokenizer)("the word, masks")
+    assert plain.ids.tolist() == tokenizer.encode("the word, masks", add_special_tokens=False).ids
+
+
+def test_added_tokens_that_are_not_special_stay_tokens(bert):
+    tokenizer = Tokenizer.from_str(bert.to_str())
+    tokenizer.add_tokens(["covid-19"])
+    encoder = Encoder(tokenizer)
+    assert tokenizer.token_to_id("covid-19") in encoder("The covid-19 virus.").ids
+    assert encoder.n_ids == bert.get_vocab_size() + 1
+
+
+@pytest.mark.parametrize("language", ["zh", "ja", "th"])
+def test_the_bytes_of_a_character_are_one_word_of_a_byte_level_tokenizer(language, kinds):
+    text, encoder = LANGUAGES[language], Encoder(kinds["byte-level"], language)
+    ids, starts, _ = encoder(text)
+    places = np.array(encoder.tokenizer.encode(text, add_special_tokens=False).offsets)
+    assert len(ids) > 2 * len(text)  # it was trained on English
+    begins = places[starts, 0].tolist()
+    assert len({*begins}) == len(begins)  # no two words begin in one character
+    alone = [number for number, character in enumerate(text) if unspaced(character)[0]]
+    assert {*alone} <= {*begins}
+    if language == "zh":
+        assert text.index("BERT") + 1 not in begins
+
+
+def test_a_token_of_bytes_of_two_characters_begins_no_word_between_them():
+    offsets = np.array([[0, 1], [0, 2], [1, 2], [2, 3]])  # the second has the end of one, and the start of another
+    assert word_starts("吾輩は", np.arange(4), offsets, None).tolist() == [True, False, False, True]
+    assert word_starts("吾輩は", np.zeros(4), offsets, list).tolist() == [True, False, False, True]
+
+
 TEXT = st.text(st.characters(codec="utf-8"), max_size=200)
 PROSE = st.lists(
     st.sampled_from(
@@ -172,11 +249,9 @@ def test_sentence_by_sentence_gives_what_the_whole_text_gives(bert, text):
 @given(TEXT | PROSE)
 def test_rows_put_together_are_the_tokenizers_tokens_whatever_the_text(bert, sentencepiece, text):
     for tokenizer in (bert, sentencepiece):
-        rows, counts = cut_documents(
-            [document(text)], Encoder(tokenizer), Blocks(max_length=12, validation_fraction=0)
-        )
+        rows, counts = cut_documents([document(text)], Encoder(tokenizer), Blocks(max_length=12, validation_fraction=0))
         tokens = [number for part in rows["train"].tokens for number in part.tolist()]
-        assert tokens == tokenizer.encode(text, add_special_tokens=False).ids
+        assert tokens == all_text(tokenizer).encode(text, add_special_tokens=False).ids
         assert counts["tokens_kept"] == len(tokens) == sum(rows["train"].lengths)
         assert all(0 < length <= 10 for length in rows["train"].lengths)
         assert counts["empty"] == (not tokens)

@@ -27,11 +27,6 @@ from condenser.data.tokenizers import load_tokenizer
 from condenser.training.failures import explained
 
 
-@pytest.fixture
-def small_units(monkeypatch):
-    monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (4000, 4000))
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     """Two files of documents."""

@@ -83,7 +83,7 @@ def write_queries(folder: Path, fingerprint: str, row: dict[str, Any], values: V
 
 def read_queries(folder: Path) -> list[tuple[dict[str, Any], Values]]:
     """-> all that `write_queries` kept there"""
-    kept = [json_format.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("queries/*.json"))]
+    kept = [json_format.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("queries/[!.]*.json"))]
     return [(each["row"], each["values"]) for each in kept]
 
 

@@ -65,7 +65,7 @@ def read_similarity(path: Path) -> SimilarityTask:
         test = read_pairs(path)
         return SimilarityTask(test.name, test, None)
     name = path.resolve().name
-    files = sorted(file for file in path.iterdir() if kind(file) in SUFFIXES)
+    files = sorted(file for file in path.glob("[!.]*") if kind(file) in SUFFIXES)
     if parts := [read_pairs(file) for file in files if file.name.startswith(SEMEVAL)]:
         first, second = ([text for part in parts for text in getattr(part, side)] for side in ("first", "second"))
         return SimilarityTask(name, Pairs(name, first, second, np.concatenate([part.scores for part in parts])), None)

@@ -48,7 +48,7 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     """
     if not folder.is_dir():
         raise ValueError(f"no retrieval collection at {folder}: --retrieval takes a folder in BEIR's layout")
-    splits = sorted({path.name.partition(".tsv")[0] for path in folder.glob("qrels/*.tsv*")})
+    splits = sorted({path.name.partition(".tsv")[0] for path in folder.glob("qrels/[!.]*.tsv*")})
     if split not in splits:
         raise ValueError(f"{folder} has no qrels/{split}.tsv: --split can be {', '.join(splits) or 'nothing there'}")
     documents = {i: f"{row.get('title') or ''} {row['text']}".strip() for i, row in read_rows(folder, "corpus.jsonl")}
@@ -76,7 +76,7 @@ def read_lines(folder: Path, name: str) -> Iterator[tuple[str, str]]:
     with opened(path) as (file, _):
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}, line {number}", line.decode(errors="replace").rstrip("\r\n")
+                yield f"{path}, line {number}", line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
 
 
 def read_rows(folder: Path, name: str) -> Iterator[tuple[str, dict]]:

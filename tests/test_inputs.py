@@ -1,0 +1,338 @@
+"""What `--input` may name and hold: nothing is left out in silence, nothing else becomes a document."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import make_documents, write_jsonl
+from test_prepare import all_tokens, contents, prepare
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from condenser.cli import main
+from condenser.corpus.inputs import in_short, resolve
+from condenser.corpus.prepare import prepare as prepare_from_python
+from condenser.data.collate import Vocabulary
+from condenser.data.store import TokenStore, read_manifest
+from condenser.data.tokenizers import load_tokenizer, vocabulary_size
+from condenser.evaluation.pairs import read_similarity
+from condenser.evaluation.retrieval import read_collection
+from condenser.hub import description, warm_start
+from condenser.models.condenser import Condenser
+from condenser.runs import checkpoints
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder as people have them."""
+    root = tmp_path / "in"
+    texts = make_documents(12, seed=1)
+    for name in ("b.JSONL", "a.jsonl", "c.ndjson", "deep/er/d.jsonl", "[1] x*?.jsonl"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(root / name, [f"{name} {texts[0]}", texts[1]])
+    pq.write_table(pa.table({"text": ["upper case"]}), root / "e.PARQUET")
+    for name in (".hidden.jsonl", "._a.jsonl", "a.jsonl~", "#a.jsonl#", ".a.jsonl.swp", "a.jsonl.part", ".DS_Store"):
+        (root / name).write_bytes(b"\0\1 no text")
+    (root / "deep/.ipynb_checkpoints").mkdir()
+    (root / "deep/.ipynb_checkpoints/a.jsonl").write_text("no JSON")
+    (root / "README.txt").write_text("About the data.")
+    (root / "f.csv").write_text("text\nsomething\n")
+    (root / "g.arrow").write_bytes(b"ARROW1")
+    (root / "_SUCCESS.json").touch()
+    return root
+
+
+SMALL = {"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 1, "intermediate_size": 8}
+READ = ["[1] x*?.jsonl", "a.jsonl", "b.JSONL", "c.ndjson", "e.PARQUET", "deep/er/d.jsonl"]
+
+
+def read_from(name):
+    sources, left_out = resolve([str(name)])
+    return [source.name for source in sources], in_short(left_out)
+
+
+def test_a_folder_gives_all_that_can_be_read_and_names_the_rest(folder, store, tmp_path, capsys):
+    found, left_out = read_from(folder)
+    assert found == [str(folder / name) for name in READ]
+    for part in ("7 hidden, or left behind", "2 no format that is read", "1 .csv, 1 .arrow", "README.txt", "1 empty"):
+        assert part in left_out
+    assert prepare(folder, store / "tokenizer", tmp_path / "out") == 0
+    assert read_manifest(tmp_path / "out")["counts"]["documents"] == 11
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "f.csv" in line]
+    assert line == left_out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("**", READ),
+        ("**/*.jsonl", ["[1] x*?.jsonl", "a.jsonl", "deep/er/d.jsonl"]),
+        ("*.jsonl", ["[1] x*?.jsonl", "a.jsonl"]),
+        ("*", READ),
+        ("[1] x*?.jsonl", ["[1] x*?.jsonl"]),  # the name of a file, though it looks like a pattern
+        ("a.jsonl", ["a.jsonl"]),
+        ("deep", ["deep/er/d.jsonl"]),
+    ],
+)
+def test_patterns_are_a_shells_and_names_are_names(pattern, expected, folder):
+    found, _ = read_from(folder / pattern)
+    assert sorted(found) == sorted(str(folder / name) for name in expected)
+
+
+def test_home_is_known_to_the_name_of_a_file(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    assert read_from("~/a.jsonl")[0] == [str(folder / "a.jsonl")]
+
+
+def test_a_folder_of_texts_alone_gives_texts_but_what_is_about_them(tmp_path):
+    for name in ("b.txt", "a.TXT", "README.txt", "LICENSE.txt"):
+        (tmp_path / name).write_text("Words.")
+    found, left_out = read_from(tmp_path)
+    assert found == [str(tmp_path / "a.TXT"), str(tmp_path / "b.txt")]
+    assert "2 text beside data" in left_out
+
+
+@pytest.mark.parametrize("name", ["f.csv", "_SUCCESS.json", "*.csv", "deep/.ipynb_checkpoints/*.json", "nothing/**"])
+def test_what_is_named_and_cannot_be_read_is_refused_by_name(name, folder, store, tmp_path, capsys):
+    assert prepare(folder / name, store / "tokenizer", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "\n" not in error.strip()
+    assert name in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def splits(tmp_path):
+    """A saved DatasetDict of the splits a and b, and the texts of each."""
+    texts = {"a": make_documents(5, seed=2), "b": make_documents(4, seed=3)}
+    saved = {split: datasets.Dataset.from_dict({"text": some}) for split, some in texts.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved", texts
+
+
+def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
+    saved, texts = splits
+    assert prepare(saved, store / "tokenizer", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "no split 'train' but 'a', 'b': name one with --split" in error
+    assert not (tmp_path / "out").exists()
+    plain = write_jsonl(tmp_path / "plain.jsonl", texts["a"] + texts["b"])
+    for source, output, options in ((saved, "both", ["--split", "a+b"]), (plain, "plain", [])):
+        assert prepare(source, store / "tokenizer", tmp_path / output, *options) == 0
+    assert all_tokens(tmp_path / "both") == all_tokens(tmp_path / "plain")
+    assert prepare(saved, store / "tokenizer", tmp_path / "both", "--split", "a") == 1  # another store than that
+    assert prepare(plain, store / "tokenizer", tmp_path / "no", "--split", "a") == 1
+    assert "none of the inputs is a dataset" in capsys.readouterr().err
+
+
+def test_a_saved_dataset_among_other_files_is_read_as_one(splits, tmp_path):
+    write_jsonl(tmp_path / "saved.jsonl", ["beside"])
+    sources, _ = resolve([str(tmp_path)], split="a")
+    assert [(source.name, source.kind) for source in sources] == [
+        (str(tmp_path / "saved.jsonl"), "jsonl"),
+        (str(tmp_path / "saved"), "folder"),
+    ]
+
+
+TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]
+
+
+def test_parquet_holds_text_in_any_type_and_ids_are_the_same_as_numbers_and_texts(store, tmp_path):
+    texts = make_documents(10, seed=4)
+    ids = [pa.array([*range(10)]), pa.array(map(str, range(10))), pa.array(map(float, range(10)))]
+    for number, kind in enumerate(TEXT_TYPES):
+        column = pa.array(texts).cast(kind if not pa.types.is_dictionary(kind) else pa.string())
+        column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column
+        pq.write_table(pa.table({"text": column, "id": ids[number % 3]}), tmp_path / f"{number}.parquet")
+        assert prepare(tmp_path / f"{number}.parquet", store / "tokenizer", tmp_path / f"out{number}") == 0
+        assert all_tokens(tmp_path / f"out{number}") == all_tokens(tmp_path / "out0")
+    write_jsonl(tmp_path / "lines.jsonl", texts)  # its ids are numbers
+    files = [*tmp_path.glob("*.parquet"), tmp_path / "lines.jsonl"]
+    assert prepare(files, store / "tokenizer", tmp_path / "all") == 0
+    counts = read_manifest(tmp_path / "all")["counts"]
+    assert (counts["repeated_ids"], counts["repeated_texts"]) == (50, 50)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_line_ends_of_windows_and_byte_order_marks_are_no_tokens(suffix, roberta, tmp_path):
+    texts = ["One line.\nAnother line.", "A second document."]
+    for name, end, mark in (("unix", "\n", b""), ("windows", "\r\n", b"\xef\xbb\xbf")):
+        of_text = [text.replace("\n", end) for text in texts]
+        lines = of_text if suffix == ".txt" else [json.dumps({"text": text}) for text in of_text]
+        between = 2 * end if suffix == ".txt" else end
+        (tmp_path / f"{name}{suffix}").write_bytes(mark + between.join(lines).encode() + end.encode())
+        assert prepare(tmp_path / f"{name}{suffix}", roberta, tmp_path / name) == 0
+    assert all_tokens(tmp_path / "windows") == all_tokens(tmp_path / "unix")
+    assert TokenStore(tmp_path / "unix", "train").lengths.sum() > 0
+
+
+def with_a_hole(folder):
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "the": 7, "word": 9, ".": 11}
+    return saved(words, folder)
+
+
+def with_large_ids(folder):
+    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "the": 70_000, "word": 70_001, ".": 5}
+    return saved(words, folder)
+
+
+def saved(words, folder):
+    backend = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
+    return folder
+
+
+def with_blank_and_double_lines(folder):
+    folder.mkdir()
+    lines = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "", "word", "the", ".", ""]
+    (folder / "vocab.txt").write_text("\n".join(lines) + "\n")
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    return folder
+
+
+@pytest.mark.parametrize("made", [with_a_hole, with_large_ids, with_blank_and_double_lines])
+def test_a_vocabulary_may_have_ids_without_a_token(made, tmp_path):
+    """From text to a model: no id wraps around, none is drawn that does not exist, none is without an embedding."""
+    (tmp_path / ".DS_Store").write_bytes(b"\0")
+    place = made(tmp_path / "tokenizer")
+    (place / ".DS_Store").write_bytes(b"\0")
+    source = write_jsonl(tmp_path / "words.jsonl", ["the word. " * 12] * 8)
+    assert prepare(source, place, tmp_path / "out") == 0
+    tokenizer = load_tokenizer(tmp_path / "out" / "tokenizer")
+    expected = AutoTokenizer.from_pretrained(place)("the word.", add_special_tokens=False)["input_ids"]
+    assert len({*expected}) == 3
+    rows = TokenStore(tmp_path / "out", "train").rows(np.arange(2))
+    assert rows.tokens[:3].tolist() == expected
+    manifest, n_ids = read_manifest(tmp_path / "out"), vocabulary_size(tokenizer)
+    assert n_ids == max(tokenizer.get_vocab().values()) + 1 >= max(expected) + 1
+    assert manifest["tokenizer"]["vocabulary"] == n_ids == len(np.load(tmp_path / "out" / "token_counts.npy"))
+    random_ids = Vocabulary.of(tokenizer).random_ids
+    assert {*expected} <= {*random_ids.tolist()} <= {*tokenizer.get_vocab().values()}
+    model = warm_start(None, SMALL, tokenizer, Condenser, skip_from=1)
+    assert model.lm.config.vocab_size == n_ids
+
+
+@pytest.fixture(scope="module")
+def repeating(tmp_path_factory):
+    """Two files with texts that repeat within and between them, under other ids; and the texts, each once."""
+    folder, texts = tmp_path_factory.mktemp("repeating"), make_documents(60, seed=6)
+    write_jsonl(folder / "a.jsonl", [*texts[:40], *texts[:10]])
+    write_jsonl(folder / "b.jsonl", [*texts[30:], texts[59], texts[0]])
+    return [folder / "a.jsonl", folder / "b.jsonl"], texts
+
+
+def test_repeated_texts_are_counted_and_on_request_only_the_first_is_kept(
+    repeating, store, small_units, tmp_path, capsys
+):
+    files, texts = repeating
+    once = write_jsonl(tmp_path / "once.jsonl", texts)
+    for source, name, options in (
+        (files, "all", []),
+        (files, "first", ["--deduplicate"]),
+        (once, "once", []),
+    ):
+        assert prepare(source, store / "tokenizer", tmp_path / name, *options) == 0
+    assert sorted(all_tokens(tmp_path / "first")) == sorted(all_tokens(tmp_path / "once"))
+    counts = {name: read_manifest(tmp_path / name)["counts"] for name in ("all", "first", "once")}
+    assert [counts[name]["repeated_texts"] for name in counts] == [22, 22, 0]
+    assert [counts[name]["dropped_repeats"] for name in counts] == [0, 22, 0]
+    assert counts["first"]["documents"] == 82 == counts["first"]["kept"] + 22
+    assert "22 dropped repeats" in capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "first")]) == 0
+    assert "22 dropped repeats" in " ".join(capsys.readouterr().out.split())
+    assert prepare(files, store / "tokenizer", tmp_path / "first") == 1
+    assert "another deduplicate" in capsys.readouterr().err
+
+
+def test_repeats_are_the_same_for_any_number_of_workers_and_shares_and_for_input_that_is_added(
+    repeating, store, small_units, tmp_path
+):
+    files, _ = repeating
+    assert prepare(files, store / "tokenizer", tmp_path / "one", "--deduplicate") == 0
+    assert prepare(files, store / "tokenizer", tmp_path / "two", "--deduplicate", "--workers", "2") == 0
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    for index in (1, 0, 2):
+        options = ["--deduplicate", "--shard", f"{index}/3"]
+        assert prepare(files, store / "tokenizer", tmp_path / "shares", *options) == 0
+    assert main(["prepare", "merge", str(tmp_path / "shares")]) == 0
+    assert contents(tmp_path / "shares") == contents(tmp_path / "one")
+    assert prepare(files[:1], store / "tokenizer", tmp_path / "added", "--deduplicate") == 0
+    assert prepare(files, store / "tokenizer", tmp_path / "added", "--deduplicate", "--append") == 0
+    assert sorted(all_tokens(tmp_path / "added")) == sorted(all_tokens(tmp_path / "one"))
+    assert not list(tmp_path.glob("*/units/*.repeats.npy"))
+
+
+def test_no_text_is_in_both_splits_however_often_it_comes(repeating, store, tmp_path):
+    files, _ = repeating
+    assert prepare(files, store / "tokenizer", tmp_path / "out", "--validation-fraction", "0.4") == 0
+    texts = {}
+    for split in ("train", "validation"):
+        rows = TokenStore(tmp_path / "out", split)
+        texts[split] = {tuple(rows.rows(np.array([number])).tokens.tolist()) for number in range(len(rows))}
+        assert len(texts[split]) > 10
+    long = {row for row in texts["train"] if len(row) > 12}  # no two documents share so many tokens by chance
+    assert not long & texts["validation"]
+
+
+def test_from_python_a_path_a_name_or_a_list_will_do(store, corpus, tmp_path):
+    options = {"tokenizer": store / "tokenizer", "max_length": 32, "workers": 1}
+    for number, source in enumerate((corpus, str(corpus), [corpus], [str(corpus)])):
+        prepare_from_python(input=source, output=tmp_path / str(number), **options)
+        assert contents(tmp_path / str(number)) == contents(tmp_path / "0")
+
+
+def test_a_script_needs_no_guard_around_it(store, corpus, tmp_path):
+    """Its processes do not run it again."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from condenser.corpus.prepare import prepare\n"
+        "print('once')\n"
+        f"prepare(input={str(corpus)!r}, tokenizer={str(store / 'tokenizer')!r}, output='out', workers=2)\n"
+    )
+    done = subprocess.run([sys.executable, script], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("once") == 1
+    assert Path(tmp_path / "out/manifest.json").is_file()
+
+
+def test_what_systems_leave_behind_is_passed_over_in_collections_runs_and_tokenizers(store, tmp_path):
+    """In collections as Windows' editors write them, too."""
+    mark, end = b"\xef\xbb\xbf", b"\r\n"
+    collection = tmp_path / "collection"
+    (collection / "qrels").mkdir(parents=True)
+    for name, lines in {
+        "corpus.jsonl": [b'{"_id": "d", "text": "A document."}'],
+        "queries.jsonl": [b'{"_id": "q", "text": "A query."}'],
+        "qrels/test.tsv": [b"q\td\t1"],  # without a header
+    }.items():
+        (collection / name).write_bytes(mark + end.join(lines) + end)
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs/test.csv").write_bytes(mark + end.join([b"score,sentence1,sentence2", b"1,a,b", b"2,c,d"]))
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    (tmp_path / "run/checkpoints/last-step=3.ckpt").touch()
+    tokenizer = tmp_path / "tokenizer"
+    shutil.copytree(store / "tokenizer", tokenizer)
+    for folder, name in (
+        (collection / "qrels", "._test.tsv"),
+        (tmp_path / "pairs", "._test.csv"),
+        (tmp_path / "run/checkpoints", "._last-step=3.ckpt"),
+        (tokenizer, "._tokenizer.json"),
+    ):
+        (folder / name).write_bytes(b"\xff\0")
+        (folder / ".DS_Store").write_bytes(b"\xff\0")
+    read = read_collection(collection)
+    assert (read.documents, read.queries, read.qrels) == ({"d": "A document."}, {"q": "A query."}, {"q": {"d": 1}})
+    assert read_similarity(tmp_path / "pairs").test.first == ["a", "c"]
+    assert checkpoints(tmp_path / "run") == [tmp_path / "run/checkpoints/last-step=3.ckpt"]
+    model = warm_start(None, SMALL, load_tokenizer(tokenizer), Condenser, skip_from=1)
+    assert {*description(model, tokenizer, {}, "")["tokenizer"]} == {path.name for path in store.glob("tokenizer/*")}
