@@ -17,8 +17,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from condenser.cli import main
+from condenser.corpus.documents import Document
 from condenser.corpus.inputs import in_short, resolve
 from condenser.corpus.prepare import prepare as prepare_from_python
+from condenser.corpus.repeats import keys_of, runs_of_words
 from condenser.data.collate import Vocabulary
 from condenser.data.store import TokenStore, read_manifest
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
@@ -270,6 +272,54 @@ def test_repeats_are_the_same_for_any_number_of_workers_and_shares_and_for_input
     assert prepare(files, store / "tokenizer", tmp_path / "added", "--deduplicate", "--append") == 0
     assert sorted(all_tokens(tmp_path / "added")) == sorted(all_tokens(tmp_path / "one"))
     assert not list(tmp_path.glob("*/units/*.repeats.npy"))
+
+
+def edited(text, n, rng):
+    """With ``n`` of its words exchanged."""
+    words = text.split()
+    for place in rng.choice(len(words), n, replace=False):
+        words[place] = f"other{place}"
+    return " ".join(words)
+
+
+def share_of_runs(one, other):
+    one, other = ({*runs_of_words(text)} for text in (one, other))
+    return len(one & other) / len(one | other)
+
+
+def test_near_duplicates_are_dropped_by_how_many_runs_of_words_they_share():
+    """As often as the formula at the top of repeats.py says; two texts that share a tenth hardly ever."""
+    rng = np.random.default_rng(0)
+    dropped, expected = [], []
+    for number in range(400):
+        text = " ".join(f"word{word}" for word in rng.integers(0, 10**6, 120))
+        other = edited(text, [1, 2, 4, 40][number % 4], rng)
+        one, two = keys_of([Document(each, 0, 0) for each in (text, other)], near=True)[:, 2:]
+        dropped.append(bool((one == two).any()))
+        expected.append(1 - (1 - share_of_runs(text, other) ** 8) ** 14)
+    dropped, expected = (np.array(each).reshape(-1, 4).mean(0) for each in (dropped, expected))
+    assert expected[0] > 0.98 > 0.8 > expected[2] > 0.5 > 0.001 > expected[3]
+    np.testing.assert_allclose(dropped, expected, atol=4 * 0.5 / 10)
+    assert dropped[3] == 0
+
+
+@pytest.mark.parametrize("options", [["--near-duplicates"], ["--near-duplicates", "--deduplicate"]])
+def test_near_duplicates_are_dropped_in_languages_with_and_without_spaces(options, store, tmp_path):
+    english = " ".join(make_documents(4, seed=8))
+    chinese = "北京是中国的首都它有三千年的历史我们去学校吗很好今天天气不错明天也许会下雨所以请带上雨伞出门"
+    texts = [english, chinese, *make_documents(3, seed=9), english + " Rank.", chinese + "啊"]
+    source = write_jsonl(tmp_path / "in.jsonl", texts)
+    for name, more in (("all", ["--deduplicate"]), ("out", options)):
+        assert prepare(source, store / "tokenizer", tmp_path / name, *more) == 0
+    counts = [read_manifest(tmp_path / name)["counts"]["dropped_repeats"] for name in ("all", "out")]
+    assert counts == [0, 2]
+
+
+def test_without_the_library_near_duplicates_are_one_line(corpus, store, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rensa", None)
+    assert prepare(corpus, store / "tokenizer", tmp_path / "out", "--near-duplicates") == 1
+    assert "pip install 'condenser[near]'" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_text_is_in_both_splits_however_often_it_comes(repeating, store, tmp_path):

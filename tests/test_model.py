@@ -171,7 +171,7 @@ def test_gradient_checkpointing_recomputes_every_layer_once_and_keeps_the_dropou
     batch = tiny_batch()
     calls = []
     for layer in [*backbone_of(model.lm).layers, *model.c_head]:
-        layer.output.dropout.register_forward_hook(lambda *_: calls.append(1))
+        layer.intermediate.intermediate_act_fn.register_forward_hook(lambda *_: calls.append(1))
 
     def gradients():
         model.zero_grad()

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from condenser.corpus.repeats import ID, TEXT, repeated
 from condenser.corpus.shards import dataset_files
 from condenser.corpus.work import BAD_NAMED, UNFINISHED, keys_path, outcome_path
 from condenser.data.store import (
@@ -14,7 +15,6 @@ from condenser.data.store import (
     SPLITS,
     Shard,
     check_file_name,
-    load_array,
     read_json,
     read_manifest,
     save_array,
@@ -60,7 +60,7 @@ def merge(store: str, /) -> None:
     save_array(folder / "token_counts.npy", counts_by_id)
     counts["kept"] = sum(about["documents"] for about in splits.values())
     keys = [keys_path(folder, name) for name in names]
-    counts["repeated_ids"], counts["repeated_texts"] = repeated(keys, 0), repeated(keys, 1)
+    counts["repeated_ids"], counts["repeated_texts"] = repeated(keys, ID), repeated(keys, TEXT)
     counts["tokens_unknown"] = int(counts_by_id[tokenizer.unk_token_id]) if tokenizer.unk_token else 0
     for split, about in splits.items():
         dataset_files(folder / split, about["shards"])
@@ -118,18 +118,6 @@ def token_counts(folder: Path, shards: list[dict[str, Any]], vocabulary: int) ->
     for shard in shards:
         counts += np.bincount(Shard(folder / "train" / shard["file"], shard["bytes"]).tokens, minlength=vocabulary)
     return counts
-
-
-def repeated(files: list[Path], column: int) -> int:
-    """How many of the hashes in a column of all files were there before; memory is bounded by taking a part of them at
-    a time."""
-    parts = 1 + sum(path.stat().st_size for path in files) // 2**29
-    n_repeated = 0
-    for part in range(parts):
-        of_files = (load_array(path)[:, column] for path in files)
-        hashes = np.concatenate([keys[keys % np.uint64(parts) == part] for keys in of_files])
-        n_repeated += len(hashes) - len(np.unique(hashes))
-    return n_repeated
 
 
 def in_words(counts: dict[str, int], *names: str) -> str:

@@ -1,7 +1,8 @@
 """`condenser prepare`: text in, token store out.
 
-blocks.py says how documents are cut, store.py what is written, work.py who does it, merge.py how it ends. Here is how
-it begins: settings are checked, and the store is begun, gone on with, or added to.
+inputs.py says what is read, blocks.py how documents are cut, repeats.py which are dropped, store.py what is written,
+work.py who does it, merge.py how it ends. Here is how it begins: settings are checked, and the store is begun, gone on
+with, or added to.
 
     source     one input: a file, or a dataset
     record     a line, a run of lines, or a row of a table: what holds a document
@@ -10,6 +11,9 @@ it begins: settings are checked, and the store is begun, gone on with, or added 
     row        a piece of a document, in tokens: what is trained on
     shard      an Arrow file of rows: those of a unit in a split
     number     the place in an order, from 0; of lines and rows of tables from 1
+    id         of a document what its file calls it; of a token its number in the vocabulary
+    key        a 64-bit hash of a document's id or text
+    visit      how often a row was seen before, which its masks depend on; in one store alone, the epoch
 """
 
 import shutil
@@ -26,6 +30,7 @@ from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
 from condenser.corpus.merge import EmptyStoreError, merge
 from condenser.corpus.readers import Columns
+from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
     UNFINISHED,
@@ -33,7 +38,7 @@ from condenser.corpus.work import (
     Share,
     available_cores,
     do_share,
-    mark_repeats,
+    find_repeats,
     outcome_path,
     progress,
 )
@@ -60,6 +65,7 @@ def prepare(
     word_segmenter: str | None = None,
     skip_bad_lines: bool = False,
     deduplicate: bool = False,
+    near_duplicates: bool = False,
     append: bool = False,
     seed: int = 0,
     workers: int | None = None,
@@ -92,6 +98,8 @@ def prepare(
             there each token is a word.
         skip_bad_lines: count what cannot be used instead of stopping at the first.
         deduplicate: drop documents whose text, title included, was there before; they are counted in any case.
+        near_duplicates: drop those too that share most of their runs of five words with one before (MinHash; needs
+            the extra condenser[near]).
         append: add inputs to a finished store; what is in it stays as it is.
         seed: seed of the shorter target lengths and of the split.
         workers: processes; all cores by default. The result does not depend on it.
@@ -107,6 +115,8 @@ def prepare(
         raise ValueError(f"--workers {workers} must be at least 1")
     if count > 1 and (tokenizer.startswith("train:") or engine == "ray"):
         raise ValueError(f"--shard {shard} needs a tokenizer that is there already, and --engine processes")
+    check_near(near_duplicates)
+    deduplicate = deduplicate or near_duplicates
     blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
     inputs = [input] if isinstance(input, str | Path) else input
     sources, left_out = resolve([str(each) for each in inputs], Columns(text_column, title_column, id_column), split)
@@ -115,7 +125,7 @@ def prepare(
     check(sources, skip_bad_lines)  # what cannot work stops here, before anything is written
     settings: dict[str, Any] = {"tokenizer": tokenizer, "text_column": text_column, "title_column": title_column}
     settings |= {"title_prepended": title_column is not None, "id_column": id_column, **asdict(blocks)}
-    settings |= {"split": split, "deduplicate": deduplicate}
+    settings |= {"split": split, "deduplicate": deduplicate, "near_duplicates": near_duplicates}
     folder = Path(output)
     fingerprints = [source.fingerprint() for source in sources]
     unit_bytes = int(np.clip(sum(source.size() for source in sources) // 512, *UNIT_BYTES))
@@ -130,10 +140,11 @@ def prepare(
     share = Share(sources, state["settings"]["unit_bytes"], index, count)
     with in_the_making(folder, state, alone=count == 1):
         store_tokenizer(folder, tokenizer, lambda: texts(share, skip_bad_lines))
-        job = Job(folder, checksum(folder / "tokenizer" / "tokenizer.json"), blocks, skip_bad_lines, deduplicate)
+        tokenizer_checksum = checksum(folder / "tokenizer" / "tokenizer.json")
+        job = Job(folder, tokenizer_checksum, blocks, skip_bad_lines, deduplicate, near_duplicates)
         if deduplicate:
             earlier = read_manifest(folder)["units"] if state["first_source"] else []
-            mark_repeats(job, replace(share, index=0, count=1), earlier, workers or available_cores())
+            find_repeats(job, replace(share, index=0, count=1), earlier, workers or available_cores())
         if engine == "ray":
             from condenser.corpus.ray_engine import do_shares
 

@@ -27,6 +27,7 @@ from condenser.corpus.blocks import Blocks, cut_documents
 from condenser.corpus.documents import documents
 from condenser.corpus.encoding import Encoder
 from condenser.corpus.readers import Source, Unit, units
+from condenser.corpus.repeats import keys_of, mark_repeats
 from condenser.corpus.shards import write_shard
 from condenser.corpus.words import load_segmenter
 from condenser.data.store import SPLITS, load_array, missing_files, read_json, save_array, write_json
@@ -43,7 +44,8 @@ class Job:
     tokenizer_checksum: str
     blocks: Blocks
     skip_bad_lines: bool
-    deduplicate: bool = False
+    deduplicate: bool
+    near_duplicates: bool
 
 
 @dataclass(frozen=True)
@@ -83,40 +85,34 @@ def do_share(job: Job, share: Share, workers: int, show_progress: bool = True) -
     write_json(job.folder / "units" / f"share-{share.index}-of-{share.count}.json", names)
 
 
-def mark_repeats(job: Job, everything: Share, earlier: list[str], workers: int) -> None:
-    """Note down for each unit which of its documents have the text of one before, in the units ``earlier`` too.
+def find_repeats(job: Job, everything: Share, earlier: list[str], workers: int) -> None:
+    """Note down for each unit which of its documents repeat one before, in the units ``earlier`` too.
 
     Every machine that does a share does this for all of them: to read and hash takes a small part of the time.
     """
-    names: list[str] = []
-    contents = [load_array(keys_path(job.folder, name))[:, 1] for name in earlier]
-    read = partial(contents_of, job.skip_bad_lines)
-    with pool(read, workers, contents.append) as submit, progress(everything, "looking for repeats", True) as show:
+    names = []
+    (job.folder / "units").mkdir(exist_ok=True)
+    doing = "looking for repeats"
+    with pool(partial(write_keys, job), workers) as submit, progress(everything, doing, shown=True) as show:
         for unit in everything.units():
             names.append(unit.name)
-            submit(unit)
+            if not keys_path(job.folder, unit.name).is_file():
+                submit(unit)
             show(unit)
-    sizes = [len(each) for each in contents]
-    is_repeat = np.ones(sum(sizes), bool)
-    is_repeat[np.unique(np.concatenate([np.empty(0, np.uint64), *contents]), return_index=True)[1]] = False
-    of_units = np.split(is_repeat, np.cumsum(sizes)[:-1])[len(earlier) :]
-    (job.folder / "units").mkdir(exist_ok=True)
-    for name, repeats in zip(names, of_units, strict=True):
-        save_array(repeats_path(job.folder, name), repeats)
+    keys = [keys_path(job.folder, name) for name in (*earlier, *names)]
+    mark_repeats(keys, [repeats_path(job.folder, name) for name in names])
 
 
-def contents_of(skip_bad_lines: bool, unit: Unit) -> np.ndarray:
-    return np.array([document.content for document in documents(unit, skip_bad_lines)[0]], np.uint64)
+def write_keys(job: Job, unit: Unit) -> None:
+    good, _ = documents(unit, job.skip_bad_lines)
+    save_array(keys_path(job.folder, unit.name), keys_of(good, job.near_duplicates))
 
 
 @contextmanager
-def pool(
-    work: Callable[[Unit], Any], workers: int, done: Callable[[Any], Any] = lambda result: None
-) -> Iterator[Callable[[Unit], None]]:
-    """Gives the function that has a unit done, by another process if there are several, of which few wait at a time;
-    what comes of it is ``done``, in order."""
+def pool(work: Callable[[Unit], None], workers: int) -> Iterator[Callable[[Unit], None]]:
+    """Gives the function that has a unit done, by another process if there are several; few wait at a time."""
     if workers == 1:
-        yield lambda unit: done(work(unit))
+        yield work
         return
     waiting = deque[Future]()
     executor = ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker)
@@ -125,12 +121,12 @@ def pool(
         with without_main():
             waiting.append(executor.submit(work, unit))
         if len(waiting) > workers + 1:
-            done(waiting.popleft().result())
+            waiting.popleft().result()
 
     try:
         yield submit
         for future in waiting:
-            done(future.result())
+            future.result()
     except BrokenProcessPool:
         raise ValueError(
             "a worker process was killed, perhaps for want of memory: the same command goes on; --workers sets how many"
@@ -183,7 +179,6 @@ def progress(share: Share, doing: str, shown: bool) -> Iterator[Callable[[Unit],
 def do_unit(job: Job, unit: Unit) -> None:
     """Write a unit's shards and the hashes of its documents, then its outcome."""
     good, bad = documents(unit, job.skip_bad_lines)
-    keys = np.array([(document.key, document.content) for document in good], np.uint64).reshape(-1, 2)
     repeats = load_array(repeats_path(job.folder, unit.name)) if job.deduplicate else np.zeros(len(good), bool)
     encoder = load_encoder(job.folder, job.tokenizer_checksum, job.blocks.language, job.blocks.word_segmenter)
     kept = [document for document, is_repeat in zip(good, repeats, strict=True) if not is_repeat]
@@ -196,7 +191,8 @@ def do_unit(job: Job, unit: Unit) -> None:
         if rows.n_documents:
             path = job.folder / split / f"data-{unit.name}.arrow"
             outcome[split]["shards"] = [write_shard(path, rows, token_type, job.blocks.kind == "spans")]
-    save_array(keys_path(job.folder, unit.name), keys)
+    if not job.deduplicate:  # else they are there
+        save_array(keys_path(job.folder, unit.name), keys_of(good, near=False))
     write_json(outcome_path(job.folder, unit.name), outcome | {"bad": bad[:BAD_NAMED]})
 
 
@@ -222,7 +218,7 @@ def outcome_path(folder: Path, unit: str) -> Path:
 
 
 def keys_path(folder: Path, unit: str) -> Path:
-    """Of the hashes of all documents' ids and texts, ``[n, 2]``."""
+    """Of the keys of all documents (see repeats.py)."""
     return folder / "units" / f"{unit}.npy"
 
 
