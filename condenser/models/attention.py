@@ -63,15 +63,22 @@ class Sequences(NamedTuple):
     keys: Bounds
     queries: Bounds
     query_index: Tensor  # [Q] int64
+    position_ids: Tensor  # [T] int64, from 0 in each sequence
 
 
-def sequences_of(batch: dict[str, Any], dtype: torch.dtype, attention_dropout: float) -> Sequences:
-    """The sequences of a flat batch (see `condenser.data.collate.collate`), for states of this ``dtype``."""
-    kernel = not attention_dropout and has_kernel(batch["input_ids"].device, dtype)
+def sequences_of(batch: dict[str, Any], hidden: Tensor, attention_dropout: float) -> Sequences:
+    """The sequences of a flat batch (see `condenser.data.collate.collate`), whose first states are ``hidden``."""
+    kernel = not attention_dropout and has_kernel(hidden.device, state_type(hidden))
     query_index = batch["query_index"]
     keys = bounds_of(batch["cu_seqlens"], batch["max_seqlen"], len(batch["input_ids"]), kernel)
     queries = bounds_of(batch["cu_seqlens_query"], batch["max_query"], len(query_index), kernel)
-    return Sequences(keys, queries, query_index)
+    return Sequences(keys, queries, query_index, batch["position_ids"])
+
+
+def state_type(hidden: Tensor) -> torch.dtype:
+    """Of products of these states, and of what lies between most layers."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 @torch.compiler.assume_constant_result
@@ -96,30 +103,64 @@ def bounds_of(cu_seqlens: Tensor, longest: int, n: int, kernel: bool) -> Bounds:
     return Bounds(bounds, longest, slots, mask)
 
 
-def attend_within(states: Tensor, bounds: Bounds, dropout: float = 0.0) -> Tensor:
+def attend_within(states: Tensor, bounds: Bounds, dropout: float = 0.0, window: int | None = None) -> Tensor:
     """Each sequence over itself: queries, keys and values ``[T, 3, A, D]`` -> ``[T, A, D]``."""
-    if bounds.slots is None and is_for(states.device, bounds.longest, states.shape[-1]):
+    window = window_within(window, bounds)
+    if bounds.slots is None and window is None and is_for(states.device, bounds.longest, states.shape[-1]):
         return short_attention(states, bounds.cu_seqlens)
     query, key_value = states.split([1, 2], dim=1)
-    return attend(query.squeeze(1), key_value, bounds, bounds, dropout)
+    return attend(query.squeeze(1), key_value, bounds, bounds, dropout, window)
 
 
-def attend(query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds, dropout: float = 0.0) -> Tensor:
-    """Each query ``[Q, A, D]`` over the keys and values ``[T, 2, A, D]`` of its own sequence: ``[Q, A, D]``."""
-    if queries.slots is None or keys.slots is None:
+def attend(
+    query: Tensor,
+    key_value: Tensor,
+    queries: Bounds,
+    keys: Bounds,
+    dropout: float = 0.0,
+    window: int | None = None,
+    position_ids: Tensor | None = None,
+) -> Tensor:
+    """Each query ``[Q, A, D]`` over the keys and values ``[T, 2, A, D]`` of its own sequence: ``[Q, A, D]``.
+
+    Args:
+        window: how far it sees to either side; None for everything.
+        position_ids: of queries ``[Q]``, where they are not all positions.
+    """
+    window = window_within(window, keys)
+    in_order = position_ids is None  # so that the kernel, which counts queries, knows what lies within the window
+    if queries.slots is None and keys.slots is None and (window is None or in_order):
         from torch.nn.attention.varlen import varlen_attn
 
         key, value = key_value.unbind(1)
         bounds: Any = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
-        attended: Any = varlen_attn(query, key, value, *bounds)
+        more: Any = {} if window is None else {"window_size": (window, window)}
+        attended: Any = varlen_attn(query, key, value, *bounds, **more)
         return attended
+    queries, keys = with_slots(queries, len(query)), with_slots(keys, len(key_value))
+    mask = keys.mask
+    if window is not None:
+        places = torch.arange(keys.longest, device=query.device)
+        at = places[None] if position_ids is None else laid_out(position_ids, queries)  # [B or 1, Lq]
+        mask = mask & ((at[:, None, :, None] - places).abs() <= window)  # type: ignore[operator]
     query, key_value, dtype = laid_out(query, queries), laid_out(key_value, keys), query.dtype
     if on_cpu := query.is_cpu and dtype.itemsize == 2:  # whose kernel is slower in half precision
         query, key_value = query.float(), key_value.float()
     query, key, value = (states.transpose(1, 2) for states in (query, *key_value.unbind(2)))  # [B, A, L, D]
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=keys.mask, dropout_p=dropout)
+        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    assert queries.slots is not None
     return take(context.transpose(1, 2).flatten(0, 1).to(dtype), queries.slots)
+
+
+def window_within(window: int | None, bounds: Bounds) -> int | None:
+    """None where no sequence is longer than what a position sees."""
+    return None if window is None or bounds.longest <= window + 1 else window
+
+
+def with_slots(bounds: Bounds, n: int) -> Bounds:
+    """As they are laid out, of ``n`` positions."""
+    return bounds if bounds.slots is not None else bounds_of(bounds.cu_seqlens, bounds.longest, n, kernel=False)
 
 
 def laid_out(states: Tensor, bounds: Bounds) -> Tensor:

@@ -96,10 +96,10 @@ class Condenser(Objective):
         head = early
         if len(self.c_head):
             cls = self.condensed(self.cls_of(late, batch, self.pruned))
-            head = early.index_copy(0, batch["cu_seqlens"][:-1], cls)
+            head = early.index_copy(0, batch["cu_seqlens"][:-1], cls.to(early.dtype))
         for depth, layer in enumerate(self.c_head, start=1):
             head = self.run(layer, head, where, at_queries=self.pruned and depth == len(self.c_head))
-        return late, early, head
+        return late, early, self.backbone.last(head) if len(self.c_head) else head
 
     def terms_of(self, states: tuple[Tensor, Tensor, Tensor], batch: dict[str, Any], score: bool) -> dict[str, Term]:
         """Cross-entropies at the masked tokens, of both streams by one product with the vocabulary."""

@@ -31,7 +31,9 @@ class Seeds:
 
 
 def drop(states: Tensor, dropout: Any) -> Tensor:
-    """Some of the ``states`` become 0, all others larger, as the module ``dropout`` says."""
+    """Some of the ``states`` become 0, all others larger, as the module ``dropout`` says; there may be none."""
+    if dropout is None:
+        return states
     p, seed = dropout.p, getattr(dropout, "seed", None)
     if seed is None or not dropout.training or not torch.compiler.is_compiling():
         return F.dropout(states, p, dropout.training)  # the module itself may be asked only once by torch's tracker

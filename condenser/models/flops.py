@@ -1,6 +1,6 @@
 """Floating-point operations of a Condenser, counted from shapes, and what devices can do.
 
-Legend: H hidden size, I intermediate size, V vocabulary.
+Legend: H hidden size, I intermediate size, V vocabulary, E width of the embeddings.
 """
 
 from typing import Any, NamedTuple
@@ -28,6 +28,7 @@ BF16_PEAKS = {  # dense bf16 TFLOP/s of data sheets, by what the device's name c
 }
 
 
+GATED = ("modernbert",)
 TOKENS_AT_ONCE = 65_536  # of a pass, which keep any GPU busy
 
 
@@ -47,16 +48,39 @@ class Work(NamedTuple):
         return cls(n["n_tokens"], n["pairs"], n["n_sequences"] + n["n_masked"], n["query_pairs"], n["n_masked"])
 
 
+class Sizes(NamedTuple):
+    """Of a model, whatever its configuration calls them."""
+
+    h: int
+    i: int
+    v: int
+    e: int
+    layers: int
+
+    @classmethod
+    def of(cls, config: Any) -> "Sizes":
+        h = config.hidden_size
+        i = getattr(config, "intermediate_size", None) or config.hidden_dim
+        i = i * 3 // 2 if config.model_type in GATED else i  # three matrices instead of two
+        return cls(h, i, config.vocab_size, getattr(config, "embedding_size", h), config.num_hidden_layers)
+
+    @property
+    def scored(self) -> int:
+        """Operations of the MLM head at a position."""
+        return 2 * self.h * self.e + 2 * self.e * self.v
+
+
 def training_flops(config: Any, n_head_layers: int, late_mlm: bool, work: Work) -> float:
     """Operations (a multiplication and an addition are two) of matrix products, forward and backward: three times the
     forward pass. Embeddings, normalisation and the like are left out; so is what gradient checkpointing repeats."""
-    h, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    sizes = Sizes.of(config)
+    h, i = sizes.h, sizes.i
     whole = (8 * h * h + 4 * h * i) * work.tokens + 4 * h * work.pairs
     last = 4 * h * h * work.tokens + (4 * h * h + 4 * h * i) * work.queries + 4 * h * work.query_pairs
     n_last = 1 + (n_head_layers > 0)
     n_streams = late_mlm + (n_head_layers > 0)
-    scored = n_streams * work.masked * (2 * h * h + 2 * h * v)
-    return 3.0 * ((config.num_hidden_layers + n_head_layers - n_last) * whole + n_last * last + scored)
+    scored = n_streams * work.masked * sizes.scored
+    return 3.0 * ((sizes.layers + n_head_layers - n_last) * whole + n_last * last + scored)
 
 
 def bf16_peak(device_name: str) -> float | None:
@@ -73,7 +97,7 @@ def affordable_tokens(
     ``checkpointing``), and logits of a ``vocabulary_share`` of the tokens (15 % in two streams); of each weight, 20
     bytes.
     """
-    h, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
-    layer, weights = 24 * h + 6 * i, n_layers * (4 * h * h + 2 * h * i) + v * h
+    h, i, v, e, _ = Sizes.of(config)
+    layer, weights = 24 * h + 6 * i, n_layers * (4 * h * h + 2 * h * i) + v * e
     kept = 2 * h * n_layers + layer if checkpointing else n_layers * layer
     return int(max(1, min(TOKENS_AT_ONCE, (0.8 * memory - 20 * weights) / (kept + vocabulary_share * v * 10))))

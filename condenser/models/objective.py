@@ -108,14 +108,14 @@ class Objective(nn.Module):
             last states ``[T, H]``, or ``[Q, H]`` where ``pruned``; early ones ``[T, H]``; the sequences.
         """
         early = late = self.backbone.embed(batch["input_ids"], batch["position_ids"], batch.get("token_type_ids"))
-        attention_dropout = self.lm.config.attention_probs_dropout_prob if self.training else 0.0
-        where = sequences_of(batch, late.dtype, attention_dropout)
+        attention_dropout = self.backbone.attention_dropout if self.training else 0.0
+        where = sequences_of(batch, late, attention_dropout)
         layers = self.backbone.layers
         for depth, layer in enumerate(layers, start=1):
             late = self.run(layer, late, where, at_queries=pruned and depth == len(layers))
             if depth == keep:
                 early = late
-        return late, early, where
+        return self.backbone.last(late), early, where
 
     def cls_of(self, late: Tensor, batch: dict[str, Any], pruned: bool = True) -> Tensor:
         """The [CLS] states ``[B, H]`` among the last ones."""
@@ -149,9 +149,9 @@ class Objective(nn.Module):
             return checkpoint(run, *arguments, use_reentrant=False)
         return run(*arguments)
 
-    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds) -> Tensor:
+    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         """A layer whose queries are those states ``[T, H]`` and whose keys and values are these."""
-        arguments = (layer, query, context, rows)
+        arguments = (layer, query, context, rows, position_ids)
         if self.gradient_checkpointing and self.training:
             return checkpoint(self.backbone.run_between, *arguments, use_reentrant=False)
         return self.backbone.run_between(*arguments)

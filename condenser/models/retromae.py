@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from condenser.models.attention import Bounds, bounds_of, take
-from condenser.models.flops import Work, training_flops
+from condenser.models.flops import Sizes, Work, training_flops
 from condenser.models.losses import at_least_fp32, logits_of
 from condenser.models.objective import Objective, Term, identity
 
@@ -88,7 +88,8 @@ class RetroMAE(Objective):
         context = torch.where((position_ids == 0)[:, None], of_token, context)
         query = of_token + self.backbone.position_states(position_ids).to(of_token.dtype)
         seen = self.seen(batch["keys"], rows)
-        return self.run_between(self.decoder, query, context, rows._replace(mask=seen))
+        seeing = rows._replace(mask=seen)
+        return self.backbone.last(self.run_between(self.decoder, query, context, seeing, position_ids))
 
     def seen(self, keys: Tensor, rows: Bounds) -> Tensor:
         """Which positions each position sees ``[B, 1, L, L]``: the first, and others by a hash of ``keys`` ``[B]``."""
@@ -100,11 +101,11 @@ class RetroMAE(Objective):
         return (chosen | (position == 0))[:, None]
 
     def flops(self, work: Work) -> float:
-        config = self.lm.config
-        h, i, v = config.hidden_size, config.intermediate_size, config.vocab_size
+        sizes = Sizes.of(self.lm.config)
+        h, i = sizes.h, sizes.i
         decoder = (8 * h * h + 4 * h * i) * work.tokens + 4 * h * work.pairs
         ordinary = work.tokens - 2 * (work.queries - work.masked)
-        return training_flops(config, 0, True, work) + 3.0 * (decoder + ordinary * (2 * h * h + 2 * h * v))
+        return training_flops(self.lm.config, 0, True, work) + 3.0 * (decoder + ordinary * sizes.scored)
 
 
 class DupMAE(RetroMAE):
@@ -150,10 +151,9 @@ class DupMAE(RetroMAE):
 
     def flops(self, work: Work) -> float:
         config = self.lm.config
-        h, v = config.hidden_size, config.vocab_size
         everywhere = work._replace(queries=work.tokens, query_pairs=work.pairs)
         last = training_flops(config, 0, False, everywhere) - training_flops(config, 0, False, work)
-        return super().flops(work) + last + 3.0 * work.tokens * (2 * h * h + 2 * h * v)
+        return super().flops(work) + last + 3.0 * work.tokens * Sizes.of(config).scored
 
 
 def mixed(x: Tensor) -> Tensor:

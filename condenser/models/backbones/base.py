@@ -24,6 +24,7 @@ class Backbone(ABC):
     """A masked LM, taken apart; the parts are its own modules, not copies."""
 
     model_types: ClassVar[tuple[str, ...]] = ()  # Hugging Face's names
+    other_names: ClassVar[dict[str, str]] = {}  # of settings, by BERT's; a recipe means the same whatever the family
 
     def __init__(self, lm: PreTrainedModel):
         self.lm: Any = lm
@@ -33,8 +34,18 @@ class Backbone(ABC):
     def embeddings(self) -> nn.Module: ...
 
     @property
+    def below(self) -> list[nn.Module]:
+        """What comes before the first layer."""
+        return [self.embeddings]
+
+    @property
     @abstractmethod
     def layers(self) -> nn.ModuleList: ...
+
+    @property
+    @abstractmethod
+    def attention_dropout(self) -> float:
+        """Of what each position sees, in training."""
 
     @property
     @abstractmethod
@@ -54,9 +65,13 @@ class Backbone(ABC):
         """What stands for positions ``[T]`` in the embeddings: ``[T, H]``."""
 
     @abstractmethod
-    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds) -> Tensor:
+    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         """A layer's output ``[T, H]`` where its queries are other states than its keys and values, ``[T, H]`` each, and
         the ``rows`` say by their mask which of these each query sees."""
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """``[Q, H]`` -> ``[Q, H]``: what comes after the last layer, and after those of a head."""
+        return hidden
 
     @abstractmethod
     def transform(self, hidden: Tensor) -> Tensor:
@@ -113,7 +128,7 @@ def depths(lm: PreTrainedModel) -> dict[nn.Parameter, int]:
     """How far each weight lies below the MLM head: 1 for the last layer's, N + 1 for the embeddings'."""
     backbone = backbone_of(lm)
     found = dict.fromkeys(lm.parameters(), 0)
-    for below, layer in enumerate([*reversed(backbone.layers), backbone.embeddings], start=1):
+    for below, layer in enumerate([*reversed(backbone.layers), nn.ModuleList(backbone.below)], start=1):
         found |= dict.fromkeys(layer.parameters(), below)
     return found
 
@@ -133,7 +148,7 @@ def prepare_layers(lm: PreTrainedModel, freeze_embeddings: bool, freeze_layers: 
         for parameter in layer.parameters():
             parameter._is_hf_initialized = False  # type: ignore[attr-defined]  # else loaded weights are left alone
         layer.apply(lm._init_weights)
-    for kept in [*([backbone_of(lm).embeddings] if freeze_embeddings else []), *layers[:freeze_layers]]:
+    for kept in [*(backbone_of(lm).below if freeze_embeddings else []), *layers[:freeze_layers]]:
         kept.requires_grad_(False)
 
 
@@ -178,6 +193,9 @@ def changed_config(backbone: str, settings: dict[str, Any]) -> PretrainedConfig:
     except ValueError as error:
         line = str(error).splitlines()[0]
         raise ValueError(f"no configuration could be loaded from {backbone!r}: {line}") from None
+    family = families().get(config.model_type, Backbone)
+    names = {**config.attribute_map, **family.other_names}
+    settings = {names.get(key, key): value for key, value in settings.items()}
     check_settings(settings, config)
     for key, value in settings.items():
         setattr(config, key, value)

@@ -1,19 +1,38 @@
-"""BERT's kind: post-norm layers with absolute positions (BERT, RoBERTa, XLM-RoBERTa, CamemBERT).
+"""BERT's kind: post-norm layers with absolute positions. BERT, RoBERTa, XLM-RoBERTa and CamemBERT are here; DistilBERT
+and ELECTRA, which have other names for some parts, in files of their own.
 
 States between layers are of autocast's type; LayerNorm and the residual before it are computed in fp32 under it.
 
 Legend: T tokens, Q queries, H hidden size, A attention heads, D their size.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import Bounds, Sequences, attend, attend_within, take
+from condenser.models.attention import Bounds, Sequences, attend, attend_within, state_type, take
 from condenser.models.backbones.base import Backbone
 from condenser.models.dropout import drop
+
+
+class Parts(NamedTuple):
+    """The modules of a layer: attention, and what is done to each position after it."""
+
+    query: Any
+    key: Any
+    value: Any
+    out: Any
+    out_norm: Any
+    wide: Any
+    act: Any
+    narrow: Any
+    narrow_norm: Any
+    head_size: int
+    dropout: Any  # of what attention sees
+    out_dropout: Any = None
+    narrow_dropout: Any = None
 
 
 class Bert(Backbone):
@@ -31,41 +50,50 @@ class Bert(Backbone):
     def decoder(self) -> nn.Linear:
         return self.lm.cls.predictions.decoder
 
+    @property
+    def attention_dropout(self) -> float:
+        return self.parts(self.layers[0]).dropout.p
+
+    def parts(self, layer: Any) -> Parts:
+        of, out, wide, narrow = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        return Parts(
+            *(of.query, of.key, of.value, out.dense, out.LayerNorm),
+            *(wide.dense, wide.intermediate_act_fn, narrow.dense, narrow.LayerNorm),
+            *(of.attention_head_size, of.dropout, out.dropout, narrow.dropout),
+        )
+
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         parts = self.embeddings
-        types = parts.token_type_embeddings
-        hidden = embedded(input_ids, parts.word_embeddings) + self.position_states(position_ids)
-        hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
+        hidden = embedded(input_ids, parts.word_embeddings) + self.of_positions(position_ids)
+        if (types := getattr(parts, "token_type_embeddings", None)) is not None:
+            hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
+        elif token_type_ids is not None:
+            raise ValueError(f"token_type_ids are nothing that a {self.lm.config.model_type} takes")
         hidden = norm(hidden, parts.LayerNorm).to(state_type(hidden))
         return drop(hidden, parts.dropout)
 
-    def position_states(self, position_ids: Tensor) -> Tensor:
+    def of_positions(self, position_ids: Tensor) -> Tensor:
         return embedded(position_ids, self.embeddings.position_embeddings)
+
+    def position_states(self, position_ids: Tensor) -> Tensor:
+        return self.of_positions(position_ids)
 
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
         if at_queries:
             return self.between(layer, take(hidden, where.query_index), hidden, where.queries, where.keys)
-        attention = layer.attention.self
-        states = linear(hidden, attention.query, attention.key, attention.value)
-        states = states.unflatten(-1, (3, -1, attention.attention_head_size))  # [T, 3, A, D]
-        return self.mixed(layer, hidden, attend_within(states, where.keys, dropped_share(layer)))
+        parts = self.parts(layer)
+        states = linear(hidden, parts.query, parts.key, parts.value)
+        states = states.unflatten(-1, (3, -1, parts.head_size))  # [T, 3, A, D]
+        return finished(parts, hidden, attend_within(states, where.keys, share_dropped(parts)))
 
-    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds) -> Tensor:
+    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         return self.between(layer, query, context, rows, rows)
 
     def between(self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds) -> Tensor:
-        attention = layer.attention.self
-        query = linear(own, attention.query).unflatten(-1, (-1, attention.attention_head_size))  # [Q, A, D]
-        key_value = linear(context, attention.key, attention.value)
-        key_value = key_value.unflatten(-1, (2, -1, attention.attention_head_size))  # [T, 2, A, D]
-        return self.mixed(layer, own, attend(query, key_value, queries, keys, dropped_share(layer)))
-
-    def mixed(self, layer: Any, own: Tensor, attended: Tensor) -> Tensor:
-        """The output ``[Q, H]`` of a layer for states ``own`` ``[Q, H]`` and what they saw, ``[Q, A, D]``."""
-        of_heads = layer.attention.output
-        hidden = added(own, drop(linear(attended.flatten(1), of_heads.dense), of_heads.dropout), of_heads.LayerNorm)
-        wide = layer.intermediate.intermediate_act_fn(linear(hidden, layer.intermediate.dense))
-        return added(hidden, drop(linear(wide, layer.output.dense), layer.output.dropout), layer.output.LayerNorm)
+        parts = self.parts(layer)
+        query = linear(own, parts.query).unflatten(-1, (-1, parts.head_size))  # [Q, A, D]
+        key_value = linear(context, parts.key, parts.value).unflatten(-1, (2, -1, parts.head_size))  # [T, 2, A, D]
+        return finished(parts, own, attend(query, key_value, queries, keys, share_dropped(parts)))
 
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.cls.predictions.transform
@@ -79,8 +107,8 @@ class Roberta(Bert):
     def decoder(self) -> nn.Linear:
         return self.lm.lm_head.decoder
 
-    def position_states(self, position_ids: Tensor) -> Tensor:
-        return super().position_states(position_ids + self.first_position(self.lm.config))
+    def of_positions(self, position_ids: Tensor) -> Tensor:
+        return super().of_positions(position_ids + self.first_position(self.lm.config))
 
     @classmethod
     def first_position(cls, config: Any) -> int:
@@ -111,16 +139,16 @@ def norm(hidden: Tensor, layer: Any) -> Tensor:
     return F.layer_norm(hidden.to(layer.weight.dtype), layer.normalized_shape, layer.weight, layer.bias, layer.eps)
 
 
-def dropped_share(layer: Any) -> float:
-    """Of what a layer's attention sees."""
-    return layer.attention.self.dropout.p if layer.training else 0.0
+def finished(parts: Parts, own: Tensor, attended: Tensor) -> Tensor:
+    """The output ``[Q, H]`` of a layer for states ``own`` ``[Q, H]`` and what they saw, ``[Q, A, D]``."""
+    hidden = added(own, drop(linear(attended.flatten(1), parts.out), parts.out_dropout), parts.out_norm)
+    wide = parts.act(linear(hidden, parts.wide))
+    return added(hidden, drop(linear(wide, parts.narrow), parts.narrow_dropout), parts.narrow_norm)
+
+
+def share_dropped(parts: Parts) -> float:
+    return parts.dropout.p if parts.dropout.training else 0.0
 
 
 def added(hidden: Tensor, more: Tensor, layer: Any) -> Tensor:
     return norm(hidden + more, layer).to(hidden.dtype)
-
-
-def state_type(hidden: Tensor) -> torch.dtype:
-    """Of what lies between layers."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype

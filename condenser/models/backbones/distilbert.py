@@ -1,0 +1,37 @@
+"""DistilBERT: BERT's layers under other names, without token types, and without dropout after attention."""
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from condenser.models.backbones.bert import Bert, Parts, linear, norm
+
+
+class DistilBert(Bert):
+    model_types = ("distilbert",)
+    other_names: ClassVar[dict[str, str]] = {
+        "attention_probs_dropout_prob": "attention_dropout",
+        "hidden_dropout_prob": "dropout",
+        "intermediate_size": "hidden_dim",
+        "hidden_act": "activation",
+    }
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.lm.distilbert.transformer.layer
+
+    @property
+    def decoder(self) -> nn.Linear:
+        return self.lm.vocab_projector
+
+    def parts(self, layer: Any) -> Parts:
+        of, after = layer.attention, layer.ffn
+        return Parts(
+            *(of.q_lin, of.k_lin, of.v_lin, of.out_lin, layer.sa_layer_norm),
+            *(after.lin1, after.activation, after.lin2, layer.output_layer_norm),
+            *(of.attention_head_size, of.dropout, None, after.dropout),
+        )
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        lm = self.lm
+        return norm(lm.activation(linear(hidden, lm.vocab_transform)), lm.vocab_layer_norm).to(hidden.dtype)

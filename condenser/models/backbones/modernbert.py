@@ -1,0 +1,116 @@
+"""ModernBERT: norms before attention and before what follows it, rotated positions, gated layers, most of which see a
+window alone.
+
+States between layers are a sum that nothing norms, and stay in fp32; a last norm comes after the last layer. A head's
+layers see everything, whatever the layers of the backbone do.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condenser.models.attention import Bounds, Sequences, attend, attend_within, take
+from condenser.models.backbones.base import Backbone
+from condenser.models.backbones.bert import embedded, linear, norm
+from condenser.models.dropout import drop
+
+
+class ModernBert(Backbone):
+    model_types = ("modernbert",)
+    other_names: ClassVar[dict[str, str]] = {
+        "attention_probs_dropout_prob": "attention_dropout",
+        "hidden_act": "hidden_activation",
+    }
+
+    @property
+    def embeddings(self) -> Any:
+        return self.lm.model.embeddings
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.lm.model.layers
+
+    @property
+    def decoder(self) -> nn.Linear:
+        return self.lm.decoder
+
+    @property
+    def attention_dropout(self) -> float:
+        return self.lm.config.attention_dropout
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        if token_type_ids is not None:
+            raise ValueError("token_type_ids are nothing that a modernbert takes")
+        hidden = norm(embedded(input_ids, self.embeddings.tok_embeddings), self.embeddings.norm)
+        return drop(hidden, self.embeddings.drop)
+
+    def position_states(self, position_ids: Tensor) -> Tensor:
+        """None: positions turn queries and keys."""
+        return self.embeddings.tok_embeddings.weight.new_zeros(len(position_ids), self.lm.config.hidden_size)
+
+    def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
+        if at_queries:
+            own, at = (take(each, where.query_index) for each in (hidden, where.position_ids))
+            return self.between(layer, own, hidden, where.queries, where.keys, at, where.position_ids)
+        turned = linear(norm_before(layer, hidden), layer.attn.Wqkv).unflatten(-1, (3, -1, layer.attn.head_dim))
+        query, key, value = turned.unbind(1)
+        query, key = (self.rotated(layer, each, where.position_ids) for each in (query, key))
+        states = torch.stack([query, key, value], dim=1)  # [T, 3, A, D]
+        return self.finished(layer, hidden, attend_within(states, where.keys, dropped(layer), window_of(layer)))
+
+    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
+        return self.between(layer, query, context, rows, rows, position_ids, position_ids)
+
+    def between(
+        self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds, at: Tensor, position_ids: Tensor
+    ) -> Tensor:
+        both, size, width = layer.attn.Wqkv, layer.attn.head_dim, self.lm.config.hidden_size
+        weight, weights = both.weight.split([width, 2 * width])
+        bias, biases = (None, None) if both.bias is None else both.bias.split([width, 2 * width])
+        query = F.linear(norm_before(layer, own), weight, bias).unflatten(-1, (-1, size))  # [Q, A, D]
+        states = F.linear(norm_before(layer, context), weights, biases).unflatten(-1, (2, -1, size))
+        key = self.rotated(layer, states[:, 0], position_ids)
+        key_value = torch.stack([key, states[:, 1]], dim=1)  # [T, 2, A, D]
+        query = self.rotated(layer, query, at)
+        return self.finished(layer, own, attend(query, key_value, queries, keys, dropped(layer), window_of(layer), at))
+
+    def rotated(self, layer: Any, states: Tensor, position_ids: Tensor) -> Tensor:
+        """``[T, A, D]``, turned by positions ``[T]``, in fp32."""
+        cos, sin = self.lm.model.rotary_emb(states.float(), position_ids[None], layer.attention_type)
+        one, other = states.float().chunk(2, dim=-1)
+        turned = states.float() * cos[0, :, None] + torch.cat([-other, one], dim=-1) * sin[0, :, None]
+        return turned.to(states.dtype)
+
+    def finished(self, layer: Any, own: Tensor, attended: Tensor) -> Tensor:
+        of_heads, mlp = layer.attn, layer.mlp
+        out = linear(attended.flatten(1), of_heads.Wo)
+        hidden = own + (drop(out, of_heads.out_drop) if isinstance(of_heads.out_drop, nn.Dropout) else out)
+        wide, gate = linear(norm(hidden, layer.mlp_norm), mlp.Wi).chunk(2, dim=-1)
+        return hidden + linear(drop(mlp.act(wide) * gate, mlp.drop), mlp.Wo)
+
+    def last(self, hidden: Tensor) -> Tensor:
+        return norm(hidden, self.lm.model.final_norm)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        head = self.lm.head
+        return norm(head.act(linear(hidden, head.dense)), head.norm)
+
+    def fresh_layer(self) -> nn.Module:
+        layer: Any = type(self.layers[0])(self.lm.config, min(1, len(self.layers) - 1))  # the first has no norm before
+        layer.attention_type, layer.attn.sliding_window = "full_attention", None
+        return layer
+
+
+def norm_before(layer: Any, hidden: Tensor) -> Tensor:
+    return hidden if isinstance(layer.attn_norm, nn.Identity) else norm(hidden, layer.attn_norm)
+
+
+def dropped(layer: Any) -> float:
+    return layer.attn.attention_dropout if layer.training else 0.0
+
+
+def window_of(layer: Any) -> int | None:
+    """How far a position sees to either side."""
+    return None if layer.attn.sliding_window is None else layer.attn.sliding_window - 1

@@ -1,0 +1,324 @@
+"""Every family of backbones: states, losses and gradients are those of Hugging Face's own modules, dense and padded."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_model import tiny_batch, tiny_config
+from test_objectives import close
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
+    DistilBertConfig,
+    DistilBertForMaskedLM,
+    ElectraConfig,
+    ElectraForMaskedLM,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+)
+from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
+
+from condenser.cli import main
+from condenser.hub import load_export
+from condenser.models.backbones.base import backbone_of, depths, prepare_layers
+from condenser.models.cocondenser import CoCondenser
+from condenser.models.condenser import Condenser
+from condenser.models.losses import pair_losses, pair_scores
+from condenser.models.objective import flattened
+from condenser.models.retromae import RetroMAE
+from condenser.runs import checkpoints
+from condenser.training.step import inputs_of, pass_loss
+
+
+def distilbert(dropout):
+    names = {"dim": 32, "n_layers": 4, "n_heads": 4, "hidden_dim": 48, "attention_dropout": 0.0, "dropout": dropout}
+    return DistilBertForMaskedLM(DistilBertConfig(vocab_size=90, max_position_embeddings=40, **names))
+
+
+def electra(dropout, width):
+    dry = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0, "embedding_size": width}
+    return ElectraForMaskedLM(tiny_config(ElectraConfig, **dry))
+
+
+def modernbert(dropout, **settings):
+    """A full layer, two that see 4 tokens to either side, and so on; the last sees a window in some."""
+    names = dict.fromkeys(("attention_dropout", "embedding_dropout", "mlp_dropout"), dropout)
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 48}
+    special = dict.fromkeys(("bos_token_id", "cls_token_id", "sep_token_id", "eos_token_id"), 3) | {"pad_token_id": 1}
+    more = {"max_position_embeddings": 40, "local_attention": 8, "num_hidden_layers": 4, **settings}
+    return ModernBertForMaskedLM(ModernBertConfig(**sizes, **special, **names, **more))
+
+
+FAMILIES = {
+    "distilbert": distilbert,
+    "electra": lambda dropout: electra(dropout, 16),
+    "electra, wide": lambda dropout: electra(dropout, 32),
+    "modernbert": modernbert,
+    "modernbert, window last": lambda dropout: modernbert(
+        dropout, num_hidden_layers=5, attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True
+    ),
+}
+family = pytest.mark.parametrize("family", FAMILIES)
+HEADS = {  # Hugging Face's MLM head, states to logits
+    "distilbert": lambda lm, h: lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(h)))),
+    "electra": lambda lm, h: lm.generator_lm_head(lm.generator_predictions(h)),
+    "modernbert": lambda lm, h: lm.decoder(lm.head(h)),
+}
+LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1, 1, L] is true
+    "distilbert": lambda lm, layer, h, mask: layer(h, mask),
+    "electra": lambda lm, layer, h, mask: layer(h, mask),
+    "modernbert": lambda lm, layer, h, mask: layer(h, mask, turns_of(lm, h)),
+}
+
+
+def turns_of(lm, h):
+    return lm.model.rotary_emb(h, torch.arange(h.shape[1])[None], "full_attention")
+
+
+def normed(lm, h):
+    """What comes after the last layer."""
+    return lm.model.final_norm(h) if kind(lm) == "modernbert" else h
+
+
+def lm_of(name, dropout=0.0):
+    torch.manual_seed(0)
+    lm = FAMILIES[name](dropout).double().eval()
+    with torch.no_grad():
+        for weight in lm.parameters():
+            weight.mul_(3.0)  # attention is far from even
+    return lm
+
+
+def kind(lm):
+    return lm.config.model_type
+
+
+def states_of(lm, batch, skip_from):
+    """Embeddings, early and late states by Hugging Face's forward pass."""
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    every = lm.base_model(**inputs, output_hidden_states=True).hidden_states
+    return every[skip_from], every[-1]
+
+
+def dense_condenser(model, batch):
+    """Late and head losses, every position of every row computed, and the late states."""
+    early, late = states_of(model.lm, batch, model.skip_from)
+    head = torch.cat([late[:, :1], early[:, 1:]], dim=1)
+    for layer in model.c_head:
+        head = LAYERS[kind(model.lm)](model.lm, layer, head, batch["attention_mask"][:, None, None].bool())
+    logits = (HEADS[kind(model.lm)](model.lm, states) for states in (late, normed(model.lm, head)))
+    losses = [F.cross_entropy(each.flatten(0, 1), batch["labels"].flatten()) for each in logits]
+    return losses, late
+
+
+def rounding(family):
+    return 1e-7 if "modernbert" in family else 1e-10  # Hugging Face turns queries and keys in fp32
+
+
+def gradients_of(loss, model):
+    found = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
+
+
+@family
+@pytest.mark.parametrize("pruned", [True, False])
+def test_condensers_losses_and_gradients_are_those_of_whole_padded_rows(family, pruned):
+    lm, batch = lm_of(family), tiny_batch()
+    model = Condenser(lm, skip_from=2, pruned=pruned).double().eval()
+    out = model(**batch)
+    (late, head), states = dense_condenser(model, batch)
+    assert out.mlm_loss.item() == pytest.approx(late.item(), rel=1e-10)
+    assert out.head_mlm_loss.item() == pytest.approx(head.item(), rel=1e-10)
+    assert late.item() == pytest.approx(lm(**batch).loss.item(), rel=1e-6)  # theirs, of which some are in fp32
+    if not pruned:
+        real = batch["attention_mask"].bool()
+        torch.testing.assert_close(out.last_hidden_state[real], states[real])
+    found, expected = gradients_of(out.loss, model), gradients_of(late + head, model)
+    assert all(gradient.any() for gradient in expected[:3])
+    close(found, expected, rounding(family))
+
+
+@family
+def test_cocondensers_contrast_is_over_hugging_faces_cls(family):
+    batch = {name: values[:4] for name, values in tiny_batch().items()}
+    model = CoCondenser(lm_of(family), skip_from=2).double().eval()
+    fields = flattened(model.backbone, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
+    cls, terms = model.cls_and_losses(fields)
+    losses, late = dense_condenser(model, batch)
+    torch.testing.assert_close(cls, late[:, 0])
+    torch.testing.assert_close(model.cls_states(fields), late[:, 0])
+    contrasts = [pair_losses(pair_scores(vectors))[0].sum() for vectors in (cls, late[:, 0])]
+    found = contrasts[0] + sum(term.sum for term in terms.values()) / fields["n_masked"]
+    close(gradients_of(found, model), gradients_of(contrasts[1] + sum(losses), model), rounding(family))
+
+
+def attention_of(lm, layer):
+    """Query, key and value projections, the number of heads, and what a layer does after attention."""
+    if kind(lm) == "distilbert":
+        own = layer.attention
+
+        def after(context, h):
+            h = layer.sa_layer_norm(own.out_lin(context) + h)
+            return layer.output_layer_norm(layer.ffn(h) + h)
+
+        return own.q_lin, own.k_lin, own.v_lin, own.n_heads, after
+    if kind(lm) == "modernbert":
+        width = lm.config.hidden_size
+        parts = layer.attn.Wqkv.weight.split(width)
+        biases = (None,) * 3 if layer.attn.Wqkv.bias is None else layer.attn.Wqkv.bias.split(width)
+
+        def of(part):
+            return lambda h: F.linear(layer.attn_norm(h), parts[part], biases[part])
+
+        def after(context, h):
+            h = h + layer.attn.Wo(context)
+            return normed(lm, h + layer.mlp(layer.mlp_norm(h)))
+
+        return of(0), of(1), of(2), lm.config.num_attention_heads, after
+    own = layer.attention.self
+
+    def after(context, h):
+        h = layer.attention.output(context, h)
+        return layer.output(layer.intermediate(h), h)
+
+    return own.query, own.key, own.value, own.num_attention_heads, after
+
+
+def positions_of(lm, n):
+    """What stands for positions in the states before the first layer."""
+    if kind(lm) == "modernbert":
+        return torch.zeros(n, lm.config.hidden_size)
+    states = lm.base_model.embeddings.position_embeddings.weight[:n]
+    return (
+        F.linear(states, lm.electra.embeddings_project.weight)
+        if hasattr(lm.base_model, "embeddings_project")
+        else states
+    )
+
+
+def embeddings_of(lm, ids):
+    states = lm.base_model.embeddings(ids)
+    return lm.electra.embeddings_project(states) if hasattr(lm.base_model, "embeddings_project") else states
+
+
+@family
+def test_retromaes_decoder_is_the_papers_over_hugging_faces_modules(family):
+    model, batch = RetroMAE(lm_of(family)).double().eval(), tiny_batch()
+    fields = flattened(model.backbone, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
+    fields["keys"] = torch.arange(5) * 7919 + 1
+    original = fields["input_ids"].clone()
+    original[fields["cu_seqlens"][:-1]] = -100
+    fields["original_ids"] = original
+    query, key, value, n_heads, after = attention_of(model.lm, model.decoder)
+    cls, terms = model.cls_and_losses(fields)
+    expected = torch.zeros(())
+    for row, (first, end) in enumerate(itertools.pairwise(fields["cu_seqlens"].tolist())):
+        n, ids = end - first, fields["input_ids"][first:end]
+        h1 = cls[row] + positions_of(model.lm, n)
+        h2 = torch.cat([cls[row][None], embeddings_of(model.lm, ids[None])[0, 1:]])
+        rows = type("Rows", (), {"longest": n, "mask": torch.ones(1, 1, 1, n, dtype=torch.bool)})
+        seen = model.seen(fields["keys"][row : row + 1], rows)[0, 0]
+        q, k, v = (part(h).view(n, n_heads, -1) for part, h in ((query, h1), (key, h2), (value, h2)))
+        if kind(model.lm) == "modernbert":
+            q, k = apply_rotary_pos_emb(q[None], k[None], *turns_of(model.lm, h1[None]), unsqueeze_dim=2)
+            q, k = q[0], k[0]
+        scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5
+        share = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out = after(torch.einsum("hij,jhd->ihd", share, v).flatten(1), h1)
+        logits = HEADS[kind(model.lm)](model.lm, out[1:])
+        expected = expected + F.cross_entropy(logits, ids[1:], reduction="sum")
+    assert terms["decoder"].sum.item() == pytest.approx(expected.item(), rel=1e-10)
+    close(gradients_of(terms["decoder"].sum, model), gradients_of(expected, model), rounding(family))
+
+
+@family
+def test_dropout_is_where_hugging_face_has_it(family):
+    """As many draws of as many values, so that the same seed drops the same ones in one row without padding."""
+    lm, batch = lm_of(family, dropout=0.3), tiny_batch(rows=1)
+    batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    model = Condenser(lm, n_head_layers=0, pruned=False).double().train()
+    torch.manual_seed(5)
+    ours = model(**batch).last_hidden_state
+    torch.manual_seed(5)
+    theirs = lm.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+    torch.testing.assert_close(ours, theirs)
+    assert model.has_dropout
+
+
+@family
+def test_weights_are_frozen_drawn_anew_and_ranked_by_depth(family):
+    lm = lm_of(family)
+    found, n = depths(lm), len(backbone_of(lm).layers)
+    (words,) = (p for p in lm.parameters() if p is backbone_of(lm).decoder.weight)
+    assert found[words] == n + 1
+    assert {*found.values()} == {*range(n + 2)}
+    assert all(found[p] == n + 1 for module in backbone_of(lm).below for p in module.parameters())
+    head = [name for name, p in lm.named_parameters() if found[p] == 0 and "final_norm" not in name]
+    assert head
+    assert not any(name.startswith(lm.base_model_prefix) for name in head)
+    before = {name: p.clone() for name, p in lm.named_parameters()}
+    prepare_layers(lm, freeze_embeddings=True, freeze_layers=1, reinit_layers=2)
+    frozen = {name for name, p in lm.named_parameters() if not p.requires_grad}
+    assert frozen == {name for name, p in lm.named_parameters() if found[p] in (n, n + 1)}
+    changed = {name for name, p in lm.named_parameters() if not torch.equal(p, before[name])}
+    assert {name for name in changed if name.endswith("weight")} >= {
+        name for name, p in lm.named_parameters() if found[p] in (1, 2) and p.ndim == 2
+    }
+    assert changed <= {name for name, p in lm.named_parameters() if found[p] in (1, 2)}
+
+
+@pytest.mark.parametrize(
+    ("family", "objective"),
+    [
+        ("distilbert", Condenser),
+        ("electra", RetroMAE),
+        ("modernbert, window last", Condenser),
+        ("modernbert", RetroMAE),
+    ],
+)
+def test_compiled_and_in_bf16_a_pass_is_the_same(family, objective):
+    lm, batch = lm_of(family).float(), tiny_batch()
+    model = objective(lm, **({"skip_from": 2} if objective is Condenser else {})).float()
+    fields = flattened(model.backbone, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
+    fields |= {"keys": torch.arange(5) * 7919 + 1, "original_ids": fields["input_ids"]}
+    inputs, scale = inputs_of(fields | {"slots": torch.arange(5)}), torch.full((4,), 0.01)
+    losses = [pass_loss(model, inputs, scale, True).loss]
+    torch._dynamo.reset()
+    compiled = torch.compile(pass_loss, dynamic=False, fullgraph=True, backend="aot_eager")
+    losses.append(compiled(model, inputs, scale, True).loss)
+    with torch.autocast("cpu", torch.bfloat16):
+        losses.append(pass_loss(model, inputs, scale, True).loss)
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-5)
+    assert losses[2].item() == pytest.approx(losses[0].item(), rel=3e-2)
+
+
+@family
+def test_from_text_to_an_export_that_others_load(family, store, recipe, tmp_path, capsys):
+    """With the settings of a recipe for BERT; then training goes on from the export, head included."""
+    lm = FAMILIES[family](0.0)
+    lm.resize_token_embeddings(200)
+    lm.save_pretrained(tmp_path / "start")
+    AutoTokenizer.from_pretrained(store / "tokenizer").save_pretrained(tmp_path / "start")
+    settings = "{attention_probs_dropout_prob: 0.0}"
+    options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--model.backbone_config", settings]
+    options += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
+    assert main(["fit", *options, "--name", "one", "--model.backbone", str(tmp_path / "start")]) == 0
+    export = tmp_path / "export"
+    assert main(["export", str(tmp_path / "one"), "--output", str(export)]) == 0
+    trained = load_export(export)
+    encoder = AutoModel.from_pretrained(export)
+    masked = AutoModelForMaskedLM.from_pretrained(export)
+    batch = tiny_batch()
+    with torch.no_grad():
+        states = masked.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        again = encoder(batch["input_ids"], batch["attention_mask"]).last_hidden_state
+        ours = trained.eval()(**batch)
+    torch.testing.assert_close(again, states)
+    torch.testing.assert_close(ours.mlm_loss, masked.eval()(**batch).loss, rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    assert main(["fit", *options, "--name", "two", "--model.backbone", str(export)]) == 0
+    assert "begins with random weights" not in capsys.readouterr().out
+    start = torch.load(checkpoints(tmp_path / "two")[0], weights_only=True)["state_dict"]
+    assert {name.removeprefix("model.") for name in start} >= {*dict(trained.named_parameters())}
