@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from test_model import tiny_batch, tiny_config
 from test_objectives import close
 from transformers import (
+    AlbertConfig,
+    AlbertForMaskedLM,
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
@@ -17,6 +19,8 @@ from transformers import (
     ElectraForMaskedLM,
     ModernBertConfig,
     ModernBertForMaskedLM,
+    MPNetConfig,
+    MPNetForMaskedLM,
 )
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
@@ -51,7 +55,20 @@ def modernbert(dropout, **settings):
     return ModernBertForMaskedLM(ModernBertConfig(**sizes, **special, **names, **more))
 
 
+def albert(dropout, **settings):
+    dry = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0, "embedding_size": 16}
+    return AlbertForMaskedLM(tiny_config(AlbertConfig, **dry, **settings))
+
+
+def mpnet(dropout):
+    dry = {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0, "pad_token_id": 1}
+    return MPNetForMaskedLM(tiny_config(MPNetConfig, **dry))
+
+
 FAMILIES = {
+    "albert": albert,
+    "albert, two groups": lambda dropout: albert(dropout, num_hidden_groups=2),
+    "mpnet": mpnet,
     "distilbert": distilbert,
     "electra": lambda dropout: electra(dropout, 16),
     "electra, wide": lambda dropout: electra(dropout, 32),
@@ -65,12 +82,20 @@ HEADS = {  # Hugging Face's MLM head, states to logits
     "distilbert": lambda lm, h: lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(h)))),
     "electra": lambda lm, h: lm.generator_lm_head(lm.generator_predictions(h)),
     "modernbert": lambda lm, h: lm.decoder(lm.head(h)),
+    "albert": lambda lm, h: lm.predictions(h),
+    "mpnet": lambda lm, h: lm.lm_head(h),
 }
 LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1, 1, L] is true
     "distilbert": lambda lm, layer, h, mask: layer(h, mask),
     "electra": lambda lm, layer, h, mask: layer(h, mask),
     "modernbert": lambda lm, layer, h, mask: layer(h, mask, turns_of(lm, h)),
+    "albert": lambda lm, layer, h, mask: layer(h, mask),
+    "mpnet": lambda lm, layer, h, mask: layer(h, bias_of(mask), lm.mpnet.encoder.compute_position_bias(h))[0],
 }
+
+
+def bias_of(mask):
+    return torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, -torch.inf)
 
 
 def turns_of(lm, h):
@@ -177,6 +202,22 @@ def attention_of(lm, layer):
             return normed(lm, h + layer.mlp(layer.mlp_norm(h)))
 
         return of(0), of(1), of(2), lm.config.num_attention_heads, after
+    if kind(lm) == "albert":
+        own = layer.attention
+
+        def after(context, h):
+            h = own.LayerNorm(h + own.dense(context))
+            return layer.full_layer_layer_norm(layer.ff_chunk(h) + h)
+
+        return own.query, own.key, own.value, own.num_attention_heads, after
+    if kind(lm) == "mpnet":
+        own = layer.attention.attn
+
+        def after(context, h):
+            h = layer.attention.LayerNorm(own.o(context) + h)
+            return layer.output(layer.intermediate(h), h)
+
+        return own.q, own.k, own.v, own.num_attention_heads, after
     own = layer.attention.self
 
     def after(context, h):
@@ -190,17 +231,20 @@ def positions_of(lm, n):
     """What stands for positions in the states before the first layer."""
     if kind(lm) == "modernbert":
         return torch.zeros(n, lm.config.hidden_size)
-    states = lm.base_model.embeddings.position_embeddings.weight[:n]
-    return (
-        F.linear(states, lm.electra.embeddings_project.weight)
-        if hasattr(lm.base_model, "embeddings_project")
-        else states
-    )
+    first = 2 if kind(lm) == "mpnet" else 0
+    states = lm.base_model.embeddings.position_embeddings.weight[first : first + n]
+    return states if widening_of(lm) is None else F.linear(states, widening_of(lm).weight)
+
+
+def widening_of(lm):
+    if kind(lm) == "albert":
+        return lm.albert.encoder.embedding_hidden_mapping_in
+    return getattr(lm.base_model, "embeddings_project", None)
 
 
 def embeddings_of(lm, ids):
     states = lm.base_model.embeddings(ids)
-    return lm.electra.embeddings_project(states) if hasattr(lm.base_model, "embeddings_project") else states
+    return states if widening_of(lm) is None else widening_of(lm)(states)
 
 
 @family
@@ -225,6 +269,8 @@ def test_retromaes_decoder_is_the_papers_over_hugging_faces_modules(family):
             q, k = apply_rotary_pos_emb(q[None], k[None], *turns_of(model.lm, h1[None]), unsqueeze_dim=2)
             q, k = q[0], k[0]
         scores = torch.einsum("ihd,jhd->hij", q, k) / q.shape[-1] ** 0.5
+        if kind(model.lm) == "mpnet":
+            scores = scores + model.lm.mpnet.encoder.compute_position_bias(h1[None])[0]
         share = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         out = after(torch.einsum("hij,jhd->ihd", share, v).flatten(1), h1)
         logits = HEADS[kind(model.lm)](model.lm, out[1:])
@@ -238,6 +284,7 @@ def test_dropout_is_where_hugging_face_has_it(family):
     """As many draws of as many values, so that the same seed drops the same ones in one row without padding."""
     lm, batch = lm_of(family, dropout=0.3), tiny_batch(rows=1)
     batch["attention_mask"] = torch.ones_like(batch["attention_mask"])
+    batch["input_ids"].clamp_(min=5)  # no padding
     model = Condenser(lm, n_head_layers=0, pruned=False).double().train()
     torch.manual_seed(5)
     ours = model(**batch).last_hidden_state
@@ -250,6 +297,14 @@ def test_dropout_is_where_hugging_face_has_it(family):
 @family
 def test_weights_are_frozen_drawn_anew_and_ranked_by_depth(family):
     lm = lm_of(family)
+    if backbone_of(lm).shares_layers:
+        assert sorted({*depths(lm).values()}) == [0, 1, 2]
+        for settings in ({"freeze_layers": 1, "reinit_layers": 0}, {"freeze_layers": 0, "reinit_layers": 1}):
+            with pytest.raises(ValueError, match="share their weights"):
+                prepare_layers(lm, freeze_embeddings=False, **settings)
+        prepare_layers(lm, freeze_embeddings=True, freeze_layers=0, reinit_layers=0)
+        assert all(not p.requires_grad for module in backbone_of(lm).below for p in module.parameters())
+        return
     found, n = depths(lm), len(backbone_of(lm).layers)
     (words,) = (p for p in lm.parameters() if p is backbone_of(lm).decoder.weight)
     assert found[words] == n + 1
@@ -257,6 +312,7 @@ def test_weights_are_frozen_drawn_anew_and_ranked_by_depth(family):
     assert all(found[p] == n + 1 for module in backbone_of(lm).below for p in module.parameters())
     head = [name for name, p in lm.named_parameters() if found[p] == 0 and "final_norm" not in name]
     assert head
+    head = [name for name in head if "relative_attention_bias" not in name]  # of all layers, as near as the last
     assert not any(name.startswith(lm.base_model_prefix) for name in head)
     before = {name: p.clone() for name, p in lm.named_parameters()}
     prepare_layers(lm, freeze_embeddings=True, freeze_layers=1, reinit_layers=2)

@@ -8,6 +8,7 @@ Legend: B sequences, L positions of a laid-out sequence, T tokens, Q queries (T,
 are read at), A attention heads, D their size, H = A * D.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -103,13 +104,23 @@ def bounds_of(cu_seqlens: Tensor, longest: int, n: int, kernel: bool) -> Bounds:
     return Bounds(bounds, longest, slots, mask)
 
 
-def attend_within(states: Tensor, bounds: Bounds, dropout: float = 0.0, window: int | None = None) -> Tensor:
+ByDistance = Callable[[Tensor], Tensor]
+
+
+def attend_within(
+    states: Tensor,
+    bounds: Bounds,
+    dropout: float = 0.0,
+    window: int | None = None,
+    by_distance: ByDistance | None = None,
+) -> Tensor:
     """Each sequence over itself: queries, keys and values ``[T, 3, A, D]`` -> ``[T, A, D]``."""
     window = window_within(window, bounds)
-    if bounds.slots is None and window is None and is_for(states.device, bounds.longest, states.shape[-1]):
+    plain = window is None and by_distance is None
+    if bounds.slots is None and plain and is_for(states.device, bounds.longest, states.shape[-1]):
         return short_attention(states, bounds.cu_seqlens)
     query, key_value = states.split([1, 2], dim=1)
-    return attend(query.squeeze(1), key_value, bounds, bounds, dropout, window)
+    return attend(query.squeeze(1), key_value, bounds, bounds, dropout, window, by_distance)
 
 
 def attend(
@@ -119,17 +130,21 @@ def attend(
     keys: Bounds,
     dropout: float = 0.0,
     window: int | None = None,
+    by_distance: ByDistance | None = None,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """Each query ``[Q, A, D]`` over the keys and values ``[T, 2, A, D]`` of its own sequence: ``[Q, A, D]``.
 
     Args:
         window: how far it sees to either side; None for everything.
+        by_distance: what is added to scores, ``[..., Q, T]`` of how far keys are behind queries -> ``[..., A, Q, T]``;
+            for which there is no kernel.
         position_ids: of queries ``[Q]``, where they are not all positions.
     """
     window = window_within(window, keys)
     in_order = position_ids is None  # so that the kernel, which counts queries, knows what lies within the window
-    if queries.slots is None and keys.slots is None and (window is None or in_order):
+    has_kernel = by_distance is None and (window is None or in_order)
+    if queries.slots is None and keys.slots is None and has_kernel:
         from torch.nn.attention.varlen import varlen_attn
 
         key, value = key_value.unbind(1)
@@ -138,14 +153,19 @@ def attend(
         attended: Any = varlen_attn(query, key, value, *bounds, **more)
         return attended
     queries, keys = with_slots(queries, len(query)), with_slots(keys, len(key_value))
-    mask = keys.mask
-    if window is not None:
+    mask: Any = keys.mask
+    if window is not None or by_distance is not None:
         places = torch.arange(keys.longest, device=query.device)
         at = places[None] if position_ids is None else laid_out(position_ids, queries)  # [B or 1, Lq]
-        mask = mask & ((at[:, None, :, None] - places).abs() <= window)  # type: ignore[operator]
+        distances = places - at[:, :, None]  # [B or 1, Lq, L]
+        if window is not None:
+            mask = mask & (distances.abs() <= window)[:, None]
+        if by_distance is not None:
+            mask = by_distance(distances).to(query.dtype).masked_fill(~mask, -torch.inf)
     query, key_value, dtype = laid_out(query, queries), laid_out(key_value, keys), query.dtype
     if on_cpu := query.is_cpu and dtype.itemsize == 2:  # whose kernel is slower in half precision
         query, key_value = query.float(), key_value.float()
+        mask = mask.float() if mask.is_floating_point() else mask
     query, key, value = (states.transpose(1, 2) for states in (query, *key_value.unbind(2)))  # [B, A, L, D]
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
         context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)

@@ -51,7 +51,7 @@ def shard(model: Objective, strategy: ModelParallelStrategy) -> None:
     if strategy._save_distributed_checkpoint:
         raise ValueError("trainer.strategy: set save_distributed_checkpoint to false; a checkpoint is one file here")
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # it would matter if they were written to in place
-    for layer in [*model.backbone.layers, *getattr(model, "c_head", ())]:
+    for layer in dict.fromkeys([*model.backbone.layers, *getattr(model, "c_head", ())]):
         fully_shard(layer, mesh=mesh["data_parallel"])
         layer.run = partial(model.backbone.run, layer)
         register_fsdp_forward_method(layer, "run")  # only methods that are known gather weights

@@ -24,6 +24,7 @@ class Backbone(ABC):
     """A masked LM, taken apart; the parts are its own modules, not copies."""
 
     model_types: ClassVar[tuple[str, ...]] = ()  # Hugging Face's names
+    shares_layers = False  # whether layers have weights in common
     other_names: ClassVar[dict[str, str]] = {}  # of settings, by BERT's; a recipe means the same whatever the family
 
     def __init__(self, lm: PreTrainedModel):
@@ -125,10 +126,12 @@ def backbone_of(lm: PreTrainedModel) -> Backbone:
 
 
 def depths(lm: PreTrainedModel) -> dict[nn.Parameter, int]:
-    """How far each weight lies below the MLM head: 1 for the last layer's, N + 1 for the embeddings'."""
+    """How far each weight lies below the MLM head: 1 for the last layer's, N + 1 for the embeddings'. Layers that share
+    weights are one."""
     backbone = backbone_of(lm)
     found = dict.fromkeys(lm.parameters(), 0)
-    for below, layer in enumerate([*reversed(backbone.layers), nn.ModuleList(backbone.below)], start=1):
+    layers = [nn.ModuleList(backbone.layers)] if backbone.shares_layers else [*reversed(backbone.layers)]
+    for below, layer in enumerate([*layers, nn.ModuleList(backbone.below)], start=1):
         found |= dict.fromkeys(layer.parameters(), below)
     return found
 
@@ -143,6 +146,11 @@ def prepare_layers(lm: PreTrainedModel, freeze_embeddings: bool, freeze_layers: 
     if min(freeze_layers, reinit_layers) < 0 or freeze_layers + reinit_layers > len(layers):
         raise ValueError(
             f"freeze_layers={freeze_layers} and reinit_layers={reinit_layers}: the backbone has {len(layers)} layers"
+        )
+    if backbone_of(lm).shares_layers and freeze_layers + reinit_layers:
+        raise ValueError(
+            f"freeze_layers={freeze_layers} and reinit_layers={reinit_layers}: the layers of {lm.config.model_type} "
+            "share their weights"
         )
     for layer in layers[len(layers) - reinit_layers :]:
         for parameter in layer.parameters():

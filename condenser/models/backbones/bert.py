@@ -6,6 +6,7 @@ States between layers are of autocast's type; LayerNorm and the residual before 
 Legend: T tokens, Q queries, H hidden size, A attention heads, D their size.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -78,22 +79,28 @@ class Bert(Backbone):
     def position_states(self, position_ids: Tensor) -> Tensor:
         return self.of_positions(position_ids)
 
+    by_distance: Callable[[Tensor], Tensor] | None = None  # see `attend`
+
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
         if at_queries:
-            return self.between(layer, take(hidden, where.query_index), hidden, where.queries, where.keys)
+            at = take(where.position_ids, where.query_index) if self.by_distance else None
+            return self.between(layer, take(hidden, where.query_index), hidden, where.queries, where.keys, at)
         parts = self.parts(layer)
         states = linear(hidden, parts.query, parts.key, parts.value)
         states = states.unflatten(-1, (3, -1, parts.head_size))  # [T, 3, A, D]
-        return finished(parts, hidden, attend_within(states, where.keys, share_dropped(parts)))
+        return finished(parts, hidden, attend_within(states, where.keys, share_dropped(parts), None, self.by_distance))
 
     def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         return self.between(layer, query, context, rows, rows)
 
-    def between(self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds) -> Tensor:
+    def between(
+        self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds, at: Tensor | None = None
+    ) -> Tensor:
         parts = self.parts(layer)
         query = linear(own, parts.query).unflatten(-1, (-1, parts.head_size))  # [Q, A, D]
         key_value = linear(context, parts.key, parts.value).unflatten(-1, (2, -1, parts.head_size))  # [T, 2, A, D]
-        return finished(parts, own, attend(query, key_value, queries, keys, share_dropped(parts)))
+        attended = attend(query, key_value, queries, keys, share_dropped(parts), None, self.by_distance, at)
+        return finished(parts, own, attended)
 
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.cls.predictions.transform

@@ -74,7 +74,9 @@ class ModernBert(Backbone):
         key = self.rotated(layer, states[:, 0], position_ids)
         key_value = torch.stack([key, states[:, 1]], dim=1)  # [T, 2, A, D]
         query = self.rotated(layer, query, at)
-        return self.finished(layer, own, attend(query, key_value, queries, keys, dropped(layer), window_of(layer), at))
+        return self.finished(
+            layer, own, attend(query, key_value, queries, keys, dropped(layer), window_of(layer), None, at)
+        )
 
     def rotated(self, layer: Any, states: Tensor, position_ids: Tensor) -> Tensor:
         """``[T, A, D]``, turned by positions ``[T]``, in fp32."""

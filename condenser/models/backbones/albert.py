@@ -1,0 +1,52 @@
+"""ALBERT: one layer of BERT's kind (or a few), which is run again and again, over narrow embeddings.
+
+As layers share their weights, none can be frozen, drawn anew, or trained at a rate of its own.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from condenser.models.backbones.bert import Bert, Parts, linear, norm
+
+
+class Albert(Bert):
+    model_types = ("albert",)
+    shares_layers = True
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        config, groups = self.lm.config, self.lm.albert.encoder.albert_layer_groups
+        n, of_groups = config.num_hidden_layers, [group.albert_layers for group in groups]
+        return nn.ModuleList(layer for depth in range(n) for layer in of_groups[depth * len(groups) // n])
+
+    @property
+    def decoder(self) -> nn.Linear:
+        return self.lm.predictions.decoder
+
+    @property
+    def below(self) -> list[nn.Module]:
+        return [*super().below, self.widening]
+
+    @property
+    def widening(self) -> nn.Linear:
+        return self.lm.albert.encoder.embedding_hidden_mapping_in
+
+    def parts(self, layer: Any) -> Parts:
+        of = layer.attention
+        return Parts(
+            *(of.query, of.key, of.value, of.dense, of.LayerNorm),
+            *(layer.ffn, layer.activation, layer.ffn_output, layer.full_layer_layer_norm),
+            *(of.attention_head_size, of.attention_dropout, of.output_dropout),
+        )
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        return linear(super().embed(input_ids, position_ids, token_type_ids), self.widening)
+
+    def position_states(self, position_ids: Tensor) -> Tensor:
+        return F.linear(self.of_positions(position_ids), self.widening.weight)
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        head = self.lm.predictions
+        return norm(head.activation(linear(hidden, head.dense)), head.LayerNorm).to(hidden.dtype)
