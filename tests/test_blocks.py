@@ -173,12 +173,27 @@ def kinds(bert, roberta, sentencepiece):
         found[name].add_special_tokens(["[PAD]", "[UNK]", "[MASK]", "[CLS]"])  # the last is no word of the model
     unigram = json.loads(sentencepiece.to_str())
     unigram["model"]["vocab"] += [["</s>", 0.0], ["▁<s>", 0.0], ["<mask>", 0.0]]
+    spelled = Tokenizer(models.BPE(unk_token="<unk>"))
+    spelled.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>"], vocab_size=80, show_progress=False)
+    spelled.train_from_iterator(["the <s> word</s> <mask> masks , word"] * 50, trainer)  # its merges spell them
+    assert {"<s>", "<mask>"} <= spelled.get_vocab().keys()
+    spelled.add_special_tokens(["<s>", "</s>", "<mask>"])
+    found["BPE that spells them"] = spelled
     found["Unigram"] = Tokenizer.from_str(json.dumps(unigram))
     found["Unigram"].add_special_tokens(["</s>", "▁<s>", "<mask>", "<cls>"])
     return found
 
 
-KINDS = ["bert", "byte-level", "WordPiece between spaces", "word by word", "BPE of whole words", "Unigram"]
+KINDS = [
+    "bert",
+    "byte-level",
+    "WordPiece between spaces",
+    "word by word",
+    "BPE of whole words",
+    "BPE that spells them",
+    "Unigram",
+]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -198,12 +213,55 @@ def test_special_tokens_that_a_text_spells_out_are_text_and_are_counted(kind, ki
     assert plain.ids.tolist() == tokenizer.encode("the word, masks", add_special_tokens=False).ids
 
 
-def test_added_tokens_that_are_not_special_stay_tokens(bert):
-    tokenizer = Tokenizer.from_str(bert.to_str())
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tokens_that_are_not_special_stay_the_tokens_that_they_are(kind, kinds):
+    """Between special ones too, as ModernBERT has them."""
+    tokenizer = Tokenizer.from_str(kinds[kind].to_str())
     tokenizer.add_tokens(["covid-19"])
+    tokenizer.add_special_tokens(["[X1]", "[X2]"])
+    tokenizer.add_tokens(["[unused0]", "New York"])
     encoder = Encoder(tokenizer)
-    assert tokenizer.token_to_id("covid-19") in encoder("The covid-19 virus.").ids
-    assert encoder.n_ids == bert.get_vocab_size() + 1
+    for token in ("covid-19", "[unused0]", "New York"):
+        text = f"the {token} word"
+        assert tokenizer.token_to_id(token) in encoder(text).ids
+        assert encoder(text).ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert encoder.n_ids == 1 + max(tokenizer.get_vocab().values()) >= kinds[kind].get_vocab_size() + 5
+
+
+def test_words_of_a_tokenizer_that_keeps_spaces_are_those_between_spaces(sentencepiece):
+    """Llama's kind, to which a text is one word."""
+    state = json.loads(sentencepiece.to_str()) | {"pre_tokenizer": None}
+    replace = [{"type": "Prepend", "prepend": "\u2581"}]
+    replace += [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
+    state["normalizer"] = {"type": "Sequence", "normalizers": replace}
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    assert {*tokenizer.encode("Attending heads.", add_special_tokens=False).word_ids} == {0}
+    assert words_of("Attending heads. Ranking masks.", Encoder(tokenizer)) == [
+        "Attending",
+        "heads.",
+        "Ranking",
+        "masks.",
+    ]
+
+
+@pytest.mark.parametrize("space", "\u00a0\u3000\u2028\x85")
+@pytest.mark.parametrize("language", ["en", "th", "te"])
+def test_no_space_makes_the_sentence_splitter_panic(space, language):
+    text = f"We chose plan B{space}. It worked. \u00e9{space}A{space}. Yes."
+    bounds = sentence_bounds(text, language)
+    assert bounds[-1] == len(text)
+    assert bounds == sorted(bounds)
+
+
+def test_where_the_sentence_splitter_panics_lines_are_sentences(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics(language, text):
+        raise PanicException
+
+    monkeypatch.setattr("sentencex.get_sentence_boundaries", panics)
+    assert sentence_bounds("One. Two.\nThree.", "en") == [10, 16]
 
 
 @pytest.mark.parametrize("language", ["zh", "ja", "th"])

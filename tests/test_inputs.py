@@ -1,6 +1,8 @@
 """What `--input` may name and hold: nothing is left out in silence, nothing else becomes a document."""
 
+import gzip
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +65,7 @@ def read_from(name):
 def test_a_folder_gives_all_that_can_be_read_and_names_the_rest(folder, store, tmp_path, capsys):
     found, left_out = read_from(folder)
     assert found == [str(folder / name) for name in READ]
-    for part in ("7 hidden, or left behind", "2 no format that is read", "1 .csv, 1 .arrow", "README.txt", "1 empty"):
+    for part in ("8 hidden, or left behind", "2 no format that is read", "1 .csv, 1 .arrow", "README.txt", "1 empty"):
         assert part in left_out
     assert prepare(folder, store / "tokenizer", tmp_path / "out") == 0
     assert read_manifest(tmp_path / "out")["counts"]["documents"] == 11
@@ -86,6 +88,68 @@ def test_a_folder_gives_all_that_can_be_read_and_names_the_rest(folder, store, t
 def test_patterns_are_a_shells_and_names_are_names(pattern, expected, folder):
     found, _ = read_from(folder / pattern)
     assert sorted(found) == sorted(str(folder / name) for name in expected)
+
+
+def test_links_are_followed_once_and_only_hidden_folders_are_left_out(tmp_path, monkeypatch):
+    root = tmp_path / "in"
+    for name in ("in/a.jsonl", "real/b.jsonl", "in/__part/c.jsonl", "in/.hidden/d.jsonl", "in/wiki2/e.jsonl"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        write_jsonl(tmp_path / name, ["text"])
+    (root / "link").symlink_to(tmp_path / "real")
+    (root / "loop").symlink_to(root)
+    (root / "broken.jsonl").symlink_to(tmp_path / "nothing")
+    expected = [root / name for name in ("a.jsonl", "__part/c.jsonl", "link/b.jsonl", "wiki2/e.jsonl")]
+    found, left_out = read_from(root)
+    assert found == [*map(str, expected)]
+    assert "1 hidden" in left_out
+    assert "1 a link to nothing" in left_out
+    for pattern in ("**", "**/*.jsonl"):
+        assert {os.path.realpath(path) for path in read_from(root / pattern)[0]} >= {
+            *map(os.path.realpath, expected[:3])
+        }
+    assert read_from(root / "**/wiki*")[0] == [str(expected[3])]
+
+
+def test_text_is_read_where_the_data_beside_it_are_hidden_or_empty(tmp_path):
+    (tmp_path / "a.txt").write_text("Words.")
+    (tmp_path / ".meta.json").write_text("{}")
+    (tmp_path / "z.json").touch()
+    assert read_from(tmp_path)[0] == [str(tmp_path / "a.txt")]
+
+
+def test_a_file_without_documents_is_named_and_stops_only_where_it_was_named(store, tmp_path, capsys):
+    root = tmp_path / "in"
+    root.mkdir()
+    write_jsonl(root / "a.jsonl", make_documents(3))
+    (root / "b.jsonl").write_text("\n")
+    with gzip.open(root / "c.jsonl.GZ", "wb"):
+        pass
+    assert prepare(root, store / "tokenizer", tmp_path / "out") == 0
+    assert "2 without a document (1 .jsonl, 1 .GZ" in capsys.readouterr().out
+    assert prepare(root / "b.jsonl", store / "tokenizer", tmp_path / "no") == 1
+    assert "holds no documents" in capsys.readouterr().err
+
+
+def test_a_store_among_its_own_input_is_no_input(store, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", make_documents(3))
+    for _ in range(2):
+        assert prepare(tmp_path, store / "tokenizer", tmp_path / "store") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", [[], [""], ""])
+def test_no_name_is_one_line(source, store, tmp_path):
+    with pytest.raises(ValueError, match="--input names nothing"):
+        prepare_from_python(input=source, tokenizer=store / "tokenizer", output=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "setting", [{"kind": "foo"}, {"engine": "foo"}, {"language": "english"}, {"shard": "\u00b2/3"}]
+)
+def test_from_python_settings_are_looked_at_too(setting, store, corpus, tmp_path):
+    (name,) = setting
+    with pytest.raises(ValueError, match=f"--{name}"):
+        prepare_from_python(input=corpus, tokenizer=store / "tokenizer", output=tmp_path / "out", **setting)
 
 
 def test_home_is_known_to_the_name_of_a_file(folder, monkeypatch):
@@ -134,6 +198,23 @@ def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
     assert "none of the inputs is a dataset" in capsys.readouterr().err
 
 
+def test_splits_are_added_one_after_the_other_and_other_data_under_the_same_name_are_other_data(
+    splits, store, tmp_path, monkeypatch, capsys
+):
+    saved, _ = splits
+    for split, options in (("a", []), ("b", ["--append"])):
+        assert prepare(saved, store / "tokenizer", tmp_path / "out", "--split", split, *options) == 0
+    assert read_manifest(tmp_path / "out")["counts"]["documents"] == 9
+    others = datasets.Dataset.from_dict({"text": make_documents(4, seed=7), "id": [1, 2, 3, 4]})
+    (tmp_path / "other").mkdir()
+    others.with_format("numpy", columns=["id"]).save_to_disk(tmp_path / "other" / "saved")
+    monkeypatch.chdir(tmp_path / "other")
+    assert prepare("saved", store / "tokenizer", tmp_path / "out", "--append") == 0
+    assert read_manifest(tmp_path / "out")["counts"]["documents"] == 13
+    write_jsonl(tmp_path / "other/saved/beside.jsonl", ["beside a dataset"])
+    assert [source.kind for source in resolve(["saved"])[0]] == ["folder", "jsonl"]
+
+
 def test_a_saved_dataset_among_other_files_is_read_as_one(splits, tmp_path):
     write_jsonl(tmp_path / "saved.jsonl", ["beside"])
     sources, _ = resolve([str(tmp_path)], split="a")
@@ -173,6 +254,67 @@ def test_line_ends_of_windows_and_byte_order_marks_are_no_tokens(suffix, roberta
         assert prepare(tmp_path / f"{name}{suffix}", roberta, tmp_path / name) == 0
     assert all_tokens(tmp_path / "windows") == all_tokens(tmp_path / "unix")
     assert TokenStore(tmp_path / "unix", "train").lengths.sum() > 0
+
+
+def test_an_id_need_not_be_a_text_and_never_costs_its_document(store, tmp_path):
+    ids = pa.array([bytes(range(240, 256)), bytes(16)], pa.binary(16))
+    pq.write_table(pa.table({"text": make_documents(2), "id": ids}), tmp_path / "binary.parquet")
+    lines = [b'{"id": "\\ud800", "text": "Good text."}', b'{"id": ' + b"7" * 5000 + b', "text": "Good text, too."}']
+    (tmp_path / "lines.jsonl").write_bytes(b"\n".join(lines))
+    for name in ("binary.parquet", "lines.jsonl"):
+        assert prepare(tmp_path / name, store / "tokenizer", tmp_path / f"{name}.out") == 0
+        assert read_manifest(tmp_path / f"{name}.out")["counts"]["kept"] == 2
+
+
+def test_lines_of_old_macs_and_a_mark_before_a_blank_line(store, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"One line.\rAnother.\r\rA second document.\r\r\rA third.\r")
+    (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf\n\nThe first.\n")
+    for name, n in (("a.txt", 3), ("b.txt", 1)):
+        assert prepare(tmp_path / name, store / "tokenizer", tmp_path / f"{name}.out") == 0
+        counts = read_manifest(tmp_path / f"{name}.out")["counts"]
+        assert (counts["documents"], counts["kept"]) == (n, n)
+
+
+def test_unknown_tokens_are_counted_in_both_splits(store, tmp_path):
+    source = write_jsonl(tmp_path / "in.jsonl", ["\u2603 rank. " * 4 + str(number) for number in range(20)])
+    counts = []
+    for share in ("0", "0.5", "0.99"):
+        options = ["--validation-fraction", share]
+        assert prepare(source, store / "tokenizer", tmp_path / share, *options) == 0
+        counts.append(read_manifest(tmp_path / share)["counts"]["tokens_unknown"])
+    assert counts[0] == counts[1] == counts[2] > 80
+
+
+def test_what_fails_removes_what_it_made_and_nothing_else(store, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    (out / ".git").mkdir(parents=True)
+    (out / ".git/HEAD").write_text("ref")
+    (out / ".env").write_text("secret")
+    before = contents(out)
+    assert prepare(corpus, "./no/such/tokenizer", out) == 1
+    assert contents(out) == before
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"text": "[MASK]"}\n' * 3)
+    assert prepare(bad, store / "tokenizer", out, "--min-length", "20") == 1  # nothing is left of it
+    assert contents(out) == before
+    assert prepare(corpus, store / "tokenizer", out) == 0
+    assert (out / ".env").read_text() == "secret"
+
+
+@pytest.mark.parametrize("options", [[], ["--deduplicate"]])
+def test_after_an_input_that_failed_another_may_be_added(options, store, small_units, tmp_path, capsys):
+    """As if it had never been: no repeat of what is not there, none overlooked."""
+    first = write_jsonl(tmp_path / "first.jsonl", make_documents(60, seed=1))
+    failing = write_jsonl(tmp_path / "failing.jsonl", make_documents(60, seed=2) * 2)
+    failing.write_text(failing.read_text() + "no JSON\n")
+    good = write_jsonl(tmp_path / "good.jsonl", [*make_documents(60, seed=3), *make_documents(60, seed=1)])
+    for name in ("out", "clean"):
+        assert prepare(first, store / "tokenizer", tmp_path / name, *options) == 0
+    assert prepare(failing, store / "tokenizer", tmp_path / "out", "--append", *options) == 1
+    for name in ("out", "clean"):
+        assert prepare(good, store / "tokenizer", tmp_path / name, "--append", *options) == 0
+    assert contents(tmp_path / "out") == contents(tmp_path / "clean")
+    assert read_manifest(tmp_path / "out")["counts"]["repeated_texts"] == 60
 
 
 def with_a_hole(folder):

@@ -33,6 +33,10 @@ class Blocks:
     seed: int = 0
 
     def __post_init__(self):
+        if self.kind not in ("blocks", "spans"):
+            raise ValueError(f"--kind {self.kind} must be blocks or spans")
+        if not (self.language.isascii() and self.language.isalpha() and 2 <= len(self.language) <= 3):
+            raise ValueError(f"--language {self.language} must be a code of ISO 639-1, such as en or zh")
         if not 8 <= self.max_length <= 65535:
             raise ValueError(f"--max-length {self.max_length} must lie between 8 and 65535")
         if not 1 <= self.min_length <= self.room:

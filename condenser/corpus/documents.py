@@ -3,6 +3,7 @@
 What cannot be used is named, with its file and line, in an error, or in a list where it is to be skipped.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterator
@@ -17,16 +18,24 @@ class Document(NamedTuple):
     key: int  # 64-bit hash of its id, or of its text where it has none
 
 
-def check(sources: list[Source], skip_bad_lines: bool) -> None:
+def check(sources: list[Source], skip_bad_lines: bool) -> list[Source]:
     """Read the beginning of every source, so that what cannot work stops before any work.
 
+    Returns:
+        those without any document that were not named themselves.
+
     Raises:
-        ValueError: as `units` and `documents`, or a source without any document.
+        ValueError: as `units` and `documents`, or a source that was named, or all, without any document.
     """
+    empty = []
     for source in sources:
         found = (documents(unit, skip_bad_lines) for unit in units(source, 1 << 16))
         if not any(good or bad for good, bad in found):
+            empty.append(source)
+    for source in empty:
+        if not source.found or len(empty) == len(sources):
             raise ValueError(f"{source.name} holds no documents")
+    return empty
 
 
 def documents(unit: Unit, skip_bad_lines: bool) -> tuple[list[Document], list[str]]:
@@ -54,7 +63,10 @@ def records(unit: Unit) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     if not isinstance(unit.payload, bytes):
         yield from enumerate(unit.payload, unit.first)
         return
-    lines = unit.payload.split(b"\n")
+    payload = unit.payload.removeprefix(codecs.BOM_UTF8) if unit.first == 1 else unit.payload
+    if unit.source.kind == "text":
+        payload = payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    lines = payload.split(b"\n")
     if unit.source.kind == "jsonl":
         yield from ((number, line) for number, line in enumerate(lines, unit.first) if line.strip())
         return
@@ -81,7 +93,7 @@ def document_of(record: bytes | dict[str, Any], source: Source) -> Document:
     try:
         content = hash64(text)
         has_none = identity is None or identity != identity  # tables hold NaN where a number is missing
-        return Document(text, content, content if has_none else hash64(same_id(identity)))
+        return Document(text, content, content if has_none else hash_bytes(same_id(identity)))
     except UnicodeEncodeError as error:
         raise ValueError(f"no valid Unicode: {error.reason}") from None
 
@@ -95,12 +107,16 @@ def decoded(record: bytes) -> str:
 
 def json_object(line: bytes) -> dict[str, Any]:
     try:
-        record = json.loads(decoded(line))
+        record = json.loads(decoded(line), parse_int=number)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from None
     if not isinstance(record, dict):
         raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
     return record
+
+
+def number(digits: str) -> int | str:
+    return int(digits) if len(digits) < 4000 else digits  # which Python refuses, and only an id may be
 
 
 def field(record: dict[str, Any], column: str, option: str) -> str:
@@ -113,12 +129,17 @@ def field(record: dict[str, Any], column: str, option: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def same_id(identity: Any) -> str:
-    """One text for an id, whether a file holds it as a text, as bytes, or as a number."""
+def same_id(identity: Any) -> bytes:
+    """The same for an id, whether a file holds it as a text, as bytes, or as a number; it need not be a text."""
     if isinstance(identity, bytes):
-        return decoded(identity)
-    return str(int(identity)) if isinstance(identity, float) and identity.is_integer() else str(identity)
+        return identity
+    identity = int(identity) if isinstance(identity, float) and identity.is_integer() else identity
+    return str(identity).encode("utf-8", "surrogatepass")
 
 
 def hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return hash_bytes(text.encode())
+
+
+def hash_bytes(text: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

@@ -12,14 +12,16 @@ tokens without asking: a quarter quicker.
 
 import itertools
 import json
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from condenser.corpus.readers import groups
-from condenser.corpus.words import Segmenter, unspaced, word_starts
+from condenser.corpus.words import Segmenter, unspaced, word_starts, words_between_spaces
 
+OTHER_SPACES = re.compile("[\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]")
 PIECE = 1 << 20  # characters that are tokenized at a time
 
 
@@ -41,6 +43,8 @@ class Encoder:
         self.tokenizer, self.special_tokens = without_special_tokens(tokenizer)
         self.language, self.segment = language, segment
         self.n_ids = 1 + max(tokenizer.get_vocab().values())
+        splitter = tokenizer.pre_tokenizer  # of Llama's kind there is none, or one that does not split
+        self.keeps_spaces = splitter is None or getattr(splitter, "split", True) is False
         self.by_sentence = segment is None and is_bert(tokenizer)
         if self.by_sentence:
             pieces = [self.tokenizer.id_to_token(token_id) or "" for token_id in range(self.n_ids)]
@@ -72,9 +76,12 @@ class Encoder:
         for piece in pieces_of(text):
             encoding = self.tokenizer.encode(piece, add_special_tokens=False)
             ids.append(np.array(encoding.ids, np.int32))
-            words.append(np.array(encoding.word_ids, float) + base)  # None outside words: nan, unlike any other
+            of_tokenizer = np.array(encoding.word_ids, float)  # None outside words: nan, unlike any other
             flat = itertools.chain.from_iterable(encoding.offsets)  # np.array of the pairs takes four times as long
             offsets.append(np.fromiter(flat, np.int64, 2 * len(encoding)).reshape(-1, 2) + base)
+            if self.keeps_spaces:
+                of_tokenizer = words_between_spaces(piece, offsets[-1][:, 1] - base)
+            words.append(of_tokenizer + base)
             base += len(piece)
         places = np.concatenate(offsets)
         bounds = sentence_bounds(text, self.language)
@@ -93,18 +100,23 @@ def without_special_tokens(tokenizer: Any) -> tuple[Any, list[str]]:
 
     state = json.loads(tokenizer.to_str())
     special = {token["content"] for token in state["added_tokens"] if token["special"]}
-    state["added_tokens"] = [token for token in state["added_tokens"] if not token["special"]]
+    names = {piece: f"\0{piece}" for piece in special}
+    for token in state["added_tokens"]:  # all stay, as the library numbers them anew
+        token["content"] = names.get(token["content"], token["content"])
     state["truncation"] = state["padding"] = None
     model = state["model"]
-    merged = {piece for merge in model.get("merges", ()) for piece in (*merge, "".join(merge))}
-    names = {piece: f"\0{piece}" for piece in special - merged}
+    if "merges" in model:  # those that spell one, or go on from it
+        model["merges"] = [merge for merge in model["merges"] if special.isdisjoint([*merge, "".join(merge)])]
     if isinstance(model["vocab"], dict):
         model["vocab"] = {names.get(piece, piece): token_id for piece, token_id in model["vocab"].items()}
         if model.get("unk_token"):
             model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     else:  # of pieces with their scores
         model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    return Tokenizer.from_str(json.dumps(state)), sorted(special)
+    same = Tokenizer.from_str(json.dumps(state))
+    ids = {names.get(piece, piece): token_id for piece, token_id in tokenizer.get_vocab().items()}
+    assert same.get_vocab() == ids, "a token has another id"
+    return same, sorted(special)
 
 
 def is_bert(tokenizer: Any) -> bool:
@@ -121,7 +133,14 @@ def sentence_bounds(text: str, language: str) -> list[int]:
     """Where the sentences of a text end, in characters, ascending; the last is the text's end."""
     import sentencex
 
-    bounds = [sentence["end_index"] for sentence in sentencex.get_sentence_boundaries(language, text)]
+    # which counts bytes where it meets other spaces, and panics
+    plain = text if text.isascii() else OTHER_SPACES.sub(" ", text)
+    try:
+        bounds = [sentence["end_index"] for sentence in sentencex.get_sentence_boundaries(language, plain)]
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        bounds = [number for number, character in enumerate(text, 1) if character == "\n"] + [len(text)]
     return [*bounds[:-1], len(text)]
 
 

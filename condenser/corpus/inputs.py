@@ -12,10 +12,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from condenser.corpus.readers import COMPRESSED, READERS, Columns, Source, suffix_of
+from condenser.corpus.work import UNFINISHED
+from condenser.data.store import MANIFEST
 from condenser.data.tokenizers import is_path
 
 LEFT_BEHIND = ("~", ".swp", ".swo", ".tmp", ".part", ".partial", ".crdownload")  # how names end
+SYSTEMS_OWN = ("__MACOSX", "__pycache__")  # folders
 ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "copying")  # how names of plain text begin
+OF_DATASETS = ("dataset_dict.json", "state.json", "dataset_info.json")
 FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
 
 
@@ -23,9 +27,11 @@ def resolve(inputs: list[str], columns: Columns | None = None, split: str = "tra
     """Names -> sources in order, and the files that are left out, each with the reason.
 
     Raises:
-        ValueError: a path that is not there, a file that is empty or of no known format, one that is given twice,
-            a folder without any, or a split where there are no datasets.
+        ValueError: no name, a path that is not there, a file that is empty or of no known format, one that is given
+            twice, a folder without any, or a split where there are no datasets.
     """
+    if not inputs or not all(inputs):
+        raise ValueError("--input names nothing: give files, folders, patterns or datasets")
     sources: list[Source] = []
     left_out: list[str] = []
     for name in inputs:
@@ -45,56 +51,80 @@ def resolve(inputs: list[str], columns: Columns | None = None, split: str = "tra
 def sources_of(name: str) -> tuple[list[Source], list[str]]:
     """Of one name, which may be that of a path although it looks like a pattern."""
     if os.path.isdir(name):
-        return chosen(list(within(name)))
+        return chosen(list(within(name, set())))
     if os.path.exists(name):
         return [file_source(name)], []
-    paths = sorted(glob.glob(name, recursive=True))
+    paths = sorted(glob.glob(name, recursive=True), key=lambda path: (path.count(os.sep), path))  # round no loop
     if not paths:
         return [hub_source(name)], []
-    files: list[str] = []
+    seen: set[str] = set()
+    files: dict[str, str] = {}  # by real path, as a pattern may give what is in a folder that it gives too
     for path in paths:
-        if not os.path.isdir(path):
-            files.append(path)
-        elif "**" not in name:  # which gives what is in folders, too
-            files += within(path)
-    return chosen(files)
+        for file in within(path, seen) if os.path.isdir(path) else [path]:
+            files.setdefault(os.path.realpath(file), file)
+    return chosen(sorted(files.values()))
 
 
-def within(folder: str) -> Iterator[str]:
-    """The files in a folder and its folders, hidden ones too; of a saved dataset the folder."""
-    for directory, folders, files in os.walk(folder):
+def within(folder: str, seen: set[str]) -> Iterator[str]:
+    """What is in a folder and its folders, links followed: files, hidden ones too, saved datasets, and the folders that
+    are not gone into. ``seen``: real paths of folders that have been, and are."""
+    for directory, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
         if is_dataset(directory):
             folders.clear()
             yield directory
-        else:
-            folders[:] = sorted(each for each in folders if not each.startswith((".", "__")))
-            yield from (os.path.join(directory, file) for file in sorted(files))
+            files = [file for file in files if kind_of(file) and file not in OF_DATASETS]
+        apart = [each for each in folders if is_apart(os.path.join(directory, each))]
+        folders[:] = sorted({*folders} - {*apart})
+        yield from (os.path.join(directory, each) for each in sorted([*files, *apart]))
 
 
 def is_dataset(folder: str) -> bool:
     """Whether `datasets` has saved one there (its cache has no state.json)."""
-    names = ("dataset_dict.json", "state.json")
-    return any(os.path.isfile(os.path.join(folder, name)) for name in names)
+    return any(os.path.isfile(os.path.join(folder, name)) for name in OF_DATASETS[:2])
+
+
+def is_apart(folder: str) -> bool:
+    """Whether a folder among data holds none: it is hidden, a system's own, or a token store."""
+    name = Path(folder).name
+    has_store = os.path.isdir(os.path.join(folder, "units")) and os.path.isfile(os.path.join(folder, MANIFEST))
+    in_the_making = os.path.isfile(os.path.join(folder, UNFINISHED))
+    return name.startswith(".") or name in SYSTEMS_OWN or has_store or in_the_making
 
 
 def chosen(paths: list[str]) -> tuple[list[Source], list[str]]:
-    """Of files that were not named each: those that are read, and why others are not."""
-    kinds = {path: "folder" if os.path.isdir(path) else kind_of(path) for path in paths}
-    has_records = not {"jsonl", "parquet", "folder"}.isdisjoint(kinds.values())
+    """Of what was not named itself: what is read, and why the rest is not."""
     sources, left_out = [], []
-    for path, kind in kinds.items():
-        name = Path(path).name.lower()
-        if name.startswith((".", "#")) or name.endswith(LEFT_BEHIND):
-            left_out.append(f"{path}: hidden, or left behind")
-        elif kind is None:
-            left_out.append(f"{path}: no format that is read")
-        elif kind == "text" and (has_records or name.startswith(ABOUT_DATA)):
-            left_out.append(f"{path}: text beside data")
-        elif kind != "folder" and os.path.getsize(path) == 0:
-            left_out.append(f"{path}: empty")
+    for path in paths:
+        kind = "folder" if os.path.isdir(path) else kind_of(path)
+        if reason := why_not(path, kind):
+            left_out.append(f"{path}: {reason}")
         else:
-            sources.append(Source(path, kind))
+            sources.append(Source(path, str(kind), found=True))
+    if any(source.kind != "text" for source in sources):
+        left_out += [f"{source.name}: text beside data" for source in sources if source.kind == "text"]
+        sources = [source for source in sources if source.kind != "text"]
     return sources, left_out
+
+
+def why_not(path: str, kind: str | None) -> str | None:
+    """Why something is not read. None if it is."""
+    name = Path(path).name.lower()
+    if name.startswith((".", "#")) or name.endswith(LEFT_BEHIND) or Path(path).name in SYSTEMS_OWN:
+        return "hidden, or left behind"
+    if kind == "folder":
+        return None if is_dataset(path) else "a token store"
+    if kind is None:
+        return "no format that is read"
+    if not os.path.exists(path):
+        return "a link to nothing"
+    if os.path.getsize(path) == 0:
+        return "empty"
+    return "text beside data" if kind == "text" and name.startswith(ABOUT_DATA) else None
 
 
 def in_short(left_out: list[str]) -> str:

@@ -56,12 +56,14 @@ def merge(store: str, /) -> None:
         reasons = in_words(counts, "bad", "empty", "too_short", "dropped_repeats")
         raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
     verify(folder, splits)
-    counts_by_id = token_counts(folder, splits["train"]["shards"], vocabulary_size(tokenizer))
+    counts_by_id = token_counts(folder, splits, "train", vocabulary_size(tokenizer))
     save_array(folder / "token_counts.npy", counts_by_id)
     counts["kept"] = sum(about["documents"] for about in splits.values())
     keys = [keys_path(folder, name) for name in names]
     counts["repeated_ids"], counts["repeated_texts"] = repeated(keys, ID), repeated(keys, TEXT)
-    counts["tokens_unknown"] = int(counts_by_id[tokenizer.unk_token_id]) if tokenizer.unk_token else 0
+    in_validation = token_counts(folder, splits, "validation", len(counts_by_id))
+    unknown = (counts_by_id + in_validation)[tokenizer.unk_token_id] if tokenizer.unk_token else 0
+    counts["tokens_unknown"] = int(unknown)
     for split, about in splits.items():
         dataset_files(folder / split, about["shards"])
     manifest = {
@@ -113,10 +115,10 @@ def totals(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def token_counts(folder: Path, shards: list[dict[str, Any]], vocabulary: int) -> np.ndarray:
+def token_counts(folder: Path, splits: dict[str, Any], split: str, vocabulary: int) -> np.ndarray:
     counts = np.zeros(vocabulary, np.int64)
-    for shard in shards:
-        counts += np.bincount(Shard(folder / "train" / shard["file"], shard["bytes"]).tokens, minlength=vocabulary)
+    for shard in splits[split]["shards"]:
+        counts += np.bincount(Shard(folder / split / shard["file"], shard["bytes"]).tokens, minlength=vocabulary)
     return counts
 
 

@@ -16,9 +16,10 @@ with, or added to.
     visit      how often a row was seen before, which its masks depend on; in one store alone, the epoch
 """
 
+import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +43,7 @@ from condenser.corpus.work import (
     outcome_path,
     progress,
 )
-from condenser.data.store import MANIFEST, checksum, missing_files, read_json, read_manifest, write_json
+from condenser.data.store import MANIFEST, SPLITS, checksum, missing_files, read_json, read_manifest, write_json
 
 UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit; in between, there are 512 units
 
@@ -109,8 +110,10 @@ def prepare(
     Raises:
         ValueError: unreadable input, an unsuitable tokenizer, or an output folder that holds something else.
     """
-    tokenizer, output = str(tokenizer), str(output)
+    tokenizer, output = os.path.expanduser(tokenizer), os.path.expanduser(output)
     index, count = share_of(shard)
+    if engine not in ("processes", "ray"):
+        raise ValueError(f"--engine {engine} must be processes or ray")
     if workers is not None and workers < 1:
         raise ValueError(f"--workers {workers} must be at least 1")
     if count > 1 and (tokenizer.startswith("train:") or engine == "ray"):
@@ -120,17 +123,18 @@ def prepare(
     blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
     inputs = [input] if isinstance(input, str | Path) else input
     sources, left_out = resolve([str(each) for each in inputs], Columns(text_column, title_column, id_column), split)
-    if left_out:
+    empty = check(sources, skip_bad_lines)  # what cannot work stops here, before anything is written
+    sources = [source for source in sources if source not in empty]
+    if left_out := left_out + [f"{source.name}: without a document" for source in empty]:
         print(in_short(left_out))
-    check(sources, skip_bad_lines)  # what cannot work stops here, before anything is written
     settings: dict[str, Any] = {"tokenizer": tokenizer, "text_column": text_column, "title_column": title_column}
     settings |= {"title_prepended": title_column is not None, "id_column": id_column, **asdict(blocks)}
-    settings |= {"split": split, "deduplicate": deduplicate, "near_duplicates": near_duplicates}
+    settings |= {"deduplicate": deduplicate, "near_duplicates": near_duplicates}
     folder = Path(output)
     fingerprints = [source.fingerprint() for source in sources]
     unit_bytes = int(np.clip(sum(source.size() for source in sources) // 512, *UNIT_BYTES))
     settings |= {"unit_bytes": unit_bytes, "sources": fingerprints}
-    state = next_state(folder, settings, append)
+    state = next_state(folder, settings, append, alone=count == 1)
     if state is None:
         print(f"{output} is already prepared: nothing to do")
         return
@@ -159,14 +163,15 @@ def prepare(
 
 def share_of(shard: str | None) -> tuple[int, int]:
     index, _, count = (shard or "0/1").partition("/")
-    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--shard {shard}: give I/N with I from 0 to N - 1, such as 0/8")
     return int(index), int(count)
 
 
-def next_state(folder: Path, settings: dict[str, Any], append: bool) -> dict[str, Any] | None:
+def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool) -> dict[str, Any] | None:
     """What is kept of a store in the making: its settings, and which of its sources is the first to be done. None if
-    nothing is to be done.
+    nothing is to be done. Where another input is added than one that was not finished, what was done of that is
+    removed, unless other machines may be at work on it.
 
     Raises:
         ValueError: the folder holds something else, or a store of other settings or sources.
@@ -178,7 +183,8 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool) -> dict[str
     first_source = state.get("first_source", len(written["sources"]) if append else 0)
     done = written["sources"][:first_source]
     sources = [*done, *(each for each in settings["sources"] if not append or each not in done)]
-    changed = [] if sources == written["sources"] or (finished and append) else ["input"]
+    added_anew = append and (finished or (alone and first_source > 0))
+    changed = [] if sources == written["sources"] or added_anew else ["input"]
     changed += sorted(
         key for key in settings if settings[key] != written.get(key) and key not in ("unit_bytes", "sources")
     )
@@ -187,8 +193,11 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool) -> dict[str
             f"{folder} holds a store made with another {', '.join(changed)}; choose another --output, or remove it"
             + (" (--append adds inputs to it)" if changed == ["input"] and not append else "")
         )
-    if not finished:
+    if not finished and sources == written["sources"]:
         return state
+    if not finished:
+        remove_units(folder, first_source)
+        return {"first_source": first_source, "settings": written | {"sources": sources}}
     lost = lost_files(folder, state)
     if lost and append:
         raise ValueError(f"{lost[0]} is missing or damaged: first repair the store with the command that made it")
@@ -220,7 +229,7 @@ def lost_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
 @contextmanager
 def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[None]:
     """Marks a folder as a store in the making, and takes that back after an error that leaves nothing to go on from,
-    unless other machines may be at work there."""
+    unless other machines may be at work there. Whatever else is in the folder stays."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / UNFINISHED, state)
     try:
@@ -228,11 +237,24 @@ def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[
     except BaseException as error:
         begun = any(folder.glob(f"units/{state['first_source']:05d}-*.json"))
         if alone and (isinstance(error, EmptyStoreError) or not begun):
-            if state["first_source"]:
-                (folder / UNFINISHED).unlink()
-            else:
-                shutil.rmtree(folder, ignore_errors=True)
+            remove_units(folder, state["first_source"])
+            (folder / UNFINISHED).unlink(missing_ok=True)
+            if not state["first_source"]:
+                for name in ("units", "tokenizer", *SPLITS):
+                    shutil.rmtree(folder / name, ignore_errors=True)
+                (folder / "token_counts.npy").unlink(missing_ok=True)
+                with suppress(OSError):  # it is not empty
+                    folder.rmdir()
         raise
+
+
+def remove_units(folder: Path, first_source: int) -> None:
+    """What was done of this source and those after it."""
+    for pattern in ("units/[0-9]*", "units/share-*", *(f"{split}/data-*" for split in SPLITS)):
+        for path in folder.glob(pattern):
+            name = path.name.removeprefix("data-")
+            if name.startswith("share-") or name >= f"{first_source:05d}":
+                path.unlink()
 
 
 def texts(share: Share, skip_bad_lines: bool) -> Iterator[str]:

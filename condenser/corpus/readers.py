@@ -49,6 +49,7 @@ class Source:
     kind: str  # jsonl, text, parquet, folder, hub
     columns: Columns = Columns()
     split: str = "train"  # of a dataset
+    found: bool = False  # in a folder or by a pattern, not named itself
     number: int = 0  # among all sources of the store
 
     @property
@@ -56,10 +57,15 @@ class Source:
         return self.kind in ("folder", "hub")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Enough to tell another input: name, size, and a hash of both ends of a file; of a dataset its split."""
-        if self.is_dataset:
-            return {"name": self.name} | ({} if self.split == "train" else {"split": self.split})
+        """Enough to tell another input: name, size, and a hash of both ends of a file; of a dataset its split, and a
+        hash of what its folder says of its files."""
         digest = hashlib.blake2b(digest_size=8)
+        if self.is_dataset:
+            for path in sorted(Path(self.name).rglob("[!.]*")) if self.kind == "folder" else ():
+                about = path.read_bytes() if path.suffix == ".json" else b""
+                digest.update(f"{path.relative_to(self.name)} {path.stat().st_size}".encode() + about)
+            name = Path(self.name).resolve().name if self.kind == "folder" else self.name
+            return {"name": name, "split": self.split, "hash": digest.hexdigest()}
         with open(self.name, "rb") as file:
             digest.update(file.read(1 << 20))
             file.seek(max(0, self.size() - (1 << 20)))
@@ -165,6 +171,7 @@ def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
         yield from parquet_records(source)
         return
     dataset = saved_dataset(source) if source.kind == "folder" else hub_dataset(source)
+    dataset = dataset.with_format(None)  # which it may have been saved with
     needed = needed_columns(source, list(dataset.features or next(iter(dataset))))
     for record in dataset.select_columns(needed):
         yield record, 0
@@ -177,7 +184,7 @@ def saved_dataset(source: Source) -> Any:
     try:
         dataset: Any = datasets.load_from_disk(source.name)
     except Exception as error:  # the library raises many kinds
-        raise ValueError(f"{source.name} is no saved dataset, or damaged: {error}") from error
+        raise ValueError(f"{source.name} is no saved dataset, is empty or damaged: {error}") from error
     if not isinstance(dataset, datasets.DatasetDict):
         if source.split != "train":
             raise ValueError(f"--split {source.split}: {source.name} is a dataset without splits")

@@ -46,6 +46,14 @@ def word_starts(text: str, words: np.ndarray, offsets: np.ndarray, segment: Segm
     return starts
 
 
+def words_between_spaces(text: str, ends: np.ndarray) -> np.ndarray:
+    """The number ``[n]`` of the word between spaces that each token ends in, by where tokens end in the text."""
+    is_space = np.array([character.isspace() for character in text], bool)
+    begins = ~is_space & np.append(True, is_space[:-1])[: len(text)]
+    number: np.ndarray = np.append(0, begins.cumsum())[ends].astype(float)
+    return number
+
+
 def words_of(segment: Segmenter, text: str) -> list[int]:
     """Where the words that a segmenter finds begin, in characters."""
     begins, at = [], 0
