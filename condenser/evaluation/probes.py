@@ -12,6 +12,7 @@ Legend: B samples, L padded length, A attention heads, N layers.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ from condenser.data.tokenizers import load_tokenizer
 from condenser.models.backbones.base import families
 from condenser.models.objective import Objective, identity
 
-BATCH_SIZE = 32  # at most: attention weights are [B, A, L, L]
+BATCH_SIZE = 32  # at most
+ROWS = 4  # whose attention weights are kept at a time, [B, A, L, L] of all layers
 READ_BY_HEAD = {  # in place of the last [CLS] states [B, H]
     "true": identity,
     "other": lambda cls: cls.roll(1, dims=0),
@@ -126,7 +128,7 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
     ones included, padding not), so that 1 is attention to all alike. Means over heads and samples.
 
     Args:
-        encoder: a BERT or RoBERTa of Hugging Face, with or without its MLM head.
+        encoder: of Hugging Face and one of our families, with or without its MLM head.
         input_ids, attention_mask: unmasked text ``[B, L]``, on any device.
 
     Raises:
@@ -136,26 +138,17 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
         raise ValueError(
             f"attention of a {encoder.config.model_type!r} cannot be probed; of these it can: {', '.join(known)}"
         )
-    of_layers: list[Tensor] = []  # [B] each
-
-    def keep(attention: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
-        weights = output[1][:, :, 0].float()  # [B, A, L], from [CLS]
-        of_layers.append(torch.special.entr(weights).sum(dim=-1).mean(dim=-1))
-
-    input_ids, attention_mask = (each.to(encoder.device) for each in (input_ids, attention_mask))
-    base: Any = encoder.base_model
-    hooks = [layer.attention.self.register_forward_hook(keep) for layer in base.encoder.layer]
-    before = encoder.config._attn_implementation
-    encoder.set_attn_implementation("eager")  # the only one that has weights to look at
-    try:
-        with at_rest(encoder):
-            base(input_ids=input_ids, attention_mask=attention_mask)
-    finally:
-        encoder.set_attn_implementation(before)
-        for hook in hooks:
-            hook.remove()
-    nats = torch.stack(of_layers)  # [N, B]
-    return nats.mean(dim=1), (nats / attention_mask.sum(dim=1).log()).mean(dim=1)
+    copy: Any = deepcopy(encoder)  # as the library leaves hooks in a model that is to give out its attention
+    copy.set_attn_implementation("eager")  # the only one that has weights to look at
+    found = []
+    with at_rest(copy):
+        for ids, mask in zip(input_ids.split(ROWS), attention_mask.split(ROWS), strict=True):
+            ids, mask = ids.to(copy.device), mask.to(copy.device)
+            of_layers = copy.base_model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
+            found.append([torch.special.entr(each[:, :, 0].float()).sum(-1).mean(1) for each in of_layers])  # [B] each
+    nats = torch.cat([torch.stack(rows) for rows in found], dim=1)  # [N, B]
+    lengths = attention_mask.sum(dim=1).to(nats.device)
+    return nats.mean(dim=1), (nats / lengths.log()).mean(dim=1)
 
 
 @contextmanager

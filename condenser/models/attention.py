@@ -104,23 +104,26 @@ def bounds_of(cu_seqlens: Tensor, longest: int, n: int, kernel: bool) -> Bounds:
     return Bounds(bounds, longest, slots, mask)
 
 
-ByDistance = Callable[[Tensor], Tensor]
+class Scores(NamedTuple):
+    """What attention's scores are, besides products of queries and keys."""
+
+    window: int | None = None  # how far a position sees to either side
+    scale: float | None = None  # of the products; 1 / sqrt(D) by default
+    # what is added, for which there is no kernel: of how far keys are behind queries [B or 1, Q, K], and of the queries
+    # and keys [B, A, Q or K, D], all laid out -> [B or 1, A, Q, K]
+    more: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
-def attend_within(
-    states: Tensor,
-    bounds: Bounds,
-    dropout: float = 0.0,
-    window: int | None = None,
-    by_distance: ByDistance | None = None,
-) -> Tensor:
+PLAIN = Scores()
+
+
+def attend_within(states: Tensor, bounds: Bounds, dropout: float = 0.0, scores: Scores = PLAIN) -> Tensor:
     """Each sequence over itself: queries, keys and values ``[T, 3, A, D]`` -> ``[T, A, D]``."""
-    window = window_within(window, bounds)
-    plain = window is None and by_distance is None
-    if bounds.slots is None and plain and is_for(states.device, bounds.longest, states.shape[-1]):
+    scores = within(scores, bounds)
+    if bounds.slots is None and scores == PLAIN and is_for(states.device, bounds.longest, states.shape[-1]):
         return short_attention(states, bounds.cu_seqlens)
     query, key_value = states.split([1, 2], dim=1)
-    return attend(query.squeeze(1), key_value, bounds, bounds, dropout, window, by_distance)
+    return attend(query.squeeze(1), key_value, bounds, bounds, dropout, scores)
 
 
 def attend(
@@ -129,53 +132,49 @@ def attend(
     queries: Bounds,
     keys: Bounds,
     dropout: float = 0.0,
-    window: int | None = None,
-    by_distance: ByDistance | None = None,
+    scores: Scores = PLAIN,
     position_ids: Tensor | None = None,
 ) -> Tensor:
     """Each query ``[Q, A, D]`` over the keys and values ``[T, 2, A, D]`` of its own sequence: ``[Q, A, D]``.
 
     Args:
-        window: how far it sees to either side; None for everything.
-        by_distance: what is added to scores, ``[..., Q, T]`` of how far keys are behind queries -> ``[..., A, Q, T]``;
-            for which there is no kernel.
         position_ids: of queries ``[Q]``, where they are not all positions.
     """
-    window = window_within(window, keys)
-    in_order = position_ids is None  # so that the kernel, which counts queries, knows what lies within the window
-    has_kernel = by_distance is None and (window is None or in_order)
+    scores = within(scores, keys)
+    window, in_order = scores.window, position_ids is None  # the kernel counts queries to know the window
+    has_kernel = scores.more is None and (window is None or in_order)
     if queries.slots is None and keys.slots is None and has_kernel:
         from torch.nn.attention.varlen import varlen_attn
 
         key, value = key_value.unbind(1)
         bounds: Any = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
         more: Any = {} if window is None else {"window_size": (window, window)}
-        attended: Any = varlen_attn(query, key, value, *bounds, **more)
+        attended: Any = varlen_attn(query, key, value, *bounds, scale=scores.scale, **more)
         return attended
     queries, keys = with_slots(queries, len(query)), with_slots(keys, len(key_value))
-    mask: Any = keys.mask
-    if window is not None or by_distance is not None:
-        places = torch.arange(keys.longest, device=query.device)
-        at = places[None] if position_ids is None else laid_out(position_ids, queries)  # [B or 1, Lq]
-        distances = places - at[:, :, None]  # [B or 1, Lq, L]
-        if window is not None:
-            mask = mask & (distances.abs() <= window)[:, None]
-        if by_distance is not None:
-            mask = by_distance(distances).to(query.dtype).masked_fill(~mask, -torch.inf)
     query, key_value, dtype = laid_out(query, queries), laid_out(key_value, keys), query.dtype
     if on_cpu := query.is_cpu and dtype.itemsize == 2:  # whose kernel is slower in half precision
         query, key_value = query.float(), key_value.float()
-        mask = mask.float() if mask.is_floating_point() else mask
     query, key, value = (states.transpose(1, 2) for states in (query, *key_value.unbind(2)))  # [B, A, L, D]
+    mask: Any = keys.mask
     with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
-        context = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        if window is not None or scores.more is not None:
+            places = torch.arange(keys.longest, device=query.device)
+            at = places[None] if position_ids is None else laid_out(position_ids, queries)  # [B or 1, Lq]
+            distances = places - at[:, :, None]  # [B or 1, Lq, L]
+            mask = mask if window is None else mask & (distances.abs() <= window)[:, None]
+            if scores.more is not None:
+                mask = scores.more(distances, query, key).to(query.dtype).masked_fill(~mask, -torch.inf)
+        options: Any = {"attn_mask": mask, "dropout_p": dropout, "scale": scores.scale}
+        context = F.scaled_dot_product_attention(query, key, value, **options)
     assert queries.slots is not None
     return take(context.transpose(1, 2).flatten(0, 1).to(dtype), queries.slots)
 
 
-def window_within(window: int | None, bounds: Bounds) -> int | None:
-    """None where no sequence is longer than what a position sees."""
-    return None if window is None or bounds.longest <= window + 1 else window
+def within(scores: Scores, bounds: Bounds) -> Scores:
+    """Without a window where no sequence is longer than what a position sees."""
+    seen = scores.window is None or bounds.longest <= scores.window + 1
+    return scores._replace(window=None) if seen else scores
 
 
 def with_slots(bounds: Bounds, n: int) -> Bounds:

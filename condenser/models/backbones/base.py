@@ -1,7 +1,8 @@
 """What a family of Hugging Face masked language models offers: its parts, and how they are run over flat arrays.
 
-A family joins by a file in this folder with a subclass of `Backbone` (or by one anywhere that is imported): its own
-modules are used as they are, so that state dicts, initialisation and export stay Hugging Face's.
+A family joins by a file in this folder with a subclass of `Backbone` (or by one anywhere that is imported), see
+docs/backbones.md. Its own modules are used as they are, so that state dicts, initialisation and export stay Hugging
+Face's.
 
 Legend: T tokens, Q positions read in the last layers, M masked tokens, H hidden size, V vocabulary.
 """
@@ -24,6 +25,7 @@ class Backbone(ABC):
     """A masked LM, taken apart; the parts are its own modules, not copies."""
 
     model_types: ClassVar[tuple[str, ...]] = ()  # Hugging Face's names
+    has_kernel = True  # whether a GPU attends to sequences as they lie
     shares_layers = False  # whether layers have weights in common
     other_names: ClassVar[dict[str, str]] = {}  # of settings, by BERT's; a recipe means the same whatever the family
 
@@ -119,7 +121,10 @@ def backbone_of(lm: PreTrainedModel) -> Backbone:
     known, model_type = families(), lm.config.model_type
     if model_type not in known:
         choices = ", ".join(sorted(known))
-        raise ValueError(f"a backbone of type {model_type!r} is not supported; choose one of: {choices}")
+        raise ValueError(
+            f"a backbone of type {model_type!r} is not supported; choose one of: {choices}; "
+            "docs/backbones.md says how a family is added"
+        )
     if getattr(lm.config, "is_decoder", False):
         raise ValueError("the backbone is a decoder, which sees a text from one side: set is_decoder to false")
     return known[model_type](lm)

@@ -6,14 +6,13 @@ States between layers are of autocast's type; LayerNorm and the residual before 
 Legend: T tokens, Q queries, H hidden size, A attention heads, D their size.
 """
 
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import Bounds, Sequences, attend, attend_within, state_type, take
+from condenser.models.attention import PLAIN, Bounds, Scores, Sequences, attend, attend_within, state_type, take
 from condenser.models.backbones.base import Backbone
 from condenser.models.dropout import drop
 
@@ -79,16 +78,17 @@ class Bert(Backbone):
     def position_states(self, position_ids: Tensor) -> Tensor:
         return self.of_positions(position_ids)
 
-    by_distance: Callable[[Tensor], Tensor] | None = None  # see `attend`
+    def scores(self, layer: Any) -> Scores:
+        return PLAIN
 
     def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
         if at_queries:
-            at = take(where.position_ids, where.query_index) if self.by_distance else None
+            at = take(where.position_ids, where.query_index) if self.scores(layer).more else None
             return self.between(layer, take(hidden, where.query_index), hidden, where.queries, where.keys, at)
         parts = self.parts(layer)
         states = linear(hidden, parts.query, parts.key, parts.value)
         states = states.unflatten(-1, (3, -1, parts.head_size))  # [T, 3, A, D]
-        return finished(parts, hidden, attend_within(states, where.keys, share_dropped(parts), None, self.by_distance))
+        return finished(parts, hidden, attend_within(states, where.keys, share_dropped(parts), self.scores(layer)))
 
     def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         return self.between(layer, query, context, rows, rows)
@@ -99,7 +99,7 @@ class Bert(Backbone):
         parts = self.parts(layer)
         query = linear(own, parts.query).unflatten(-1, (-1, parts.head_size))  # [Q, A, D]
         key_value = linear(context, parts.key, parts.value).unflatten(-1, (2, -1, parts.head_size))  # [T, 2, A, D]
-        attended = attend(query, key_value, queries, keys, share_dropped(parts), None, self.by_distance, at)
+        attended = attend(query, key_value, queries, keys, share_dropped(parts), self.scores(layer), at)
         return finished(parts, own, attended)
 
     def transform(self, hidden: Tensor) -> Tensor:

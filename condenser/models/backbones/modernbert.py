@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import Bounds, Sequences, attend, attend_within, take
+from condenser.models.attention import Bounds, Scores, Sequences, attend, attend_within, take
 from condenser.models.backbones.base import Backbone
 from condenser.models.backbones.bert import embedded, linear, norm
 from condenser.models.dropout import drop
@@ -58,7 +58,7 @@ class ModernBert(Backbone):
         query, key, value = turned.unbind(1)
         query, key = (self.rotated(layer, each, where.position_ids) for each in (query, key))
         states = torch.stack([query, key, value], dim=1)  # [T, 3, A, D]
-        return self.finished(layer, hidden, attend_within(states, where.keys, dropped(layer), window_of(layer)))
+        return self.finished(layer, hidden, attend_within(states, where.keys, dropped(layer), scores_of(layer)))
 
     def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         return self.between(layer, query, context, rows, rows, position_ids, position_ids)
@@ -74,9 +74,7 @@ class ModernBert(Backbone):
         key = self.rotated(layer, states[:, 0], position_ids)
         key_value = torch.stack([key, states[:, 1]], dim=1)  # [T, 2, A, D]
         query = self.rotated(layer, query, at)
-        return self.finished(
-            layer, own, attend(query, key_value, queries, keys, dropped(layer), window_of(layer), None, at)
-        )
+        return self.finished(layer, own, attend(query, key_value, queries, keys, dropped(layer), scores_of(layer), at))
 
     def rotated(self, layer: Any, states: Tensor, position_ids: Tensor) -> Tensor:
         """``[T, A, D]``, turned by positions ``[T]``, in fp32."""
@@ -113,6 +111,6 @@ def dropped(layer: Any) -> float:
     return layer.attn.attention_dropout if layer.training else 0.0
 
 
-def window_of(layer: Any) -> int | None:
-    """How far a position sees to either side."""
-    return None if layer.attn.sliding_window is None else layer.attn.sliding_window - 1
+def scores_of(layer: Any) -> Scores:
+    window = layer.attn.sliding_window
+    return Scores(window=None if window is None else window - 1)

@@ -5,11 +5,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from condenser.models.attention import Scores
 from condenser.models.backbones.bert import Bert, Parts, linear, norm
 
 
 class MPNet(Bert):
     model_types = ("mpnet",)
+    has_kernel = False
 
     @property
     def decoder(self) -> nn.Linear:
@@ -23,10 +25,13 @@ class MPNet(Bert):
             *(of.attention_head_size, of.dropout, out.dropout, narrow.dropout),
         )
 
-    def by_distance(self, distances: Tensor) -> Tensor:
+    def scores(self, layer: Any) -> Scores:
+        return Scores(more=self.by_distance)
+
+    def by_distance(self, distances: Tensor, query: Tensor, key: Tensor) -> Tensor:
         encoder = self.lm.mpnet.encoder
         found = F.embedding(encoder.relative_position_bucket(distances), encoder.relative_attention_bias.weight)
-        return found.movedim(-1, -3)
+        return found.movedim(-1, 1)
 
     def of_positions(self, position_ids: Tensor) -> Tensor:
         return super().of_positions(position_ids + self.first_position(self.lm.config))

@@ -1,0 +1,84 @@
+"""DeBERTa of the second and third version: BERT's layers, whose scores also hold what a query says of a distance, and
+what a key does (disentangled attention, He et al. 2021)."""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
+
+from condenser.models.attention import PLAIN, Scores
+from condenser.models.backbones.bert import Bert, Parts, embedded, linear, norm, state_type
+from condenser.models.dropout import drop
+
+
+class Deberta(Bert):
+    model_types = ("deberta-v2",)
+    has_kernel = False
+
+    def __init__(self, lm: PreTrainedModel):
+        super().__init__(lm)
+        if self.lm.deberta.encoder.conv is not None:
+            raise ValueError("a deberta-v2 with a convolution (conv_kernel_size) is not supported")
+        if not self.lm.config.legacy:
+            raise ValueError("a deberta-v2 with another MLM head (legacy: false) is not supported")
+
+    def parts(self, layer: Any) -> Parts:
+        of, out, wide, narrow = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        return Parts(
+            *(of.query_proj, of.key_proj, of.value_proj, out.dense, out.LayerNorm),
+            *(wide.dense, wide.intermediate_act_fn, narrow.dense, narrow.LayerNorm),
+            *(of.attention_head_size, of.dropout, out.dropout, narrow.dropout),
+        )
+
+    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        parts = self.embeddings
+        hidden = embedded(input_ids, parts.word_embeddings)
+        if parts.position_embeddings is not None:
+            hidden = hidden + self.of_positions(position_ids)
+        if (types := parts.token_type_embeddings) is not None:
+            hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
+        hidden = hidden if parts.embed_proj is None else linear(hidden, parts.embed_proj)
+        hidden = norm(hidden, parts.LayerNorm).to(state_type(hidden))
+        return drop(hidden, parts.dropout)
+
+    def position_states(self, position_ids: Tensor) -> Tensor:
+        """None where positions are in the scores alone."""
+        parts = self.embeddings
+        if parts.position_embeddings is None:
+            return parts.LayerNorm.weight.new_zeros(len(position_ids), len(parts.LayerNorm.weight))
+        states = self.of_positions(position_ids)
+        return states if parts.embed_proj is None else linear(states, parts.embed_proj)
+
+    def scores(self, layer: Any) -> Scores:
+        of = layer.attention.self
+        if not of.relative_attention:
+            return PLAIN
+        kinds = [kind for kind in ("c2p", "p2c") if kind in of.pos_att_type]
+        scale = (of.attention_head_size * (1 + len(kinds))) ** -0.5
+
+        def more(distances: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            span = of.pos_ebd_size
+            behind = -distances
+            if of.position_buckets > 0:
+                behind = make_log_bucket_position(behind, of.position_buckets, of.max_relative_positions).long()
+            index = (behind + span).clamp(0, 2 * span - 1)[:, None]  # [B or 1, 1, Q, K]
+            rows = drop(self.lm.deberta.encoder.get_rel_embedding(), of.pos_dropout)[: 2 * span]
+            found = query.new_zeros(())
+            shape = (*query.shape[:3], key.shape[2])
+            if "c2p" in kinds:
+                of_rows = self.of_heads(rows, of.key_proj if of.share_att_key else of.pos_key_proj, query)
+                found = found + (query @ of_rows.mT).gather(-1, index.expand(shape))
+            if "p2c" in kinds:
+                of_rows = self.of_heads(rows, of.query_proj if of.share_att_key else of.pos_query_proj, query)
+                found = found + (key @ of_rows.mT).gather(-1, index.mT.expand(*shape[:2], shape[3], shape[2])).mT
+            return found * scale
+
+        return Scores(scale=scale, more=more)
+
+    def of_heads(self, rows: Tensor, layer: nn.Linear, like: Tensor) -> Tensor:
+        """A projection of the embeddings of distances: ``[A, 2 * span, D]``."""
+        return (
+            F.linear(rows, layer.weight, layer.bias).unflatten(-1, (-1, like.shape[-1])).transpose(0, 1).to(like.dtype)
+        )
