@@ -18,6 +18,7 @@ from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
 from condenser.models.objective import Objective
+from condenser.models.positions import Extension, with_positions
 
 HEAD_FILE = "condenser_head.safetensors"
 AUTHORS_FILE = "model.pt"
@@ -29,6 +30,8 @@ def warm_start(
     tokenizer: Any,
     objective: type[Objective] = Condenser,
     say: Callable[[str], Any] = print,
+    max_positions: int | None = None,
+    position_extension: Extension = "hierarchical",
     **options: Any,
 ) -> Objective:
     """The model that training starts from: see `build_masked_lm`; a head found beside the weights is loaded too.
@@ -36,6 +39,7 @@ def warm_start(
     Args:
         tokenizer: the token store's; the backbone's must be the same.
         say: is told where trained weights get an untrained head.
+        max_positions, position_extension: see `with_positions`.
         options: further arguments of the objective.
 
     Raises:
@@ -50,6 +54,8 @@ def warm_start(
     lm = build_masked_lm(backbone, settings, vocab_size=n_ids, pad_token_id=tokenizer.pad_token_id)
     if lm.config.vocab_size < n_ids:
         raise ValueError(f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({n_ids})")
+    if max_positions is not None:
+        lm = with_positions(lm, max_positions, position_extension)
     try:
         model = objective.from_masked_lm(lm, **options)
     except TypeError as error:

@@ -29,11 +29,12 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 from condenser.cli import main
 from condenser.evaluation.probes import cls_attention_entropy
 from condenser.hub import load_export
-from condenser.models.backbones.base import backbone_of, depths, prepare_layers
+from condenser.models.backbones.base import backbone_of, depths, longest_text, prepare_layers
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.losses import pair_losses, pair_scores
 from condenser.models.objective import flattened
+from condenser.models.positions import extended, with_positions
 from condenser.models.retromae import RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.step import inputs_of, pass_loss
@@ -444,3 +445,65 @@ def test_from_text_to_an_export_that_others_load(family, store, recipe, tmp_path
     assert "begins with random weights" not in capsys.readouterr().out
     start = torch.load(checkpoints(tmp_path / "two")[0], weights_only=True)["state_dict"]
     assert {name.removeprefix("model.") for name in start} >= {*dict(trained.named_parameters())}
+
+
+# --- more positions
+
+
+@family
+@pytest.mark.parametrize("extension", ["hierarchical", "interpolated", "copied"])
+def test_a_backbone_takes_longer_texts_and_short_ones_as_before(family, extension):
+    lm, batch = lm_of(family), tiny_batch()
+    larger = with_positions(lm, 90, extension).eval()
+    assert longest_text(larger.config) == 90
+    assert {name for name, p in larger.named_parameters()} == {name for name, p in lm.named_parameters()}
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    before, after = (each(**inputs).logits for each in (lm, larger))
+    real = batch["attention_mask"].bool()
+    same = torch.allclose(before[real], after[real])
+    embeds = getattr(lm.base_model.embeddings, "position_embeddings", None) is not None
+    assert same == (extension != "interpolated" or not embeds)
+    batch = tiny_batch(rows=2, length=90)
+    out = Condenser(larger, skip_from=2).double().eval()(**batch)
+    assert out.mlm_loss.item() == pytest.approx(larger(**batch).loss.item(), rel=1e-6)
+
+
+def test_positions_are_those_of_their_definitions():
+    trained = torch.randn(4, 3, dtype=torch.float64)
+    found = extended(trained, 14, "hierarchical")
+    parts = (trained - 0.4 * trained[0]) / 0.6
+    for number in range(14):
+        i, j = divmod(number, 4)
+        torch.testing.assert_close(found[number], 0.4 * parts[i] + 0.6 * parts[j])
+    assert torch.equal(found[:4], trained)
+    assert torch.equal(extended(trained, 10, "copied"), trained[[0, 1, 2, 3, 0, 1, 2, 3, 0, 1]])
+    between = extended(trained, 7, "interpolated")
+    torch.testing.assert_close(between[::2], trained)
+    torch.testing.assert_close(between[1], (trained[0] + trained[1]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("n", "extension", "message"),
+    [(39, "copied", "takes 40"), (1601, "hierarchical", "at most 1444"), (50, "x", "'x'")],
+)
+def test_positions_that_cannot_be_made_are_refused(n, extension, message):
+    with pytest.raises(ValueError, match=message):
+        with_positions(lm_of("mpnet" if n > 1600 else "distilbert"), n, extension)
+
+
+def test_a_run_over_longer_rows_goes_on_and_is_exported_with_its_positions(
+    roberta, recipe, corpus, tmp_path, capsys
+):
+    """RoBERTa's positions begin at 2."""
+    source = ["--input", str(corpus), "--tokenizer", str(roberta), "--output", str(tmp_path / "rows"), "--workers", "1"]
+    assert main(["prepare", *source, "--max-length", "64"]) == 0
+    options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--model.backbone", str(roberta)]
+    options += ["--model.backbone_config", "{}", "--data.store", str(tmp_path / "rows"), "--data.batch_size", "8"]
+    assert main(["fit", *options, "--name", "short"]) == 1
+    assert "rows of up to 64 tokens" in capsys.readouterr().err
+    options += ["--model.max_positions", "64"]
+    for steps in (4, 8):
+        assert main(["fit", *options, "--name", "long", "--trainer.max_steps", str(steps)]) == 0
+    assert main(["export", str(tmp_path / "long"), "--output", str(tmp_path / "export")]) == 0
+    exported = AutoModel.from_pretrained(tmp_path / "export")
+    assert exported.embeddings.position_embeddings.weight.shape[0] == exported.config.max_position_embeddings == 66

@@ -24,6 +24,7 @@ from condenser.data.tokenizers import vocabulary_size
 from condenser.models import attention
 from condenser.models.backbones.base import build_masked_lm, changed_config, prepare_layers
 from condenser.models.objective import COUNTS
+from condenser.models.positions import with_positions
 from condenser.training.module import CondenserModule
 from condenser.training.optim import build_optimizer
 from condenser.training.step import TrainingStep
@@ -52,6 +53,8 @@ class Rehearsal:
         options: dict[str, Any] = module.options
         with self.fake:
             lm = skeleton(module.backbone, module.backbone_config, **defaults)
+            if module.positions["max_positions"] is not None:
+                lm = with_positions(lm, module.positions["max_positions"])
             module.model = self.model = module.objective.from_masked_lm(lm, **options).train()
             prepare_layers(lm, **module.layers)
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -23,6 +23,7 @@ from condenser.models.backbones.base import longest_text, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
 from condenser.models.objective import COUNTS, Objective, known_options
+from condenser.models.positions import Extension
 from condenser.training import sharding
 from condenser.training.ending import averaging, length_of, loops_at, stopped_by, validation_follows
 from condenser.training.flags import check_precision
@@ -39,6 +40,9 @@ class CondenserModule(L.LightningModule):
         backbone: Hugging Face masked LM to start from (folder or hub name); an exported Condenser brings its head
             along. Without one, a BERT with random weights and the store's vocabulary.
         backbone_config: settings of the backbone's Hugging Face configuration that differ from its own.
+        max_positions: tokens of a text, special ones included, that the backbone is to take, if more than it does.
+        position_extension: how positions that are embedded are made more: hierarchical (the first stay as they are),
+            interpolated, or copied.
         objective: class of what is minimised, by its path: condenser.models.condenser.Condenser,
             condenser.models.cocondenser.CoCondenser, condenser.models.retromae.RetroMAE, or one of your own.
         objective_options: its further settings, by name.
@@ -64,6 +68,8 @@ class CondenserModule(L.LightningModule):
         self,
         backbone: str | None = None,
         backbone_config: dict[str, Any] | None = None,
+        max_positions: int | None = None,
+        position_extension: Extension = "hierarchical",
         objective: type[Objective] = Condenser,
         objective_options: dict[str, Any] | None = None,
         skip_from: int = 6,
@@ -84,6 +90,7 @@ class CondenserModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone, self.backbone_config, self.objective = backbone, backbone_config or {}, objective
+        self.positions: Any = {"max_positions": max_positions, "position_extension": position_extension}
         self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
         self.objective_options = objective_options or {}
         self.gradient_cache = gradient_cache
@@ -117,7 +124,8 @@ class CondenserModule(L.LightningModule):
             say(f"a {self.objective.__name__} has no use for model.{', '.join(unused)}")
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        self.model = hub.warm_start(self.backbone, self.backbone_config, tokenizer, self.objective, say, **options)
+        settings, options = self.backbone_config, self.positions | options
+        self.model = hub.warm_start(self.backbone, settings, tokenizer, self.objective, say, **options)
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
