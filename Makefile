@@ -4,7 +4,7 @@ BIN := .venv/bin
 RUN := $(BIN)/condenser
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-gpu test-slurm test-faults test-all lint types audit format clean
+.PHONY: help install demo study test test-min test-max test-gpu test-slurm test-faults test-all lint types audit format clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -36,6 +36,16 @@ study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEI
 
 test: install  ## the tests, in under 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n 3 --dist worksteal
+
+test-min:  ## the tests with the lowest versions that are supported, in .venv-min
+	$(PYTHON) -m venv .venv-min
+	.venv-min/bin/python -m pip install --quiet --constraint constraints-min.txt --editable '.[dev]'
+	.venv-min/bin/python -m pytest -n 3 --dist worksteal
+
+test-max:  ## the tests with the newest versions that pyproject.toml allows, in .venv-max
+	$(PYTHON) -m venv .venv-max
+	.venv-max/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
+	.venv-max/bin/python -m pytest -n 3 --dist worksteal
 
 test-gpu:  ## with PYTHON's own torch, on a GPU: all ways to compute a step, a run, the benchmark; runs/gpu.json (8 minutes)
 	$(PYTHON) tests/gpu.py --json runs/gpu.json

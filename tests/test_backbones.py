@@ -101,6 +101,9 @@ FAMILIES = {
     ),
 }
 family = pytest.mark.parametrize("family", FAMILIES)
+OFTEN = ("distilbert", "deberta, version 3", "modernbert, window last")
+SOME = [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in FAMILIES]
+some = pytest.mark.parametrize("family", SOME)
 HEADS = {  # Hugging Face's MLM head, states to logits
     "distilbert": lambda lm, h: lm.vocab_projector(lm.vocab_layer_norm(lm.activation(lm.vocab_transform(h)))),
     "electra": lambda lm, h: lm.generator_lm_head(lm.generator_predictions(h)),
@@ -395,15 +398,16 @@ def test_weights_are_frozen_drawn_anew_and_ranked_by_depth(family):
 @pytest.mark.parametrize(
     ("family", "objective"),
     [
-        ("distilbert", Condenser),
-        ("electra", RetroMAE),
         ("modernbert, window last", Condenser),
-        ("modernbert", RetroMAE),
+        pytest.param("distilbert", Condenser, marks=pytest.mark.slow),
+        pytest.param("electra", RetroMAE, marks=pytest.mark.slow),
+        pytest.param("modernbert", RetroMAE, marks=pytest.mark.slow),
+        pytest.param("deberta, version 3", CoCondenser, marks=pytest.mark.slow),
     ],
 )
 def test_compiled_and_in_bf16_a_pass_is_the_same(family, objective):
     lm, batch = lm_of(family).float(), tiny_batch()
-    model = objective(lm, **({"skip_from": 2} if objective is Condenser else {})).float()
+    model = objective(lm, **({} if objective is RetroMAE else {"skip_from": 2})).float()
     fields = flattened(model.backbone, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
     fields |= {"keys": torch.arange(5) * 7919 + 1, "original_ids": fields["input_ids"]}
     inputs, scale = inputs_of(fields | {"slots": torch.arange(5)}), torch.full((4,), 0.01)
@@ -417,7 +421,7 @@ def test_compiled_and_in_bf16_a_pass_is_the_same(family, objective):
     assert losses[2].item() == pytest.approx(losses[0].item(), rel=3e-2)
 
 
-@family
+@some
 def test_from_text_to_an_export_that_others_load(family, store, recipe, tmp_path, capsys):
     """With the settings of a recipe for BERT; then training goes on from the export, head included."""
     lm = FAMILIES[family](0.0)
@@ -450,7 +454,7 @@ def test_from_text_to_an_export_that_others_load(family, store, recipe, tmp_path
 # --- more positions
 
 
-@family
+@some
 @pytest.mark.parametrize("extension", ["hierarchical", "interpolated", "copied"])
 def test_a_backbone_takes_longer_texts_and_short_ones_as_before(family, extension):
     lm, batch = lm_of(family), tiny_batch()
@@ -491,9 +495,7 @@ def test_positions_that_cannot_be_made_are_refused(n, extension, message):
         with_positions(lm_of("mpnet" if n > 1600 else "distilbert"), n, extension)
 
 
-def test_a_run_over_longer_rows_goes_on_and_is_exported_with_its_positions(
-    roberta, recipe, corpus, tmp_path, capsys
-):
+def test_a_run_over_longer_rows_goes_on_and_is_exported_with_its_positions(roberta, recipe, corpus, tmp_path, capsys):
     """RoBERTa's positions begin at 2."""
     source = ["--input", str(corpus), "--tokenizer", str(roberta), "--output", str(tmp_path / "rows"), "--workers", "1"]
     assert main(["prepare", *source, "--max-length", "64"]) == 0

@@ -9,7 +9,7 @@ import pytest
 from conftest import make_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
 from condenser.corpus.blocks import Blocks, block_spans, cut_documents
@@ -228,13 +228,26 @@ def test_added_tokens_that_are_not_special_stay_the_tokens_that_they_are(kind, k
     assert encoder.n_ids == 1 + max(tokenizer.get_vocab().values()) >= kinds[kind].get_vocab_size() + 5
 
 
-def test_words_of_a_tokenizer_that_keeps_spaces_are_those_between_spaces(sentencepiece):
-    """Llama's kind, to which a text is one word."""
-    state = json.loads(sentencepiece.to_str()) | {"pre_tokenizer": None}
-    replace = [{"type": "Prepend", "prepend": "\u2581"}]
-    replace += [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
-    state["normalizer"] = {"type": "Sequence", "normalizers": replace}
-    tokenizer = Tokenizer.from_str(json.dumps(state))
+SPACES = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+LLAMA = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "\u2581"}, SPACES]}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always", "split": False}
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "splitter"),
+    [
+        (LLAMA, None),
+        (LLAMA, {"type": "Sequence", "pretokenizers": []}),
+        (LLAMA, {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}),
+        (None, METASPACE),
+        (None, {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, METASPACE]}),
+    ],
+    ids=["Llama", "of no parts", "Gemma", "Metaspace", "digits"],
+)
+def test_words_of_a_tokenizer_that_keeps_spaces_are_those_between_spaces(normalizer, splitter, sentencepiece):
+    """To it a text is one word."""
+    changed = {"pre_tokenizer": splitter, "normalizer": normalizer}
+    tokenizer = Tokenizer.from_str(json.dumps(json.loads(sentencepiece.to_str()) | changed))
     assert {*tokenizer.encode("Attending heads.", add_special_tokens=False).word_ids} == {0}
     assert words_of("Attending heads. Ranking masks.", Encoder(tokenizer)) == [
         "Attending",
@@ -242,6 +255,32 @@ def test_words_of_a_tokenizer_that_keeps_spaces_are_those_between_spaces(sentenc
         "Ranking",
         "masks.",
     ]
+
+
+@pytest.mark.parametrize("text", ["The caf\u00e9 cat sat on the mat. ", "\u00e9 ", "\u65e5\u672c ", " \u00e9  \n "])
+def test_text_may_end_in_a_space(text, kinds, roberta):
+    whole = AutoTokenizer.from_pretrained(roberta).backend_tokenizer
+    for tokenizer in (whole, *kinds.values()):
+        ids, starts, ends = Encoder(tokenizer)(text)
+        assert len(ids) == len(starts)
+        assert not ends or ends[-1] == len(ids)
+
+
+def test_a_special_token_that_is_sought_in_normalized_text_is_text_too(bert):
+    tokenizer = Tokenizer.from_str(bert.to_str())
+    tokenizer.add_special_tokens([AddedToken("<ent>", normalized=True)])
+    ids = Encoder(tokenizer)("the <ent> word").ids
+    assert tokenizer.token_to_id("<ent>") not in ids
+    assert len(ids) > 3
+
+
+@pytest.mark.parametrize(("added", "text"), [("mat. The", "A mat. The cat."), ("\n\n", "A cat. \n\n A mat.")])
+def test_an_added_token_may_go_across_the_end_of_a_sentence(added, text, bert):
+    tokenizer = Tokenizer.from_str(bert.to_str())
+    tokenizer.add_tokens([added])
+    encoded = Encoder(tokenizer)(text)
+    assert encoded.ids.tolist() == tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.token_to_id(added) in encoded.ids
 
 
 @pytest.mark.parametrize("space", "\u00a0\u3000\u2028\x85")

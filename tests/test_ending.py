@@ -21,11 +21,11 @@ from test_training import StopAfter, assert_same_weights, final_state, fit, metr
 
 from condenser.cli import main
 from condenser.data.datamodule import CondenserDataModule
+from condenser.data.lock import locked
 from condenser.data.mixing import Mixture
 from condenser.data.store import TokenStore
 from condenser.models.condenser import Condenser
 from condenser.runs import checkpoints, step_of
-from condenser.training.lock import locked
 from condenser.training.module import CondenserModule
 from condenser.training.optim import Optimization, build_optimizer
 
@@ -356,15 +356,15 @@ def test_a_second_start_is_refused_while_the_first_lives_and_takes_over_when_it_
 
 
 def test_a_lock_goes_with_its_holder_and_not_with_a_file(tmp_path):
-    with locked(tmp_path):
-        with pytest.raises(ValueError, match="is being trained by process"), locked(tmp_path):
+    with locked(tmp_path / "lock", "busy with {holder}"):
+        with pytest.raises(ValueError, match="busy with process"), locked(tmp_path / "lock", "busy with {holder}"):
             pass
         assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on")
     (tmp_path / "lock").write_text("process 1 on elsewhere")
-    with locked(tmp_path):
+    with locked(tmp_path / "lock", "busy with {holder}"):
         child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(30,))
         child.start()
-    with locked(tmp_path):
+    with locked(tmp_path / "lock", "busy with {holder}"):
         assert child.is_alive()
     child.kill()
     child.join()

@@ -24,6 +24,7 @@ from condenser.corpus.inputs import in_short, resolve
 from condenser.corpus.prepare import prepare as prepare_from_python
 from condenser.corpus.repeats import keys_of, runs_of_words
 from condenser.data.collate import Vocabulary
+from condenser.data.lock import locked
 from condenser.data.store import TokenStore, read_manifest
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
 from condenser.evaluation.pairs import read_similarity
@@ -135,6 +136,16 @@ def test_a_store_among_its_own_input_is_no_input(store, tmp_path, capsys):
     for _ in range(2):
         assert prepare(tmp_path, store / "tokenizer", tmp_path / "store") == 0
     assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_pattern_leaves_stores_out_too_and_names_them(store, tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", make_documents(3))
+    for output in ("store", "store", "other"):
+        assert prepare(tmp_path / "**", store / "tokenizer", tmp_path / output) == 0
+    out = capsys.readouterr().out
+    assert "nothing to do" in out
+    assert f"a token store (1 without an ending; {tmp_path / 'store'})" in out
+    assert contents(tmp_path / "store") == contents(tmp_path / "other")
 
 
 @pytest.mark.parametrize("source", [[], [""], ""])
@@ -315,6 +326,62 @@ def test_after_an_input_that_failed_another_may_be_added(options, store, small_u
         assert prepare(good, store / "tokenizer", tmp_path / name, "--append", *options) == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
     assert read_manifest(tmp_path / "out")["counts"]["repeated_texts"] == 60
+
+
+@pytest.mark.parametrize("options", [[], ["--deduplicate"]])
+def test_one_who_was_killed_when_all_was_done_but_the_clearing_up_has_finished(options, store, tmp_path, capsys):
+    files = [write_jsonl(tmp_path / f"{seed}.jsonl", make_documents(20, seed)) for seed in range(3)]
+    add = lambda name, *numbers: prepare(  # noqa: E731
+        [files[number] for number in numbers], store / "tokenizer", tmp_path / name, "--append", *options
+    )
+    for name in ("same", "other", "clean"):
+        assert prepare(files[0], store / "tokenizer", tmp_path / name, *options) == 0
+        assert add(name, 1) == 0
+    before = contents(tmp_path / "same")
+    for name in ("same", "other"):
+        state = {"first_source": 1, "settings": read_manifest(tmp_path / name)["settings"]}
+        (tmp_path / name / "unfinished.json").write_text(json.dumps(state))
+        (tmp_path / name / "units/share-0-of-1.json").write_text('["00001-00000"]')
+    capsys.readouterr()
+    assert add("same", 1) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert contents(tmp_path / "same") == before
+    for name in ("other", "clean"):
+        assert add(name, 2) == 0
+    assert contents(tmp_path / "other") == contents(tmp_path / "clean")
+
+
+def test_one_process_makes_a_store_or_several_shares_of_it(store, corpus, tmp_path, capsys):
+    out = tmp_path / "out"
+    out.mkdir()
+    with locked(out / ".lock", "busy"):
+        for options in ([], ["--shard", "0/2"]):
+            assert prepare(corpus, store / "tokenizer", out, *options) == 1
+            assert f"{out} is being made by process {os.getpid()} on" in capsys.readouterr().err
+    with locked(out / ".lock", "busy", shared=True):
+        assert prepare(corpus, store / "tokenizer", out) == 1
+        for index in range(2):
+            assert prepare(corpus, store / "tokenizer", out, "--shard", f"{index}/2") == 0
+        assert main(["prepare", "merge", str(out)]) == 1
+    assert main(["prepare", "merge", str(out)]) == 0
+    assert not (out / ".lock").exists()
+
+
+def test_temporary_files_of_others_stay(store, corpus, tmp_path, capsys):
+    out = tmp_path / "train"  # which is also the name of a split
+    (out / ".git").mkdir(parents=True)
+    (out / ".git/z.partial").touch()
+    ours = out / "tokenizer.0123abcd.partial"
+    ours.mkdir()
+    assert prepare(corpus, store / "tokenizer", out) == 0
+    assert (out / ".git/z.partial").exists()
+    assert not ours.exists()
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "video.partial").touch()
+    assert prepare(corpus, store / "tokenizer", other) == 1
+    assert "holds no token store" in capsys.readouterr().err
+    assert [path.name for path in other.iterdir()] == ["video.partial"]
 
 
 def with_a_hole(folder):

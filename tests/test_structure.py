@@ -26,7 +26,7 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
     "__init__": set(),
 }
 ACROSS = {  # and of these, that module alone
-    ("corpus", "data"): {"store", "hashing", "tokenizers", "collate"},
+    ("corpus", "data"): {"store", "hashing", "tokenizers", "collate", "lock"},
     ("training", "cluster"): {"signals"},
     ("cli", "cluster"): {"signals"},
     ("evaluation", "reports"): {"figures"},

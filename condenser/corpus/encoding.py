@@ -43,9 +43,10 @@ class Encoder:
         self.tokenizer, self.special_tokens = without_special_tokens(tokenizer)
         self.language, self.segment = language, segment
         self.n_ids = 1 + max(tokenizer.get_vocab().values())
-        splitter = tokenizer.pre_tokenizer  # of Llama's kind there is none, or one that does not split
-        self.keeps_spaces = splitter is None or getattr(splitter, "split", True) is False
-        self.by_sentence = segment is None and is_bert(tokenizer)
+        # to tokenizers of Llama's and Gemma's kind a text is one word
+        self.keeps_spaces = len({*self.tokenizer.encode("a b a b", add_special_tokens=False).word_ids}) == 1
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
+        self.by_sentence = segment is None and is_bert(tokenizer) and all(map(str.isalnum, added))
         if self.by_sentence:
             pieces = [self.tokenizer.id_to_token(token_id) or "" for token_id in range(self.n_ids)]
             goes_on = tokenizer.model.continuing_subword_prefix
@@ -80,7 +81,8 @@ class Encoder:
             flat = itertools.chain.from_iterable(encoding.offsets)  # np.array of the pairs takes four times as long
             offsets.append(np.fromiter(flat, np.int64, 2 * len(encoding)).reshape(-1, 2) + base)
             if self.keeps_spaces:
-                of_tokenizer = words_between_spaces(piece, offsets[-1][:, 1] - base)
+                between = words_between_spaces(piece, offsets[-1][:, 1] - base)
+                of_tokenizer = of_tokenizer + between * (len(piece) + 1)
             words.append(of_tokenizer + base)
             base += len(piece)
         places = np.concatenate(offsets)
@@ -102,7 +104,8 @@ def without_special_tokens(tokenizer: Any) -> tuple[Any, list[str]]:
     special = {token["content"] for token in state["added_tokens"] if token["special"]}
     names = {piece: f"\0{piece}" for piece in special}
     for token in state["added_tokens"]:  # all stay, as the library numbers them anew
-        token["content"] = names.get(token["content"], token["content"])
+        if token["content"] in names:
+            token["content"], token["normalized"] = names[token["content"]], False  # else it might be normalized back
     state["truncation"] = state["padding"] = None
     model = state["model"]
     if "merges" in model:  # those that spell one, or go on from it

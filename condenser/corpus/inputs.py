@@ -54,15 +54,18 @@ def sources_of(name: str) -> tuple[list[Source], list[str]]:
         return chosen(list(within(name, set())))
     if os.path.exists(name):
         return [file_source(name)], []
+    seen: set[str] = set()
     paths = sorted(glob.glob(name, recursive=True), key=lambda path: (path.count(os.sep), path))  # round no loop
     if not paths:
         return [hub_source(name)], []
-    seen: set[str] = set()
     files: dict[str, str] = {}  # by real path, as a pattern may give what is in a folder that it gives too
     for path in paths:
         for file in within(path, seen) if os.path.isdir(path) else [path]:
             files.setdefault(os.path.realpath(file), file)
-    return chosen(sorted(files.values()))
+    stores = {parent for file in files.values() for parent in Path(file).parents if is_store(str(parent))}
+    inside = {file for file in files.values() if not stores.isdisjoint(Path(file).parents)}
+    found, left_out = chosen(sorted({*files.values()} - inside))
+    return found, [*dict.fromkeys([*left_out, *(f"{store}: a token store" for store in sorted(map(str, stores)))])]
 
 
 def within(folder: str, seen: set[str]) -> Iterator[str]:
@@ -91,9 +94,14 @@ def is_dataset(folder: str) -> bool:
 def is_apart(folder: str) -> bool:
     """Whether a folder among data holds none: it is hidden, a system's own, or a token store."""
     name = Path(folder).name
-    has_store = os.path.isdir(os.path.join(folder, "units")) and os.path.isfile(os.path.join(folder, MANIFEST))
+    return name.startswith(".") or name in SYSTEMS_OWN or is_store(folder)
+
+
+def is_store(folder: str) -> bool:
+    """Whether a token store is there, or in the making."""
+    has_units = os.path.isdir(os.path.join(folder, "units"))
     in_the_making = os.path.isfile(os.path.join(folder, UNFINISHED))
-    return name.startswith(".") or name in SYSTEMS_OWN or has_store or in_the_making
+    return in_the_making or (has_units and os.path.isfile(os.path.join(folder, MANIFEST)))
 
 
 def chosen(paths: list[str]) -> tuple[list[Source], list[str]]:

@@ -1,6 +1,6 @@
 """`condenser prepare merge`: the shares of the work, put together to a finished store; the end of every preparation."""
 
-import itertools
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +9,8 @@ import numpy as np
 
 from condenser.corpus.repeats import ID, TEXT, repeated
 from condenser.corpus.shards import dataset_files
-from condenser.corpus.work import BAD_NAMED, UNFINISHED, keys_path, outcome_path
+from condenser.corpus.work import BAD_NAMED, LOCK, UNFINISHED, busy, keys_path, outcome_path
+from condenser.data.lock import locked
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -45,6 +46,12 @@ def merge(store: str, /) -> None:
     folder = Path(store)
     if not (folder / UNFINISHED).is_file():
         raise ValueError(f"{store} is no store in the making: there is nothing to merge")
+    with locked(folder / LOCK, busy(folder)):
+        put_together(folder)
+
+
+def put_together(folder: Path) -> None:
+    """What is left to do when all shares are done, see `merge`."""
     state = read_json(folder / UNFINISHED, "settings", "first_source")
     names = names_of_units(folder, state["first_source"])
     outcomes = [read_json(outcome_path(folder, name)) for name in names]
@@ -75,17 +82,39 @@ def merge(store: str, /) -> None:
         "splits": splits,
     }
     write_json(folder / MANIFEST, manifest)
-    leftovers = ("units/share-*.json", "units/*.repeats.npy", "**/*.partial")  # of those who were killed, too
-    for path in itertools.chain.from_iterable(map(folder.glob, leftovers)):
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / UNFINISHED).unlink()
-    print(summary(store, manifest))
+    remove_leftovers(folder)
+    print(summary(folder, manifest))
+
+
+def remove_leftovers(folder: Path) -> None:
+    """What a store needed while it was in the making, and what those who were killed have left."""
+    for pattern in ("units/share-*.json", "units/*.repeats.npy", "*/*.partial", "*.partial"):
+        for path in folder.glob(pattern):
+            if path.suffix != ".partial" or is_own(folder, path):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def is_own(folder: Path, path: Path) -> bool:
+    """Whether a temporary file or folder in a store was made here: it has such a name, and is where these are."""
+    if path.is_symlink():
+        return False
+    if path.parent != folder:
+        return path.parent.parent == folder and path.parent.name in ("units", *SPLITS)
+    names = "|".join(map(re.escape, ("tokenizer", UNFINISHED, MANIFEST, "token_counts.npy")))
+    return re.fullmatch(rf"({names})\.[0-9a-f]{{8}}\.partial", path.name) is not None
 
 
 def names_of_units(folder: Path, first_source: int) -> list[str]:
     """In order: those that were in the store before, and those that are added, from ``first_source`` on."""
-    earlier = read_manifest(folder)["units"] if first_source else []
-    return sorted([*earlier, *(name for name in shared_units(folder) if name >= f"{first_source:05d}")])
+    added = [name for name in shared_units(folder) if name >= f"{first_source:05d}"]
+    return sorted([*earlier_units(folder, first_source), *added])
+
+
+def earlier_units(folder: Path, first_source: int) -> list[str]:
+    """Of the sources before this one, in a store that was finished then."""
+    units = read_manifest(folder)["units"] if first_source else []
+    return [name for name in units if name < f"{first_source:05d}"]
 
 
 def shared_units(folder: Path) -> list[str]:
@@ -126,7 +155,7 @@ def in_words(counts: dict[str, int], *names: str) -> str:
     return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names)
 
 
-def summary(store: str, manifest: dict[str, Any]) -> str:
+def summary(store: Path, manifest: dict[str, Any]) -> str:
     counts, splits = manifest["counts"], manifest["splits"]
     lines = [f"{store}: for {split} {in_words(about, 'rows', 'tokens')}" for split, about in splits.items()]
     of_documents = "documents", "kept", "empty", "too_short", "bad", "dropped_repeats"

@@ -29,20 +29,23 @@ import numpy as np
 from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
-from condenser.corpus.merge import EmptyStoreError, merge
-from condenser.corpus.readers import Columns
+from condenser.corpus.merge import EmptyStoreError, earlier_units, is_own, put_together, remove_leftovers
+from condenser.corpus.readers import Columns, Source
 from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
+    LOCK,
     UNFINISHED,
     Job,
     Share,
     available_cores,
+    busy,
     do_share,
     find_repeats,
     outcome_path,
     progress,
 )
+from condenser.data.lock import locked
 from condenser.data.store import MANIFEST, SPLITS, checksum, missing_files, read_json, read_manifest, write_json
 
 UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit; in between, there are 512 units
@@ -134,20 +137,49 @@ def prepare(
     fingerprints = [source.fingerprint() for source in sources]
     unit_bytes = int(np.clip(sum(source.size() for source in sources) // 512, *UNIT_BYTES))
     settings |= {"unit_bytes": unit_bytes, "sources": fingerprints}
-    state = next_state(folder, settings, append, alone=count == 1)
-    if state is None:
+    if next_state(folder, settings, append, alone=count == 1) is None:
+        if (folder / UNFINISHED).is_file():  # whoever finished it was killed at once
+            with locked(folder / LOCK, busy(folder)):
+                remove_leftovers(folder)
         print(f"{output} is already prepared: nothing to do")
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with locked(folder / LOCK, busy(folder), shared=count > 1):
+            state = next_state(folder, settings, append, alone=count == 1)
+            if state is not None:  # as another process has just done it
+                make(folder, state, sources, fingerprints, blocks, skip_bad_lines, (index, count), workers, engine)
+    finally:
+        with suppress(OSError):  # it is not empty
+            folder.rmdir()
+
+
+def make(
+    folder: Path,
+    state: dict[str, Any],
+    sources: list[Source],
+    fingerprints: list[dict[str, Any]],
+    blocks: Blocks,
+    skip_bad_lines: bool,
+    part: tuple[int, int],
+    workers: int | None,
+    engine: str,
+) -> None:
+    """The share ``part`` of the work that is left in a ``state``, and the end of it where there is one share."""
+    settings, (index, count) = state["settings"], part
     todo = state["settings"]["sources"][state["first_source"] :]
     sources = [source for source, each in zip(sources, fingerprints, strict=True) if each in todo]
     sources = [replace(source, number=number) for number, source in enumerate(sources, state["first_source"])]
-    share = Share(sources, state["settings"]["unit_bytes"], index, count)
+    share = Share(sources, settings["unit_bytes"], index, count)
+    if state.pop("anew", False):
+        remove_units(folder, state["first_source"])
     with in_the_making(folder, state, alone=count == 1):
-        store_tokenizer(folder, tokenizer, lambda: texts(share, skip_bad_lines))
+        store_tokenizer(folder, settings["tokenizer"], lambda: texts(share, skip_bad_lines))
         tokenizer_checksum = checksum(folder / "tokenizer" / "tokenizer.json")
-        job = Job(folder, tokenizer_checksum, blocks, skip_bad_lines, deduplicate, near_duplicates)
-        if deduplicate:
-            earlier = read_manifest(folder)["units"] if state["first_source"] else []
+        near = settings["near_duplicates"]
+        job = Job(folder, tokenizer_checksum, blocks, skip_bad_lines, settings["deduplicate"], near)
+        if job.deduplicate:
+            earlier = earlier_units(folder, state["first_source"])
             find_repeats(job, replace(share, index=0, count=1), earlier, workers or available_cores())
         if engine == "ray":
             from condenser.corpus.ray_engine import do_shares
@@ -156,9 +188,9 @@ def prepare(
         else:
             do_share(job, share, workers or available_cores())
         if count == 1:
-            merge(output)
+            put_together(folder)
         else:
-            print(f"{output}: share {index} of {count} is done; `condenser prepare merge {output}` when all are")
+            print(f"{folder}: share {index} of {count} is done; `condenser prepare merge {folder}` when all are")
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
@@ -196,11 +228,14 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
     if not finished and sources == written["sources"]:
         return state
     if not finished:
-        remove_units(folder, first_source)
-        return {"first_source": first_source, "settings": written | {"sources": sources}}
+        return {"first_source": first_source, "settings": written | {"sources": sources}, "anew": True}
     lost = lost_files(folder, state)
     if lost and append:
-        raise ValueError(f"{lost[0]} is missing or damaged: first repair the store with the command that made it")
+        names = " ".join(source["name"] for source in written["sources"])
+        raise ValueError(
+            f"{lost[0]} is missing or damaged: first repair the store, by all its inputs ({names}) in one command "
+            "without --append"
+        )
     if not lost and sources == written["sources"]:
         return None
     return {"first_source": first_source, "settings": written | {"sources": sources}}
@@ -212,11 +247,14 @@ def existing_state(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it holds something else.
     """
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
     if (folder / UNFINISHED).is_file():
-        return read_json(folder / UNFINISHED, "settings", "first_source")
-    if (folder / MANIFEST).is_file():
-        return read_manifest(folder)
-    if folder.exists() and not all(path.name.startswith(".") or path.suffix == ".partial" for path in folder.iterdir()):
+        state = read_json(folder / UNFINISHED, "settings", "first_source")
+        if manifest is None or manifest["settings"] != state["settings"]:
+            return state
+    if manifest is not None:  # it says the same where whoever wrote it was killed at once
+        return manifest
+    if folder.exists() and not all(path.name.startswith(".") or is_own(folder, path) for path in folder.iterdir()):
         raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
     return None
 
@@ -230,7 +268,6 @@ def lost_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
 def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[None]:
     """Marks a folder as a store in the making, and takes that back after an error that leaves nothing to go on from,
     unless other machines may be at work there. Whatever else is in the folder stays."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / UNFINISHED, state)
     try:
         yield
@@ -243,8 +280,6 @@ def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[
                 for name in ("units", "tokenizer", *SPLITS):
                     shutil.rmtree(folder / name, ignore_errors=True)
                 (folder / "token_counts.npy").unlink(missing_ok=True)
-                with suppress(OSError):  # it is not empty
-                    folder.rmdir()
         raise
 
 

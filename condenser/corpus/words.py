@@ -38,7 +38,7 @@ def word_starts(text: str, words: np.ndarray, offsets: np.ndarray, segment: Segm
     starts = np.ones(len(words), bool)
     starts[1:] = words[1:] != words[:-1]
     if segment is None and not text.isascii():
-        alone, (first, end) = unspaced(text), offsets.T
+        alone, (first, end) = np.append(unspaced(text), False), offsets.T  # some tokens are past the end
         starts |= alone[first]  # BERT's tokenizers number each Chinese character, SentencePiece's a sentence
         starts[1:] |= alone[np.maximum(end[:-1] - 1, 0)]
     if not text.isascii():

@@ -33,6 +33,7 @@ from condenser.corpus.words import load_segmenter
 from condenser.data.store import SPLITS, load_array, missing_files, read_json, save_array, write_json
 
 UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest says the same
+LOCK = ".lock"  # which several shares hold together, and everything else alone
 BAD_NAMED = 20  # records that could not be used and are named in the manifest; all are counted
 
 
@@ -215,6 +216,10 @@ def is_done(folder: Path, unit: str) -> bool:
 
 def outcome_path(folder: Path, unit: str) -> Path:
     return folder / "units" / f"{unit}.json"
+
+
+def busy(folder: Path) -> str:
+    return f"{folder} is being made by {{holder}}: wait for its end, or stop it"
 
 
 def keys_path(folder: Path, unit: str) -> Path:

@@ -23,6 +23,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from condenser.cluster import signals
 from condenser.data.datamodule import CondenserDataModule, store_folder
+from condenser.data.lock import locked
 from condenser.data.store import check_same_stores, written
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
@@ -39,7 +40,6 @@ from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFile
 from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained, in_one_line
 from condenser.training.flags import check_callbacks, check_trainer
-from condenser.training.lock import locked
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
 from condenser.training.tracking import is_first_rank
@@ -140,7 +140,8 @@ class RunCLI(LightningCLI):
                 check_same_stores(content["stores"], [store_folder(name) for name in stores], self.checkpoint)
         if is_first_rank():
             self.run.mkdir(parents=True, exist_ok=True)
-            self.held.enter_context(locked(self.run))
+            busy = f"{self.run} is being trained by {{holder}}: wait for its end, stop it, or give another --name"
+            self.held.enter_context(locked(self.run / "lock", busy))
             if self.checkpoint is not None:
                 print(f"{self.run} goes on from {self.checkpoint}")
             remove_leftovers(self.run)
