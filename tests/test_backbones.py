@@ -101,7 +101,7 @@ FAMILIES = {
     ),
 }
 family = pytest.mark.parametrize("family", FAMILIES)
-OFTEN = ("distilbert", "deberta, version 3", "modernbert, window last")
+OFTEN = ("deberta, version 3", "modernbert, window last")
 SOME = [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in FAMILIES]
 some = pytest.mark.parametrize("family", SOME)
 HEADS = {  # Hugging Face's MLM head, states to logits
@@ -398,7 +398,7 @@ def test_weights_are_frozen_drawn_anew_and_ranked_by_depth(family):
 @pytest.mark.parametrize(
     ("family", "objective"),
     [
-        ("modernbert, window last", Condenser),
+        pytest.param("modernbert, window last", Condenser, marks=pytest.mark.slow),
         pytest.param("distilbert", Condenser, marks=pytest.mark.slow),
         pytest.param("electra", RetroMAE, marks=pytest.mark.slow),
         pytest.param("modernbert", RetroMAE, marks=pytest.mark.slow),

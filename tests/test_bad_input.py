@@ -149,7 +149,7 @@ def test_titles_are_put_before_the_text_and_the_manifest_says_so(store, tmp_path
     assert "no column 'headline'; there are 'title', 'text': name one with --title-column" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("gap", [" ", ""])
+@pytest.mark.parametrize("gap", [pytest.param(" ", marks=pytest.mark.slow), ""])
 def test_a_line_of_many_megabytes_is_one_document_and_nothing_of_it_is_lost(gap, store, tmp_path):
     words = ["encoding", "heads", "ranked."] * 250_000
     source = tmp_path / "long.jsonl"

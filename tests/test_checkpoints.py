@@ -203,6 +203,7 @@ def test_a_disk_that_fills_up_keeps_what_is_there(then, run, recipe, tmp_path, c
         assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 @NEEDS_ROOT
 def test_a_full_disk_ends_all_processes_and_one_of_them_says_so(recipe, tmp_path):
     with small_disk(tmp_path / "disk", "10m") as disk:

@@ -500,7 +500,7 @@ def test_a_module_that_a_second_trainer_goes_on_with_is_clipped_as_before(store,
         assert torch.equal(weight, twice.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("n_steps", [slow("6"), slow("8"), "10"])
+@pytest.mark.parametrize("n_steps", [slow("6"), slow("8"), slow("10")])
 def test_averaging_that_was_stopped_goes_on_as_if_it_had_not_been(n_steps, recipe, tmp_path):
     swa = {"class_path": f"{CALLBACKS}StochasticWeightAveraging"}
     swa["init_args"] = {"swa_lrs": 1e-3, "swa_epoch_start": 1, "annealing_epochs": 2}

@@ -581,6 +581,7 @@ def test_the_optimizer_skips_a_step_on_the_device():
     assert (weight < 1).all()
 
 
+@pytest.mark.slow
 def test_a_trace_is_written_where_it_is_asked_for(recipe, tmp_path):
     assert fit(recipe, tmp_path, "t", "--trace_steps", "2") == 0
     assert (tmp_path / "t" / "trace.json.gz").stat().st_size > 10_000

@@ -291,6 +291,7 @@ def pairs_folder(tmp_path):
     return tmp_path / "sts"
 
 
+@pytest.mark.slow
 def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, collection_folder, tmp_path, capsys):
     run = {"retrieval": [str(collection_folder)], "finetune": True, "finetune_steps": 2, "finetune_batch_size": 4}
     run |= {

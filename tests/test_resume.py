@@ -183,6 +183,7 @@ def test_one_process_killed_at_random_and_resumed_equals_uninterrupted_bit_for_b
     assert_same_run(alone, run)
 
 
+@pytest.mark.slow
 def test_two_ranks_with_a_contrast_killed_at_random_and_resumed_equal_uninterrupted(recipe, spans, tmp_path):
     """Spans are cut anew in each epoch, and siblings are on two devices."""
     contrast = {"model__objective": "condenser.models.cocondenser.CoCondenser", "data__span_length": 12}

@@ -97,6 +97,7 @@ def test_a_run_leaves_its_configuration_metrics_checkpoints_and_summary(run):
     assert losses[1] < losses[0]
 
 
+@pytest.mark.slow
 def test_two_epochs_see_every_token_twice_and_end_at_a_rate_of_zero(recipe, store, tmp_path):
     epochs = ["--trainer.max_steps", "-1", "--trainer.max_epochs", "2", "--trainer.val_check_interval", "31"]
     assert fit(recipe, tmp_path, "e", *epochs) == 0
