@@ -348,6 +348,7 @@ def test_similarity_is_measured_and_fine_tuned_for(model_folder, pairs_folder, t
     assert {"alignment", "uniformity", "pearson"} <= set(plain)
 
 
+@pytest.mark.slow
 def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_export, tmp_path):
     """And of an export, its checkpoint and its run the same; what the head reads of [CLS] is in the settings."""
     farm = write_collection(tmp_path / "farm")

@@ -186,6 +186,7 @@ def marked_names(n, seed):
     return StepBatch.of([arrays | {name: value for name, value in found.items() if isinstance(value, int)}])
 
 
+@pytest.mark.slow
 def test_a_head_learns_to_read_cls_where_only_late_layers_know_and_not_where_it_can_do_without():
     """Layers that it starts from either learn what it needs, or stay as they were drawn."""
     lost = {}

@@ -197,6 +197,7 @@ def test_two_ranks_with_a_contrast_killed_at_random_and_resumed_equal_uninterrup
     assert_same_run(*runs)
 
 
+@pytest.mark.slow
 def test_two_ranks_killed_at_random_and_resumed_equal_uninterrupted_bit_for_bit(whole, killed):
     assert_same_run(whole, killed)
 
