@@ -20,6 +20,7 @@ import numpy as np
 
 from condenser.corpus.readers import groups
 from condenser.corpus.words import Segmenter, unspaced, word_starts, words_between_spaces
+from condenser.data.tokenizers import vocabulary_size
 
 OTHER_SPACES = re.compile("[\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]")
 PIECE = 1 << 20  # characters that are tokenized at a time
@@ -42,7 +43,7 @@ class Encoder:
     def __init__(self, tokenizer: Any, language: str = "en", segment: Segmenter | None = None):
         self.tokenizer, self.special_tokens = without_special_tokens(tokenizer)
         self.language, self.segment = language, segment
-        self.n_ids = 1 + max(tokenizer.get_vocab().values())
+        self.n_ids = vocabulary_size(tokenizer)
         # to tokenizers of Llama's and Gemma's kind a text is one word
         self.keeps_spaces = len({*self.tokenizer.encode("a b a b", add_special_tokens=False).word_ids}) == 1
         added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MULTIPLIERS = 0x7FEB352D, 0x846CA68B - 2**32  # of a mix of 32 bits in which each bit depends on each (Wellons, 2018)
+MULTIPLIERS = 0x7FEB352D, 0x846CA68B - 2**32
 
 
 class Seeds:
@@ -48,7 +48,8 @@ def kept(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
 
 
 def mixed(x: Tensor) -> Tensor:
-    """A permutation of all int32; products wrap around, and shifts bring in zeros."""
+    """A bijection of int32 whose output bits each depend on all input bits (Wellons' lowbias32); products wrap around,
+    shifts bring in zeros."""
     x = (x ^ (x >> 16 & 0xFFFF)) * MULTIPLIERS[0]
     x = (x ^ (x >> 15 & 0x1FFFF)) * MULTIPLIERS[1]
     return x ^ (x >> 16 & 0xFFFF)

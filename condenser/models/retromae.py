@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from condenser.models.attention import Bounds, bounds_of, take
+from condenser.models.dropout import mixed
 from condenser.models.flops import Sizes, Work, training_flops
 from condenser.models.losses import at_least_fp32, logits_of
 from condenser.models.objective import Objective, Term, identity
@@ -93,9 +94,9 @@ class RetroMAE(Objective):
 
     def seen(self, keys: Tensor, rows: Bounds) -> Tensor:
         """Which positions each position sees ``[B, 1, L, L]``: the first, and others by a hash of ``keys`` ``[B]``."""
-        position = torch.arange(rows.longest, device=keys.device)
-        of_query = mixed(keys[:, None] ^ mixed(position + 1))  # [B, L]
-        drawn = mixed(of_query[:, :, None] ^ mixed(position + 0x10001))  # [B, L, L]
+        position = torch.arange(rows.longest, dtype=torch.int32, device=keys.device)
+        of_query = mixed(keys.int()[:, None] ^ mixed(position + 1))  # [B, L]
+        drawn = mixed(of_query[:, :, None] ^ mixed(position + 0x10001)).long() & WORD  # [B, L, L]
         chosen = drawn >= int(self.decoder_mask_rate * (WORD + 1))
         chosen = chosen & (position[:, None] != position) & rows.mask[:, 0]  # type: ignore[index]
         return (chosen | (position == 0))[:, None]
@@ -154,10 +155,3 @@ class DupMAE(RetroMAE):
         everywhere = work._replace(queries=work.tokens, query_pairs=work.pairs)
         last = training_flops(config, 0, False, everywhere) - training_flops(config, 0, False, work)
         return super().flops(work) + last + 3.0 * work.tokens * Sizes.of(config).scored
-
-
-def mixed(x: Tensor) -> Tensor:
-    """A bijection of 32-bit integers whose output bits each depend on all input bits (Wellons' lowbias32)."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & WORD
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & WORD
-    return x ^ (x >> 16)

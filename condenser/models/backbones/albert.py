@@ -5,7 +5,6 @@ As layers share their weights, none can be frozen, drawn anew, or trained at a r
 
 from typing import Any
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condenser.models.backbones.bert import Bert, Parts, linear, norm
@@ -26,10 +25,6 @@ class Albert(Bert):
         return self.lm.predictions.decoder
 
     @property
-    def below(self) -> list[nn.Module]:
-        return [*super().below, self.widening]
-
-    @property
     def widening(self) -> nn.Linear:
         return self.lm.albert.encoder.embedding_hidden_mapping_in
 
@@ -40,12 +35,6 @@ class Albert(Bert):
             *(layer.ffn, layer.activation, layer.ffn_output, layer.full_layer_layer_norm),
             *(of.attention_head_size, of.attention_dropout, of.output_dropout),
         )
-
-    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        return linear(super().embed(input_ids, position_ids, token_type_ids), self.widening)
-
-    def position_states(self, position_ids: Tensor) -> Tensor:
-        return F.linear(self.of_positions(position_ids), self.widening.weight)
 
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.predictions

@@ -43,6 +43,15 @@ class Bert(Backbone):
         return self.lm.base_model.embeddings
 
     @property
+    def widening(self) -> nn.Linear | None:
+        """What makes embeddings, where they are narrower, as wide as the states between layers."""
+        return None
+
+    @property
+    def below(self) -> list[nn.Module]:
+        return [self.embeddings, *([] if self.widening is None else [self.widening])]
+
+    @property
     def layers(self) -> nn.ModuleList:
         return self.lm.base_model.encoder.layer
 
@@ -69,14 +78,15 @@ class Bert(Backbone):
             hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
         elif token_type_ids is not None:
             raise ValueError(f"token_type_ids are nothing that a {self.lm.config.model_type} takes")
-        hidden = norm(hidden, parts.LayerNorm).to(state_type(hidden))
-        return drop(hidden, parts.dropout)
+        hidden = drop(norm(hidden, parts.LayerNorm).to(state_type(hidden)), parts.dropout)
+        return hidden if self.widening is None else linear(hidden, self.widening)
 
     def of_positions(self, position_ids: Tensor) -> Tensor:
         return embedded(position_ids, self.embeddings.position_embeddings)
 
     def position_states(self, position_ids: Tensor) -> Tensor:
-        return self.of_positions(position_ids)
+        states = self.of_positions(position_ids)
+        return states if self.widening is None else F.linear(states, self.widening.weight)
 
     def scores(self, layer: Any) -> Scores:
         return PLAIN
