@@ -201,6 +201,10 @@ def saved_dataset(source: Source) -> Any:
 def hub_dataset(source: Source) -> Any:
     import datasets
 
+    from condenser.models.files import ask_hub
+
+    ask_hub()
+
     name, _, configuration = source.name.partition(":")
     try:
         return datasets.load_dataset(name, configuration or None, split=source.split, streaming=True)

@@ -9,6 +9,10 @@ def load_tokenizer(name: str | Path) -> Any:
 
     if not Path(name).is_dir() and (is_path(str(name)) or Path(name).exists()):
         raise ValueError(f"no tokenizer folder at {name}: give the folder that holds tokenizer.json, or a hub name")
+    if not Path(name).is_dir():
+        from condenser.models.files import ask_hub
+
+        ask_hub()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # missing folder, no network, broken files: the library raises many kinds

@@ -14,7 +14,7 @@ from condenser.evaluation.probes import probe_store
 from condenser.export import export
 from condenser.hub import HEAD_FILE, load_export
 from condenser.models.backbones.base import longest_text
-from condenser.models.files import reading
+from condenser.models.files import ask_hub, reading
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -35,6 +35,8 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
         (Path(name) / file).is_file() for file in ("config.json", "modules.json")
     ):
         raise ValueError(f"no model folder at {name}: give a Hugging Face folder or what `condenser export` wrote")
+    if not Path(name).is_dir():
+        ask_hub()
     logging.set_verbosity_error()  # the MLM head, unused here, would be reported at length
     torch.manual_seed(0)  # a pooler that the file lacks is drawn at random: unused, but part of the weights' hash
     with reading(name):

@@ -3,7 +3,6 @@
 import csv
 import errno
 import io
-import math
 import os
 import resource
 import time
@@ -33,9 +32,10 @@ def is_repeated(metrics: Mapping[str, float], step: int, every_n_steps: int) -> 
 class MetricsCSV(Logger):
     """Appends metrics to one wide CSV file; a resumed run goes on in it, after what its checkpoint had reached.
 
-    Columns are ``step``, ``epoch``, then metrics as they turn up; a new one makes the file be written again. Rows that
-    a full disk refuses are kept (about 2 kB each) until there is space, and asked for again before a checkpoint is
-    written. The file is never held in memory as a whole: it may have a row a step.
+    Columns are ``step``, ``epoch``, then metrics as they turn up; a new one, which there is at the first training row
+    and the first of validation, makes the file be written again, as in Lightning's own logger. Rows that a full disk
+    refuses are kept (about 2 kB each) until there is space, and asked for again before a checkpoint is written. The
+    file is never held in memory as a whole: it may have a row a step.
 
     Args:
         folder: the run's.
@@ -66,19 +66,22 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def begin_at(self, step: int) -> None:
-        """Drop what was logged at or after ``step`` (steps done again after a crash), and a line cut short."""
+        """Cut off what was logged at or after ``step`` (steps done again after a crash), and a line cut short."""
         self.path.touch()
-        with open(self.path, newline="") as file:
-            self.columns = next(csv.reader(file), [])
-        self.write_again(self.columns, before=step)
+        with open(self.path, "r+b") as file:
+            self.columns, end = next(csv.reader([file.readline().decode()]), []), file.tell()
+            for line in file:
+                if int(line.split(b",")[0]) >= step or not line.endswith(b"\n"):
+                    break
+                end += len(line)
+            file.truncate(end)
 
-    def write_again(self, columns: Sequence[str], before: float = math.inf) -> None:
-        """The rows of steps ``before`` one, under these ``columns``."""
+    def write_again(self, columns: Sequence[str]) -> None:
+        """The same rows under more ``columns``."""
         with open(self.path, newline="") as file, written(self.path) as partial, open(partial, "w", newline="") as out:
-            rows = csv.DictReader(line for line in file if line.endswith("\n"))
             table = csv.DictWriter(out, columns, restval="", lineterminator="\n")
-            table.writeheader() if columns else None
-            table.writerows(row for row in rows if int(row["step"]) < before)
+            table.writeheader()
+            table.writerows(csv.DictReader(file))
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
 from condenser.models.attention import Bounds, Sequences
-from condenser.models.files import reading
+from condenser.models.files import ask_hub, reading
 
 
 class Backbone(ABC):
@@ -201,6 +201,8 @@ def changed_config(backbone: str, settings: dict[str, Any]) -> PretrainedConfig:
     Raises:
         ValueError: a setting that it does not know, or a configuration that needs code of its own.
     """
+    if not Path(backbone).is_dir():
+        ask_hub()
     try:
         config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
     except ValueError as error:
