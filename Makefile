@@ -61,8 +61,8 @@ SEED ?= 0
 test-faults: install  ## as root: N runs killed, stopped, out of disk at random moments end as undisturbed ones (10 minutes)
 	PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --n $(N) --seed $(SEED)
 
-test-all: install  ## the tests and the slow ones (with Ray, 250 MB)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray]'
+test-all: install  ## the tests and the slow ones (with Ray and ONNX Runtime, 300 MB)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,onnx]'
 	$(BIN)/python -m pytest -m 'not slurm'
 
 lint: install  ## ruff: rules and formatting

@@ -31,7 +31,10 @@ COMMANDS = {  # name: (module:function, one line)
     "launch": ("condenser.cluster.launch:launch", "pre-train as a SLURM job that goes on where it was stopped"),
     "validate": ("condenser.training.fit:validate", "validation losses and accuracies of a checkpoint"),
     "estimate": ("condenser.reports.estimate:estimate", "parameters, memory and hours of a run, before it is started"),
-    "export": ("condenser.export:export", "checkpoint -> a folder that Hugging Face and sentence-transformers load"),
+    "export": (
+        "condenser.exports.command:export",
+        "checkpoint -> a folder that Hugging Face and sentence-transformers load",
+    ),
     "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval, similarity, [CLS] attention; also fine-tuned"),
     "evaluate compare": (
         "condenser.evaluation.comparison:compare",

@@ -1,4 +1,4 @@
-"""`condenser export`: a training checkpoint becomes one folder that loads everywhere.
+"""A training checkpoint becomes one folder that loads everywhere; `condenser.exports` adds what else is asked for.
 
 It is a Hugging Face folder (the headless encoder with its MLM head, and the tokenizer) that also holds
 ``condenser_head.safetensors`` (the head, keys ``c_head.*``), the files by which sentence-transformers knows to take the
@@ -10,6 +10,7 @@ import hashlib
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,35 +18,41 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from condenser.hub import HEAD_FILE, class_path, load_checkpoint, load_export
+from condenser.card import model_card
+from condenser.hub import load_checkpoint, load_export
 from condenser.models.objective import Objective
+from condenser.models.pretraining import HEAD_FILE, class_path
 from condenser.runs import METRICS, RESULTS, checkpoints, flatten, is_whole, read_mapping, read_metrics, step_of
 
 ABOUT_FILE = "condenser.json"  # where the export came from
 
 
-def export(checkpoint: str, /, *, output: str, best: bool = False, step: int | None = None) -> None:
+def export(
+    path: Path,
+    target: Path,
+    options: dict[str, Any] | None = None,
+    finish: Callable[[Path, Objective], None] = lambda folder, model: None,
+) -> None:
     """Write one folder that transformers, sentence-transformers (CLS pooling) and this project load.
 
     The folder is written under a temporary name, loaded again, compared with the checkpoint, and then put in place.
 
     Args:
-        checkpoint: a .ckpt file, or a run folder (its last checkpoint).
-        output: the folder to write; it must not exist, or hold an earlier export of the same checkpoint.
-        best: of a run folder, the checkpoint with the lowest validation loss.
-        step: of a run folder, the checkpoint after so many steps.
+        path: the checkpoint.
+        target: must not exist, or hold an earlier export of the same checkpoint with the same options.
+        options: what else is asked for, to be noted in the folder.
+        finish: is called with the folder, before it is put in place, and the model.
 
     Raises:
-        ValueError: no such checkpoint, weights that are not finite, or an output folder that holds something else.
+        ValueError: weights that are not finite, or a target that holds something else.
     """
-    path = find_checkpoint(checkpoint, best, step)
-    target = Path(output)
-    source: dict[str, Any] = {"checkpoint": path.name, "sha256": sha256(path)}
+    source: dict[str, Any] = {"checkpoint": path.name, "sha256": sha256(path), "options": options or {}}
     if already_exported(target, source):
-        print(f"{output} already holds this checkpoint's export: nothing to do")
+        print(f"{target} already holds this checkpoint's export: nothing to do")
         return
     model, content = load_checkpoint(path)
     check_finite(model, path)
+    cut_vocabulary(model)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -53,11 +60,12 @@ def export(checkpoint: str, /, *, output: str, best: bool = False, step: int | N
         source["step"] = content["global_step"]
         write_export(partial, model, content["condenser"], source, measured(path.parent.parent, source["step"]))
         compare_with_live(partial, model)
+        finish(partial, model)
         partial.rename(target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    print(f"{output}: step {content['global_step']:,} of {path}, reloaded and compared")
+    print(f"{target}: step {content['global_step']:,} of {path}, reloaded and compared")
 
 
 def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> Path:
@@ -89,10 +97,13 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
     if not target.exists():
         return False
     about = target / ABOUT_FILE
-    if about.is_file() and json.loads(about.read_text())["source"]["sha256"] == source["sha256"]:
-        return True
+    if about.is_file():
+        there = json.loads(about.read_text())["source"]
+        if (there["sha256"], there.get("options", {})) == (source["sha256"], source["options"]):
+            return True
     raise ValueError(
-        f"--output {target} exists and is not this checkpoint's export; remove it, or choose another folder"
+        f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "
+        "another folder"
     )
 
 
@@ -100,6 +111,14 @@ def check_finite(model: Objective, path: Path) -> None:
     for name, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{path}: {name} holds values that are not finite; export an earlier checkpoint")
+
+
+def cut_vocabulary(model: Objective) -> None:
+    """Take off the rows by which `model.vocabulary_multiple` has filled the vocabulary up."""
+    config = model.lm.config
+    if (size := getattr(config, "vocab_size_unpadded", None)) is not None:
+        model.lm.resize_token_embeddings(size)
+        del config.vocab_size_unpadded
 
 
 def measured(run: Path, step: int) -> dict[str, Any]:
@@ -149,70 +168,6 @@ def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length
         "config_sentence_transformers.json": {"similarity_fn_name": "dot"},
     }.items():
         (folder / name).write_text(json.dumps(value, indent=1) + "\n")
-
-
-PAPERS = {
-    "Condenser": "Gao & Callan, EMNLP 2021",
-    "CoCondenser": "Gao & Callan, ACL 2022",
-    "RetroMAE": "Xiao & Liu, EMNLP 2022",
-    "DupMAE": "Xiao et al., ACL 2023",
-}
-
-
-def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> str:
-    """The page that the hub shows; its first part is the hub's metadata."""
-    config, data, numbers = model.lm.config, card["data"], card["measured"]
-    about: dict[str, Any] = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-    about |= {"license": "unknown", "language": data["settings"].get("language", "en")}
-    about |= {"tags": ["condenser", "dense-retrieval", "masked-lm"]}
-    if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
-        about["base_model"] = backbone  # of the hub
-    files = ", ".join(source["name"] for source in data["settings"]["sources"])
-    name = type(model).__name__
-    control = name == "Condenser" and not model.head_state()
-    objective = "plain MLM" if control else name
-    method = "Pre-trained as the control of" if control else "Its `[CLS]` vector is made ready for dense retrieval by"
-    seen = f"{numbers['train/tokens_seen']:,.0f}" if "train/tokens_seen" in numbers else "not recorded"
-    losses = [f"`{name}` {value:.3f}" for name, value in numbers.items() if name.startswith("val/")]
-    rows = [
-        f"- {row['collection']}, {row['model']}, fine-tuned: {row['trained_on'] or 'no'}, nDCG@10: {row['ndcg@10']:.3f}"
-        for row in numbers.get("evaluation", [])
-        if "ndcg@10" in row
-    ]
-    return f"""---
-{yaml.safe_dump(about, sort_keys=False)}---
-# A {config.model_type} encoder pre-trained with {objective}
-
-{method} {name} ({PAPERS.get(name, "an objective of one's own")}).
-**It is not fine-tuned for retrieval: fine-tune it first**; before that, `[CLS]` similarity says little. How, on
-MS MARCO and others, with sentence-transformers or Tevatron: `docs/fine-tuning.md` of the project that made it.
-
-- {config.num_hidden_layers} layers, hidden size {config.hidden_size}, vocabulary {config.vocab_size:,}
-- started from: {backbone or "random weights"}
-- head: {json.dumps(card["head"])}
-- training: step {card["source"]["step"]:,}, tokens seen: {seen}; settings in `training_config.yaml`
-- data: {files}; {data["counts"]["tokens_kept"]:,} tokens in rows of up to {data["settings"]["max_length"]}; all of its
-  manifest in `condenser.json`
-- pooling: `[CLS]`, compared by dot product; sequences are cut at {data["settings"]["max_length"]} tokens, the length of
-  pre-training, unless you raise `max_seq_length`
-- licence: not stated; it depends on the text and on the weights that training started from
-
-## Measured
-
-Validation losses at this step: {", ".join(losses) or "not recorded"}.
-
-{chr(10).join(rows) or "Retrieval: not evaluated when this was written."}
-
-## Use
-
-```python
-from sentence_transformers import SentenceTransformer  # to fine-tune, then to encode: SentenceTransformer(folder)
-from transformers import AutoModel, AutoModelForMaskedLM  # .from_pretrained(folder): encoder; encoder with MLM head
-from condenser.hub import load_export  # load_export(folder): with its head, to go on pre-training
-```
-
-Limits: it knows what its text says, with its errors and biases, in its language and of its time.
-"""
 
 
 def compare_with_live(folder: Path, model: Objective) -> None:

@@ -1,16 +1,14 @@
 """Where models come from: Hugging Face folders and hub names, exports, the authors' checkpoints, training checkpoints.
 
-Foreign formats come in here and go out in export.py; the rest of the project knows `Condenser` only. Nothing is
-unpickled but through torch's restricted unpickler, and code that a model folder brings along is not run.
+Foreign formats come in here and in models/pretraining.py, and go out in export.py; the rest of the project knows
+objectives only. Nothing is unpickled but through torch's restricted unpickler, and code that a model folder brings
+along is not run.
 """
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from condenser.data.store import check_file_name, tokenizer_hash
 from condenser.data.tokenizers import is_path, vocabulary_size
@@ -19,9 +17,18 @@ from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
 from condenser.models.objective import Objective
 from condenser.models.positions import Extension, with_positions
-
-HEAD_FILE = "condenser_head.safetensors"
-AUTHORS_FILE = "model.pt"
+from condenser.models.pretraining import (
+    AUTHORS_FILE,
+    HEAD_FILE,
+    CondenserConfig,
+    CondenserForPreTraining,
+    Found,
+    class_of,
+    class_path,
+    load_head,
+    opened,
+    parts,
+)
 
 
 def warm_start(
@@ -51,7 +58,12 @@ def warm_start(
             raise ValueError(f"model.backbone: no such folder: {backbone}")
         check_same_tokenizer(backbone, tokenizer)
     n_ids = vocabulary_size(tokenizer)
-    lm = build_masked_lm(backbone, settings, vocab_size=n_ids, pad_token_id=tokenizer.pad_token_id)
+    if backbone is None:
+        defaults = {"vocab_size": n_ids, "pad_token_id": tokenizer.pad_token_id}
+        found = Found(build_masked_lm(None, settings, **defaults))
+    else:
+        found = opened(backbone, settings)
+    lm = found.lm
     if lm.config.vocab_size < n_ids:
         raise ValueError(f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({n_ids})")
     if max_positions is not None:
@@ -61,10 +73,9 @@ def warm_start(
     except TypeError as error:
         raise ValueError(f"model.objective_options: {error}") from None
     if backbone is not None and model.head_state():
-        found = saved_head(Path(backbone)) or {}
-        fresh = load_head(model, found, backbone)
-        if fresh:
-            what = f"other weights beside the backbone's ({', '.join(sorted(parts(found)))})" if found else "no head"
+        head = found.head or {}
+        if fresh := load_head(model, head, backbone):
+            what = f"other weights beside the backbone's ({', '.join(sorted(parts(head)))})" if head else "no head"
             say(
                 f"{backbone} has {what}, so {', '.join(fresh)} of {objective.__name__} begins with random weights: "
                 "--model.optimizer.head_only_steps trains what is no backbone alone at first"
@@ -84,71 +95,14 @@ def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
         )
 
 
-def saved_head(folder: Path) -> dict[str, Tensor] | None:
-    """The head's weights (keys ``c_head.*``) in an export or in a checkpoint of the authors' code, if there is one.
-
-    Raises:
-        ValueError: a damaged file, one that would run code, or one without a head.
-    """
-    if (folder / HEAD_FILE).is_file():
-        return read_safetensors(folder / HEAD_FILE)[0]
-    if (folder / AUTHORS_FILE).is_file():
-        state = load_file(folder / AUTHORS_FILE)
-        head = {key: state[key] for key in state if key.startswith("c_head.")} if isinstance(state, dict) else {}
-        if not head:
-            raise ValueError(f"{folder / AUTHORS_FILE} holds no head (keys c_head.*): remove it to start without one")
-        return head
-    return None
-
-
-def load_head(model: Objective, weights: dict[str, Tensor], origin: str) -> list[str]:
-    """Load the parts of a head (``c_head``, ``decoder``, ...) that are there; the names of the others.
-
-    Raises:
-        ValueError: a part of another shape.
-    """
-    own = model.head_state()
-    known = parts(own) & parts(weights)
-    for name in sorted(own.keys() | weights.keys()):
-        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, own)]
-        if name.split(".")[0] in known and shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the head in {origin} has another shape than that of a {type(model).__name__} with {model.settings}: "
-                f"{name} is {shapes[0]} there and {shapes[1]} here"
-            )
-    model.load_state_dict({name: w for name, w in weights.items() if name.split(".")[0] in known}, strict=False)
-    return sorted(parts(own) - known)
-
-
-def parts(head: dict[str, Tensor]) -> set[str]:
-    return {name.split(".")[0] for name in head}
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-
-
-def n_layers(head: dict[str, Tensor]) -> int:
-    return 1 + max((int(key.split(".")[1]) for key in head), default=-1)
-
-
 def load_authors_checkpoint(directory: str | Path, skip_from: int, late_mlm: bool = True) -> Condenser:
     """A checkpoint as the authors' code saves it (Hugging Face files + ``model.pt``), head included.
 
     ``skip_from`` and ``late_mlm`` are not in the file. Raises ValueError if the head is missing or does not fit.
     """
-    head = saved_head(Path(directory))
-    if not head:
+    if not (Path(directory) / AUTHORS_FILE).is_file():
         raise ValueError(f"{directory} has no {AUTHORS_FILE}, which holds the head")
-    lm = build_masked_lm(str(directory), {})
-    model = Condenser.from_masked_lm(lm, skip_from=skip_from, n_head_layers=n_layers(head), late_mlm=late_mlm)
-    load_head(model, head, str(directory))
-    return model.eval()
+    return CondenserForPreTraining.from_pretrained(directory, skip_from=skip_from, late_mlm=late_mlm).model
 
 
 def load_export(directory: str | Path) -> Objective:
@@ -159,36 +113,7 @@ def load_export(directory: str | Path) -> Objective:
     """
     if not (Path(directory) / HEAD_FILE).is_file():
         raise ValueError(f"{directory} has no {HEAD_FILE}: not a folder that `condenser export` wrote")
-    weights, about = read_safetensors(Path(directory) / HEAD_FILE)
-    settings = json.loads(about["head"])
-    model = rebuilt(build_masked_lm(str(directory), {}), about.get("objective", class_path(Condenser)), settings)
-    if missing := load_head(model, weights, str(directory)):
-        raise ValueError(f"{Path(directory) / HEAD_FILE} is damaged: it lacks {', '.join(missing)}")
-    return model.eval()
-
-
-def rebuilt(lm: Any, objective: str, settings: dict[str, Any]) -> Objective:
-    """The objective of this class path, if it is one of ours or was imported; of another what a Condenser is of it. (A
-    path that a file holds is not imported: it could run anything.)"""
-    from condenser.models import cocondenser, retromae  # noqa: F401, they make their classes known
-
-    waiting: list[type[Objective]] = [Objective]
-    while waiting:
-        known = waiting.pop()
-        if class_path(known) == objective:
-            return known.from_masked_lm(lm, **settings)
-        waiting += known.__subclasses__()
-    own = {name: settings[name] for name in ("skip_from", "n_head_layers", "late_mlm", "pruned") if name in settings}
-    return Condenser.from_masked_lm(lm, **({"n_head_layers": 0} | own))
-
-
-def class_of(model: Objective) -> type[Objective]:
-    """Its own class: where weights are sharded torch has put one of its making before it."""
-    return next(each for each in type(model).__mro__ if not each.__module__.startswith("torch."))
-
-
-def class_path(objective: type[Objective]) -> str:
-    return f"{objective.__module__}.{objective.__qualname__}"
+    return CondenserForPreTraining.from_pretrained(directory).model
 
 
 def description(model: Objective, tokenizer: Path, data: dict[str, Any], run_config: str) -> dict[str, Any]:
@@ -205,12 +130,8 @@ def description(model: Objective, tokenizer: Path, data: dict[str, Any], run_con
 
 def described(about: dict[str, Any]) -> Objective:
     """A model as `description` says, with weights still to be loaded."""
-    from transformers import AutoConfig, AutoModelForMaskedLM
-
-    values = json.loads(about["config"])
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    lm = AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
-    return rebuilt(lm, about.get("objective", class_path(Condenser)), about["head"])
+    path = about.get("objective", class_path(Condenser))
+    return CondenserForPreTraining(CondenserConfig(json.loads(about["config"]), path, about["head"])).model
 
 
 def load_checkpoint(path: str | Path) -> tuple[Objective, dict[str, Any]]:

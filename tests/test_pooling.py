@@ -45,7 +45,7 @@ def expected(folder, text, name):
         "cls": last[0],
         "mean": last.mean(0),
         "max": last.max(0).values,
-        "mean+max": torch.cat([last.mean(0), last.max(0).values]),
+        "mean+max": torch.cat([last.max(0).values, last.mean(0)]),
         "last1-cls": cls[-1],
         "last2-cls": cls[-2:].mean(0),
         "weighted-layers": cls.mean(0),  # before fine-tuning

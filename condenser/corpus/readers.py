@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NamedTuple
 import pyarrow as pa
 
 from condenser.data.store import check_file_name
+from condenser.online import ask_hub
 
 DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
     ".gz": gzip.open,
@@ -199,11 +200,8 @@ def saved_dataset(source: Source) -> Any:
 
 
 def hub_dataset(source: Source) -> Any:
-    import datasets
-
-    from condenser.models.files import ask_hub
-
     ask_hub()
+    import datasets
 
     name, _, configuration = source.name.partition(":")
     try:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from condenser.online import ask_hub
+
 
 def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
@@ -10,8 +12,6 @@ def load_tokenizer(name: str | Path) -> Any:
     if not Path(name).is_dir() and (is_path(str(name)) or Path(name).exists()):
         raise ValueError(f"no tokenizer folder at {name}: give the folder that holds tokenizer.json, or a hub name")
     if not Path(name).is_dir():
-        from condenser.models.files import ask_hub
-
         ask_hub()
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)

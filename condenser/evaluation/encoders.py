@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from condenser.data.store import tokenizer_hash
 from condenser.data.tokenizers import is_path
 from condenser.evaluation.probes import probe_store
-from condenser.export import export
-from condenser.hub import HEAD_FILE, load_export
+from condenser.export import export, find_checkpoint
+from condenser.hub import load_export
 from condenser.models.backbones.base import longest_text
-from condenser.models.files import ask_hub, reading
+from condenser.models.files import reading
+from condenser.models.pretraining import HEAD_FILE
+from condenser.online import ask_hub
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -99,7 +101,7 @@ def model_folder(name: str) -> Iterator[str]:
         yield name
         return
     with tempfile.TemporaryDirectory() as folder:
-        export(name, output=f"{folder}/export")
+        export(find_checkpoint(name), Path(folder) / "export")
         yield f"{folder}/export"
 
 

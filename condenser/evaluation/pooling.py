@@ -1,7 +1,7 @@
 """How an encoder's token vectors become one: a backbone under several poolings, by sentence-transformers' modules.
 
     cls, mean, max      of the last layer
-    mean+max            both, one after the other: twice the dimensions
+    mean+max            both, the maximum first: twice the dimensions
     last<k>-cls         mean of the [CLS] vectors of the last k layers
     weighted-layers     weighted mean of the [CLS] vectors of all layers; the weights start equal and are fine-tuned
 
@@ -18,7 +18,7 @@ from condenser.evaluation.encoders import backbone
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-MODES = {"cls": "cls", "mean": "mean", "max": "max", "mean+max": ("mean", "max")}
+MODES = {"cls": "cls", "mean": "mean", "max": "max", "mean+max": ("max", "mean")}
 POOLINGS = (*MODES, "last4-cls", "weighted-layers")  # for a study; any k for last<k>-cls
 
 

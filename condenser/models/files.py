@@ -1,12 +1,9 @@
 """Reading weights that came from elsewhere: nothing in a file is run, and what cannot be read is named in one line."""
 
 import errno
-import functools
 import json
-import os
 import pickle
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,23 +20,6 @@ def load_file(path: str | Path, **options: Any) -> Any:
     """
     with reading(path):
         return torch.load(path, map_location="cpu", weights_only=True, **options)
-
-
-@functools.cache
-def ask_hub() -> None:
-    """Where the hub does not answer, names are looked up in its cache alone: its libraries would ask again and again,
-    for half a minute a file."""
-    from huggingface_hub import constants, utils
-
-    if constants.HF_HUB_OFFLINE:
-        return
-    try:
-        utils.get_session().head(constants.ENDPOINT, timeout=10)
-    except Exception as error:  # of the network, a proxy, certificates
-        print(f"{constants.ENDPOINT} does not answer ({error}): names are looked up in its cache", file=sys.stderr)
-        constants.HF_HUB_OFFLINE, os.environ["HF_HUB_OFFLINE"] = True, "1"
-        if "datasets" in sys.modules:
-            sys.modules["datasets"].config.HF_HUB_OFFLINE = True
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from condenser.data.datamodule import CondenserDataModule
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.data.tokenizers import vocabulary_size
 from condenser.models import attention
-from condenser.models.backbones.base import build_masked_lm, changed_config, prepare_layers
+from condenser.models.backbones.base import build_masked_lm, config_of, prepare_layers, with_settings
 from condenser.models.objective import COUNTS
 from condenser.models.positions import with_positions
 from condenser.training.module import CondenserModule
@@ -109,7 +109,8 @@ def skeleton(backbone: str | None, settings: dict[str, Any], **defaults: Any) ->
     if backbone is None:
         return build_masked_lm(None, settings, **defaults)
     try:
-        config = changed_config(backbone, settings)
+        config = config_of(backbone)
+        config = with_settings(getattr(config, "backbone_config", config), settings)
     except OSError as error:
         raise ValueError(
             f"model.backbone: no configuration of {backbone!r} is at hand ({str(error).splitlines()[0]}); "

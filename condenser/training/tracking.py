@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.cluster import signals
 from condenser.data.store import MANIFEST
-from condenser.export import export, sha256
+from condenser.export import export, find_checkpoint, sha256
 from condenser.runs import CONFIG
 from condenser.training.logs import is_repeated
 
@@ -127,7 +127,7 @@ def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions
 def keep_export(logger: Tracker, run: Path) -> None:
     """Export a finished run's last checkpoint to ``RUN/export`` and keep it as an artifact."""
     try:
-        export(str(run), output=str(run / "export"))
+        export(find_checkpoint(str(run)), run / "export")
     except (ValueError, OSError) as error:
         warn(f"gets no export: {error}")
         return

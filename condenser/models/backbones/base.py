@@ -10,6 +10,7 @@ Legend: T tokens, Q positions read in the last layers, M masked tokens, H hidden
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
 from condenser.models.attention import Bounds, Sequences
-from condenser.models.files import ask_hub, reading
+from condenser.models.files import reading
+from condenser.online import ask_hub
 
 
 class Backbone(ABC):
@@ -165,11 +167,17 @@ def prepare_layers(lm: PreTrainedModel, freeze_embeddings: bool, freeze_layers: 
         kept.requires_grad_(False)
 
 
-def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: Any) -> PreTrainedModel:
+def build_masked_lm(
+    backbone: str | None,
+    settings: dict[str, Any],
+    hub: Mapping[str, Any] = {},
+    **defaults: Any,
+) -> PreTrainedModel:
     """A masked LM warm-started from ``backbone`` (folder or hub name), or a BERT with random weights where it is None.
 
     Args:
         settings: Hugging Face configuration settings that win over those of ``backbone`` (or of ``BertConfig``).
+        hub: arguments of Hugging Face's ``from_pretrained`` (revision, token).
         defaults: settings for a model from scratch that ``settings`` leaves open (vocabulary size, padding id).
 
     Raises:
@@ -182,32 +190,41 @@ def build_masked_lm(backbone: str | None, settings: dict[str, Any], **defaults: 
             return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
         except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
             raise ValueError(f"backbone_config makes no model: {type(error).__name__}: {error}") from error
-    config = changed_config(backbone, settings)
+    config = with_settings(config_of(backbone, hub), settings)
     with reading(backbone):
         lm, report = AutoModelForMaskedLM.from_pretrained(
-            backbone, config=config, dtype="float32", output_loading_info=True, trust_remote_code=False
+            backbone, config=config, dtype="float32", output_loading_info=True, trust_remote_code=False, **hub
         )
-    if report["missing_keys"]:
-        raise ValueError(
-            f"the weights in {backbone!r} do not make a masked LM of this configuration: "
-            f"{len(report['missing_keys'])} are missing, {sorted(report['missing_keys'])[0]} for one"
-        )
+    check_complete(backbone, report)
     return lm
 
 
-def changed_config(backbone: str, settings: dict[str, Any]) -> PretrainedConfig:
-    """The configuration of ``backbone`` with ``settings`` in it.
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Raises ValueError where files lack weights, by Hugging Face's report of loading them."""
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"the weights in {name!r} do not make a masked LM of this configuration: {len(missing)} are missing, "
+            f"{missing[0]} for one"
+        )
+
+
+def config_of(name: str, hub: Mapping[str, Any] = {}) -> PretrainedConfig:
+    """The configuration of a folder or hub name.
 
     Raises:
-        ValueError: a setting that it does not know, or a configuration that needs code of its own.
+        ValueError: none there, or one that needs code of its own.
     """
-    if not Path(backbone).is_dir():
+    if not Path(name).is_dir():
         ask_hub()
     try:
-        config = AutoConfig.from_pretrained(backbone, trust_remote_code=False)
+        return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
     except ValueError as error:
         line = str(error).splitlines()[0]
-        raise ValueError(f"no configuration could be loaded from {backbone!r}: {line}") from None
+        raise ValueError(f"no configuration could be loaded from {name!r}: {line}") from None
+
+
+def with_settings(config: PretrainedConfig, settings: dict[str, Any]) -> PretrainedConfig:
+    """A backbone's configuration with ``settings`` in it. Raises ValueError for one that it does not know."""
     family = families().get(config.model_type, Backbone)
     names = {**config.attribute_map, **family.other_names}
     settings = {names.get(key, key): value for key, value in settings.items()}

@@ -1,0 +1,313 @@
+"""An objective as a Hugging Face model, with its head; and every form in which a model with a head is found.
+
+    from condenser import CondenserForPreTraining
+
+    model = CondenserForPreTraining.from_pretrained("my-export")
+    model(input_ids=..., attention_mask=..., labels=...).loss        # labels: -100 where nothing is predicted
+    model.save_pretrained("folder")                                  # or model.push_to_hub("owner/name")
+
+`from_pretrained` takes what `save_pretrained` wrote, what `condenser export` wrote, a checkpoint of the authors' code
+(give it ``skip_from``, which is not in the file), and any masked LM, which gets a fresh head. Folders or hub names.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    BertConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import ModelOutput, cached_file, logging
+
+from condenser.models.backbones.base import build_masked_lm, check_complete, config_of, with_settings
+from condenser.models.cocondenser import CoCondenser
+from condenser.models.condenser import Condenser
+from condenser.models.files import load_file, reading
+from condenser.models.losses import IGNORED
+from condenser.models.objective import Objective, flattened, setting_names
+from condenser.models.retromae import DupMAE, RetroMAE
+
+HEAD_FILE = "condenser_head.safetensors"  # beside a masked LM, in an export
+AUTHORS_FILE = "model.pt"
+OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # arguments of from_pretrained
+OURS = (Condenser, CoCondenser, RetroMAE, DupMAE)
+
+
+def class_path(objective: type[Objective]) -> str:
+    return f"{objective.__module__}.{objective.__qualname__}"
+
+
+def class_of(model: Objective) -> type[Objective]:
+    """Its own class: where weights are sharded torch has put one of its making before it."""
+    return next(each for each in type(model).__mro__ if not each.__module__.startswith("torch."))
+
+
+def known_class(path: str) -> type[Objective] | None:
+    """The class of this path if it is one of ours or was imported. (A path that a file holds is not imported: it could
+    run anything.)"""
+    waiting: list[type[Objective]] = [Objective]
+    while waiting:
+        known = waiting.pop()
+        if class_path(known) == path:
+            return known
+        waiting += known.__subclasses__()
+    return None
+
+
+class CondenserConfig(PretrainedConfig):
+    """Configuration of a `CondenserForPreTraining`; the backbone's settings and the objective's are its attributes too.
+
+    Args:
+        backbone_config: of the masked LM; a BERT's by default.
+        objective: class path of what is minimised.
+        settings: the objective's (``skip_from``, ``n_head_layers``, ...).
+        options: more of these, by name, and what Hugging Face keeps with every configuration.
+    """
+
+    model_type = "condenser"
+    sub_configs: ClassVar[dict[str, Any]] = {"backbone_config": AutoConfig}
+
+    def __init__(
+        self,
+        backbone_config: PretrainedConfig | dict[str, Any] | None = None,
+        objective: str = class_path(Condenser),
+        settings: dict[str, Any] | None = None,
+        **options: Any,
+    ):
+        if isinstance(backbone_config, Mapping):
+            backbone_config = AutoConfig.for_model(**backbone_config)
+        self.backbone_config = backbone_config or BertConfig()
+        self.objective = objective
+        names = setting_names(known_class(objective) or Condenser)
+        self.settings = {**(settings or {}), **{name: options.pop(name) for name in names if name in options}}
+        super().__init__(**options | {"tie_word_embeddings": self.backbone_config.tie_word_embeddings})
+
+    @classmethod
+    def of(cls, model: Objective) -> Self:
+        return cls(model.lm.config, class_path(class_of(model)), model.settings)
+
+    def __getattr__(self, name: str) -> Any:
+        """What is not its own is the objective's, or the backbone's. (A ``temperature`` is in ``settings`` alone: as an
+        attribute Hugging Face takes it for one of text generation, and refuses to save it.)"""
+        own = vars(self)
+        if name in own.get("settings", {}) and name != "temperature":
+            return own["settings"][name]
+        if "backbone_config" in own and not name.startswith("_"):
+            return getattr(own["backbone_config"], name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
+    def get_text_config(self, *args: Any, **options: Any) -> Any:
+        return self.backbone_config
+
+
+class CondenserForPreTraining(PreTrainedModel):
+    """A masked LM, and what is trained on it: ``model.lm`` is the encoder with its MLM head, ``model.c_head`` (or
+    ``model.decoder``) the head that is dropped after pre-training.
+
+    Args:
+        config: of the masked LM and the objective.
+        model: the objective, if it is there already.
+    """
+
+    config_class = CondenserConfig
+    base_model_prefix = "model"
+
+    def __init__(self, config: CondenserConfig, model: Objective | None = None):
+        super().__init__(config)
+        if model is None:
+            lm = AutoModelForMaskedLM.from_config(config.backbone_config, trust_remote_code=False)
+            model = objective_on(lm, config.objective, config.settings)
+        else:
+            there: list[Any] = [*model.modules(), *model.parameters()]
+            for each in there:
+                each._is_hf_initialized = True  # else post_init draws it anew
+        self.model = model
+        tied = model.lm.all_tied_weights_keys.items()
+        self._tied_weights_keys = {f"model.lm.{weight}": f"model.lm.{source}" for weight, source in tied}
+        self.post_init()
+
+    @classmethod
+    def of(cls, model: Objective) -> Self:
+        return cls(CondenserConfig.of(model), model).train(model.training)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, *args: Any, **options: Any) -> Any:  # type: ignore[override]
+        """A model of this name: see the top of this file.
+
+        Args:
+            name: folder or hub name.
+            options: Hugging Face's; for a masked LM without its own configuration of a head, ``objective`` (a class)
+                and its settings.
+
+        Raises:
+            ValueError: nothing there, files that are damaged or would run code, or a head that does not fit.
+        """
+        hub = {key: options.pop(key) for key in OF_THE_HUB if key in options}
+        config = options.pop("config", None) or config_of(str(name), hub)
+        if isinstance(config, CondenserConfig):
+            with reading(name):
+                return super().from_pretrained(str(name), *args, config=config, **hub, **options)
+        found = opened(str(name), {}, hub)
+        objective = options.pop("objective", None) or known_class(found.objective or class_path(Condenser))
+        dtype = options.pop("dtype", None)
+        if objective is None:
+            model = objective_on(found.lm, str(found.objective), found.settings)
+        else:
+            model = made(objective, found.lm, found.settings | options)
+        fresh = load_head(model, found.head or {}, str(name))
+        if fresh and found.objective:
+            raise ValueError(f"{Path(name) / HEAD_FILE} is damaged: it lacks {', '.join(fresh)}")
+        if fresh:
+            logging.get_logger(__name__).warning(f"{', '.join(fresh)} of {name} begins with random weights")
+        whole: Any = cls.of(model.eval())
+        return whole.to(dtype or torch.float32)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> ModelOutput:
+        """Losses of padded rows ``[B, L]``: ``loss``, which is minimised, and ``<term>_loss`` of each summand, means.
+
+        ``labels`` are -100 where nothing is predicted. What an objective asks for beside them is made of the rows: the
+        text before it was masked of ``labels``; for a contrast rows 2i and 2i + 1 are spans of one document.
+        """
+        if labels is None:
+            raise ValueError("labels are needed: [B, L], -100 where nothing is predicted")
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        batch = flattened(self.model.backbone, input_ids, mask, labels, token_type_ids)
+        batch |= before_masking(batch)
+        if self.model.contrast is None:
+            terms = self.model.losses(batch)
+        else:
+            cls, terms = self.model.cls_and_losses(batch)
+            terms = terms | {"contrast": self.model.contrast(cls)}
+        means = {f"{name}_loss": term.sum / max(batch[term.over], 1) for name, term in terms.items()}
+        loss = torch.stack([term.weight * means[f"{name}_loss"] for name, term in terms.items()]).sum()
+        return ModelOutput(loss=loss, **means)
+
+    def _init_weights(self, module: Any) -> None:
+        self.model.lm._init_weights(module)
+
+    def get_input_embeddings(self) -> Any:
+        return self.model.lm.get_input_embeddings()
+
+    def get_output_embeddings(self) -> Any:
+        return self.model.lm.get_output_embeddings()
+
+
+AutoConfig.register(CondenserConfig.model_type, CondenserConfig)
+AutoModelForPreTraining.register(CondenserConfig, CondenserForPreTraining)
+
+
+def before_masking(batch: dict[str, Any]) -> dict[str, Any]:
+    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``."""
+    original = batch["input_ids"].index_copy(0, batch["masked_index"], batch["labels"].to(batch["input_ids"].dtype))
+    bounds = batch["cu_seqlens"]
+    original = original.index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), IGNORED)
+    keys = torch.arange(len(bounds) - 1, device=bounds.device)
+    return {"original_ids": original, "keys": keys, "n_ordinary": int((original != IGNORED).sum())}
+
+
+def objective_on(lm: PreTrainedModel, path: str, settings: dict[str, Any]) -> Objective:
+    """The objective of this class path; where the class is not known, what a Condenser is of it."""
+    known = known_class(path)
+    if known is not None:
+        return made(known, lm, settings)
+    own = {name: value for name, value in settings.items() if name in setting_names(Condenser)}
+    return made(Condenser, lm, {"n_head_layers": 0} | own)
+
+
+def made(objective: type[Objective], lm: PreTrainedModel, settings: dict[str, Any]) -> Objective:
+    try:
+        return objective.from_masked_lm(lm, **settings)
+    except TypeError as error:
+        raise ValueError(f"settings of {objective.__name__}: {error}") from None
+
+
+class Found(NamedTuple):
+    """A model as it was found."""
+
+    lm: PreTrainedModel
+    head: dict[str, Tensor] | None = None  # what there is of weights beside the masked LM's
+    objective: str | None = None  # its class path, where the files say it
+    settings: dict[str, Any] = {}  # noqa: RUF012, never changed
+
+
+def opened(name: str, settings: dict[str, Any], hub: Mapping[str, Any] = {}) -> Found:
+    """The masked LM of a folder or hub name, with ``settings`` of its configuration changed, and its head.
+
+    Raises:
+        ValueError: see `build_masked_lm`; a damaged head, or one that would run code.
+    """
+    config = config_of(name, hub)
+    if isinstance(config, CondenserConfig):
+        config.backbone_config = with_settings(config.backbone_config, settings)
+        with reading(name):
+            whole, report = PreTrainedModel.from_pretrained.__func__(  # type: ignore[attr-defined]
+                CondenserForPreTraining, name, config=config, dtype="float32", output_loading_info=True, **hub
+            )
+        check_complete(name, report)
+        return Found(whole.model.lm, whole.model.head_state(), config.objective, config.settings)
+    lm = build_masked_lm(name, settings, hub)
+    if path := file_of(name, HEAD_FILE, hub):
+        head, about = read_safetensors(path)
+        return Found(lm, head, about.get("objective", class_path(Condenser)), json.loads(about["head"]))
+    if path := file_of(name, AUTHORS_FILE, hub):
+        state = load_file(path)
+        head = {key: state[key] for key in state if key.startswith("c_head.")} if isinstance(state, dict) else {}
+        if not head:
+            raise ValueError(f"{path} holds no head (keys c_head.*): remove it to start without one")
+        return Found(lm, head, None, {"n_head_layers": 1 + max(int(key.split(".")[1]) for key in head)})
+    return Found(lm)
+
+
+def file_of(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
+    """Where a file of a folder or hub name is, if there is one."""
+    if Path(name).is_dir():
+        return Path(name) / file if (Path(name) / file).is_file() else None
+    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
+    return Path(found) if found else None
+
+
+def load_head(model: Objective, weights: dict[str, Tensor], origin: str) -> list[str]:
+    """Load the parts of a head (``c_head``, ``decoder``, ...) that are there; the names of the others.
+
+    Raises:
+        ValueError: a part of another shape.
+    """
+    own = model.head_state()
+    known = parts(own) & parts(weights)
+    for name in sorted(own.keys() | weights.keys()):
+        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, own)]
+        if name.split(".")[0] in known and shapes[0] != shapes[1]:
+            raise ValueError(
+                f"the head in {origin} has another shape than that of a {type(model).__name__} with {model.settings}: "
+                f"{name} is {shapes[0]} there and {shapes[1]} here"
+            )
+    model.load_state_dict({name: w for name, w in weights.items() if name.split(".")[0] in known}, strict=False)
+    return sorted(parts(own) - known)
+
+
+def parts(head: dict[str, Tensor]) -> set[str]:
+    return {name.split(".")[0] for name in head}
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a file. Raises ValueError if it is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None

@@ -1,0 +1,207 @@
+"""`condenser export` for others: vectors as asked for, the authors' layout, ONNX, every step, and the hub."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import huggingface_hub
+import numpy as np
+import pytest
+import torch
+from hub_server import hub_of_this_machine
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from condenser import CondenserForPreTraining
+from condenser.cli import main
+from condenser.hub import load_authors_checkpoint, load_export
+from condenser.runs import checkpoints, step_of
+
+TEXTS = ["The encoder attends.", "Dense retrieval with masked tokens and a head, ranked and indexed."]
+
+
+def export(run, folder, *options):
+    return main(["export", str(run), "--output", str(folder), *options])
+
+
+def encoded(folder, **options):
+    return SentenceTransformer(str(folder), device="cpu").encode(TEXTS, **options)
+
+
+@pytest.fixture(scope="module")
+def states(tiny_export):
+    """Last states of the texts, and which of them are of tokens."""
+    inputs = SentenceTransformer(str(tiny_export), device="cpu").tokenizer(TEXTS, return_tensors="pt", padding=True)
+    with torch.inference_mode():
+        hidden = AutoModel.from_pretrained(tiny_export)(**inputs).last_hidden_state
+    return hidden, inputs["attention_mask"][..., None]
+
+
+def test_vectors_are_pooled_normalised_and_prompted_as_asked(run, states, tmp_path):
+    hidden, mask = states
+    mean = ((hidden * mask).sum(1) / mask.sum(1)).numpy()
+    options = ["--pooling", "mean", "--normalize", "--query-prompt", "dense ", "--document-prompt", ""]
+    assert export(run, tmp_path / "out", *options) == 0
+    expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoded(tmp_path / "out"), expected, rtol=1e-3, atol=1e-5)
+    encoder = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert encoder.similarity_fn_name == "cosine"
+    np.testing.assert_allclose(
+        encoder.encode(TEXTS, prompt_name="query"), encoder.encode(["dense " + text for text in TEXTS]), atol=1e-6
+    )
+    assert 'vectors: mean, compared by cosine; prompts: query: "dense "' in (tmp_path / "out/README.md").read_text()
+    assert load_export(tmp_path / "out").skip_from == 1
+
+
+def test_vectors_are_whitened_by_the_texts_given(run, corpus, tmp_path):
+    assert export(run, tmp_path / "out", "--whitening", str(corpus), "--dimensions", "8") == 0
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    vectors = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(texts)
+    assert vectors.shape == (len(texts), 8)
+    np.testing.assert_allclose(np.cov(vectors, rowvar=False), np.eye(8), atol=0.02)
+    np.testing.assert_allclose(vectors.mean(0), 0, atol=0.01)
+
+
+def test_layers_are_averaged_where_asked(run, states, tmp_path):
+    assert export(run, tmp_path / "out", "--pooling", "last2-cls") == 0
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    inputs = SentenceTransformer(str(tmp_path / "out"), device="cpu").tokenizer(
+        TEXTS, return_tensors="pt", padding=True
+    )
+    with torch.inference_mode():
+        layers = model(**inputs).hidden_states[-2:]
+    np.testing.assert_allclose(encoded(tmp_path / "out"), torch.stack(layers).mean(0)[:, 0].numpy(), atol=1e-5)
+
+
+def test_the_authors_layout_is_what_their_code_reads(run, tiny_export, tmp_path):
+    """Plain dicts of tensors in two files, and no other weights."""
+    assert export(run, tmp_path / "out", "--layout", "authors") == 0
+    head = torch.load(tmp_path / "out" / "model.pt", weights_only=True)
+    assert type(head) is dict
+    assert {name.split(".")[0] for name in head} == {"c_head"}
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} & {".safetensors"} == set()
+    live = load_export(tiny_export).state_dict()
+    lm = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    for name, weight in live.items():
+        assert torch.equal({**head, **{f"lm.{key}": value for key, value in lm.items()}}[name], weight)
+    again = load_authors_checkpoint(tmp_path / "out", skip_from=1).state_dict()
+    assert all(torch.equal(live[name], again[name]) for name in live)
+    assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.model_type == "bert"
+
+
+@pytest.mark.slow
+def test_onnx_runtime_computes_the_encoder_s_states_and_nearly_in_8_bits(run, states, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert export(run, tmp_path / "out", "--onnx") == 0
+    hidden, mask = states
+    inputs = SentenceTransformer(str(tmp_path / "out"), device="cpu").tokenizer(
+        TEXTS, return_tensors="np", padding=True
+    )
+    wanted = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    for name, tolerance in (("model.onnx", 1e-4), ("model_qint8.onnx", 0.1)):
+        session = onnxruntime.InferenceSession(tmp_path / "out" / "onnx" / name, providers=["CPUExecutionProvider"])
+        found = session.run(None, wanted)[0]
+        real = mask[..., 0].numpy() > 0
+        np.testing.assert_allclose(found[real], hidden.numpy()[real], atol=tolerance)
+        alone = session.run(None, {key: value[:1, :4] for key, value in wanted.items()})[0]  # of another shape
+        assert alone.shape == (1, 4, 32)
+    parity = json.loads((tmp_path / "out" / "onnx" / "parity.json").read_text())
+    assert parity["model.onnx"]["largest_difference"] < 1e-4
+    assert parity["model_qint8.onnx"]["lowest_cosine_of_cls"] > 0.99
+
+
+def test_every_step_that_a_run_kept_is_exported(run, tmp_path, capsys):
+    steps = sorted({step_of(path) for path in checkpoints(run)})
+    assert len(steps) > 1
+    assert export(run, tmp_path / "out", "--all-steps") == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(f"step-{step}" for step in steps)
+    for step in steps:
+        path = next(path for path in checkpoints(run) if step_of(path) == step)
+        weights = torch.load(path, weights_only=True)["state_dict"]
+        model = CondenserForPreTraining.from_pretrained(tmp_path / "out" / f"step-{step}")
+        assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    capsys.readouterr()
+    assert export(run, tmp_path / "out", "--all-steps") == 0
+    assert capsys.readouterr().out.count("nothing to do") == len(steps)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    with hub_of_this_machine() as hub:
+        monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        made = huggingface_hub.HfApi
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made(endpoint=hub.address, token="hf_of_a_test"))
+        yield hub
+
+
+def test_what_would_be_sent_is_said_and_nothing_is_sent(run, tmp_path, hub, capsys):
+    assert export(run, tmp_path / "out", "--push", "me/model", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "me/model@main: " in said
+    assert "model.safetensors" in said
+    assert "nothing was sent" in said
+    assert hub.files == {"main": {}}
+
+
+def test_each_step_becomes_a_branch_and_the_newest_is_main(run, tmp_path, hub):
+    assert export(run, tmp_path / "out", "--all-steps", "--push", "me/model") == 0
+    steps = sorted({step_of(path) for path in checkpoints(run)})
+    assert sorted(hub.files) == sorted(["main", *(f"step-{step}" for step in steps)])
+    for branch, files in hub.files.items():
+        folder = tmp_path / "out" / (f"step-{steps[-1]}" if branch == "main" else branch)
+        on_disk = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        assert files == on_disk
+
+
+def test_a_hub_that_refuses_is_one_line_and_the_export_stays(run, tmp_path, hub, capsys):
+    hub.refuses = "commit"
+    assert export(run, tmp_path / "out", "--push", "me/model") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("condenser export: error: --push me/model: ")
+    assert str(tmp_path / "out") in error
+    assert len(error.splitlines()) == 1
+    assert load_export(tmp_path / "out") is not None
+
+
+BAD = {
+    "two choices": (["--all-steps", "--best"], "--all-steps takes every checkpoint"),
+    "dry alone": (["--dry-run"], "--dry-run says what --push would send"),
+    "dimensions alone": (["--dimensions", "4"], "--dimensions is of --whitening"),
+    "authors and more": (["--layout", "authors", "--normalize"], "--layout authors is for the authors' code"),
+    "no such texts": (["--whitening", "nowhere.jsonl"], "nowhere.jsonl"),
+    "no such pooling": (["--pooling", "middle"], "no pooling 'middle'"),
+    "too many dimensions": (["--whitening", "CORPUS", "--dimensions", "64"], "the encoder's vectors have 32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_options_that_cannot_be_are_one_line_and_leave_nothing(case, run, corpus, tmp_path, capsys):
+    options, message = BAD[case]
+    assert export(run, tmp_path / "out", *(str(corpus) if each == "CORPUS" else each for each in options)) == 1
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_options_are_another_export(run, tiny_export, tmp_path, capsys):
+    shutil.copytree(tiny_export, tmp_path / "out")
+    assert export(run, tmp_path / "out") == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert export(run, tmp_path / "out", "--normalize") == 1
+    assert "is not this checkpoint's export with these options" in capsys.readouterr().err
+
+
+def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):
+    """Its libraries ask five times a file, with pauses that sum up to half a minute."""
+    code = (
+        "from condenser.data.tokenizers import load_tokenizer\n"
+        "try:\n    load_tokenizer('me/nowhere')\nexcept ValueError as error:\n    print(error)\n"
+    )
+    settings = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | settings, capture_output=True, text=True)
+    assert "http://127.0.0.1:9 does not answer" in done.stderr
+    assert "Retrying" not in done.stderr
+    assert done.stdout.splitlines()[0].startswith("no tokenizer could be loaded from 'me/nowhere'")

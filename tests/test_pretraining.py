@@ -1,0 +1,235 @@
+"""The whole model as a Hugging Face model: saved, loaded and trained on, with its head; losses of padded rows."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from test_backbones import FAMILIES
+from test_model import tiny_batch, tiny_config
+from transformers import (
+    AutoConfig,
+    AutoModelForPreTraining,
+    BertConfig,
+    BertForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    Trainer,
+    TrainingArguments,
+)
+
+import condenser
+from condenser import CondenserConfig, CondenserForPreTraining
+from condenser.cli import main
+from condenser.hub import load_export
+from condenser.models.cocondenser import CoCondenser
+from condenser.models.condenser import Condenser
+from condenser.models.objective import COUNTS, Objective, flattened
+from condenser.models.pretraining import before_masking
+from condenser.models.retromae import DupMAE, RetroMAE
+from condenser.runs import checkpoints
+from condenser.training.step import pass_loss
+
+GOLDEN = Path(__file__).parent / "golden"
+REFERENCE = GOLDEN / "reference-checkpoint"
+OBJECTIVES = {
+    "condenser": (Condenser, {"skip_from": 2, "n_head_layers": 1}),
+    "plain": (Condenser, {"skip_from": 2, "n_head_layers": 0}),
+    "cocondenser": (CoCondenser, {"skip_from": 2, "temperature": 0.5, "similarity": "cosine", "mlm_weight": 0.5}),
+    "retromae": (RetroMAE, {"decoder_mask_rate": 0.7}),
+    "dupmae": (DupMAE, {"bag_of_words_weight": 0.2}),
+}
+
+
+MODELS = FAMILIES | {
+    "bert": lambda dropout: BertForMaskedLM(tiny_config(BertConfig)),
+    "roberta": lambda dropout: RobertaForMaskedLM(tiny_config(RobertaConfig)),
+}
+CASES = [("condenser", family) for family in MODELS] + [(name, "bert") for name in OBJECTIVES if name != "condenser"]
+CASES += [("retromae", "modernbert"), ("retromae", "roberta")]
+
+
+def equal_state(first, second):
+    first, second = first.state_dict(), second.state_dict()
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def tied(model):
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+def test_a_saved_model_loads_with_its_head_and_settings_and_loses_the_same(name, family, tmp_path):
+    objective, settings = OBJECTIVES[name]
+    model = CondenserForPreTraining.of(objective.from_masked_lm(MODELS[family](0.0), **settings)).eval()
+    model.save_pretrained(tmp_path)
+    again = CondenserForPreTraining.from_pretrained(tmp_path)
+    assert type(again.model) is objective
+    assert equal_state(model, again)
+    assert again.config.settings == model.model.settings
+    assert settings.items() <= again.config.settings.items()
+    assert tied(again) == tied(model)
+    assert not again.training
+    batch = {key: rows[:2] for key, rows in tiny_batch().items()}
+    assert torch.equal(model(**batch).loss, again(**batch).loss)
+    auto = AutoModelForPreTraining.from_pretrained(tmp_path)
+    assert type(auto) is CondenserForPreTraining
+    assert torch.equal(model(**batch).loss, auto(**batch).loss)
+    assert AutoConfig.from_pretrained(tmp_path).hidden_size == 32
+
+
+def test_the_masked_lm_that_is_passed_in_is_kept_as_it_is():
+    lm = MODELS["bert"](0.0)
+    before = copy.deepcopy(lm.state_dict())
+    objective = Condenser.from_masked_lm(lm, skip_from=2)
+    head = copy.deepcopy(objective.c_head.state_dict())
+    model = CondenserForPreTraining.of(objective)
+    assert model.model.lm is lm
+    assert all(torch.equal(before[name], weight) for name, weight in lm.state_dict().items())
+    assert all(torch.equal(head[name], weight) for name, weight in objective.c_head.state_dict().items())
+
+
+def test_losses_are_those_of_the_authors_code():
+    model = CondenserForPreTraining.from_pretrained(REFERENCE, skip_from=2)
+    assert model(**load_file(REFERENCE / "batch.safetensors")).loss.item() == pytest.approx(9.97518539428711, rel=1e-4)
+
+
+def test_losses_of_a_contrast_are_those_of_the_authors_code(tmp_path):
+    with safe_open(GOLDEN / "cocondenser-4layer.safetensors", "pt") as file:
+        about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    values = json.loads(about["config"])
+    config = CondenserConfig(
+        {"model_type": "bert"} | values,
+        "condenser.models.cocondenser.CoCondenser",
+        skip_from=int(about["skip_from"]),
+        n_head_layers=int(about["n_head_layers"]),
+        late_mlm=about["late_mlm"] == "True",
+    )
+    model = CondenserForPreTraining(config).eval()
+    weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
+    missing, unexpected = model.model.load_state_dict(weights, strict=False)
+    assert not unexpected
+    assert {name for name in missing if "decoder" not in name and "position_ids" not in name} == set()
+    inputs = {key.removeprefix("inputs."): value for key, value in tensors.items() if key.startswith("inputs.")}
+    found = model(**inputs)
+    assert found.loss.item() == pytest.approx(float(about["loss"]), rel=1e-4)
+    assert found.contrast_loss.item() == pytest.approx(float(about["contrastive_loss"]), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["condenser", "retromae", "dupmae"])
+def test_losses_are_those_of_the_training_step(name):
+    objective, settings = OBJECTIVES[name]
+    model = CondenserForPreTraining.of(objective.from_masked_lm(MODELS["bert"](0.0), **settings)).eval()
+    rows = tiny_batch()
+    batch = flattened(model.model.backbone, rows["input_ids"], rows["attention_mask"], rows["labels"])
+    batch |= before_masking(batch)
+    scale = 1 / torch.tensor([batch[name] for name in COUNTS], dtype=torch.float32)
+    torch.testing.assert_close(model(**rows).loss, pass_loss(model.model, batch | {"known": {}}, scale, False).loss)
+
+
+def test_the_text_before_masking_is_made_of_labels_without_special_tokens():
+    input_ids = torch.tensor([[2, 50, 4, 51, 3], [2, 4, 3, 0, 0]])
+    labels = torch.tensor([[-100, -100, 60, 51, -100], [-100, 70, -100, -100, -100]])
+    batch = flattened(
+        Condenser.from_masked_lm(MODELS["bert"](0.0), skip_from=2).backbone, input_ids, input_ids.ne(0).long(), labels
+    )
+    found = before_masking(batch)
+    assert found["original_ids"].tolist() == [-100, 50, 60, 51, -100, -100, 70, -100]
+    assert found["n_ordinary"] == 4
+
+
+def test_an_export_and_its_model_saved_again_are_the_run_s_model(tiny_export, tmp_path):
+    model = CondenserForPreTraining.from_pretrained(tiny_export)
+    assert equal_state(model.model, load_export(tiny_export))
+    assert model.config.skip_from == 1
+    assert model.config.n_head_layers == 2
+    model.save_pretrained(tmp_path)
+    assert equal_state(CondenserForPreTraining.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize("how", [{"max_shard_size": "40KB"}, {"dtype": torch.bfloat16}], ids=["sharded", "half"])
+def test_files_in_several_parts_or_half_precision_load(how, tiny_export, tmp_path):
+    model = CondenserForPreTraining.from_pretrained(tiny_export)
+    dtype = how.pop("dtype", torch.float32)
+    model.to(dtype).save_pretrained(tmp_path, **how)
+    assert len(list(tmp_path.glob("*.safetensors"))) > (1 if how else 0)
+    again = CondenserForPreTraining.from_pretrained(tmp_path, dtype=dtype)
+    assert again.dtype is dtype
+    assert equal_state(model, again)
+
+
+def test_a_masked_lm_gets_a_fresh_head_and_hears_of_it(tmp_path, caplog, monkeypatch):
+    MODELS["bert"](0.0).save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.utils.logging.get_logger", lambda name: type("", (), {"warning": said.append}))
+    said = []
+    model = CondenserForPreTraining.from_pretrained(tmp_path, skip_from=2, n_head_layers=1)
+    assert len(model.model.c_head) == 1
+    assert said == [f"c_head of {tmp_path} begins with random weights"]
+    decoder = CondenserForPreTraining.from_pretrained(tmp_path, objective=RetroMAE, decoder_mask_rate=0.6)
+    assert decoder.config.objective == "condenser.models.retromae.RetroMAE"
+    with pytest.raises(ValueError, match=r"settings of Condenser: .*heads"):
+        CondenserForPreTraining.from_pretrained(tmp_path, heads=3)
+
+
+def test_what_is_damaged_or_nowhere_is_refused_in_one_line(tiny_export, tmp_path):
+    CondenserForPreTraining.from_pretrained(tiny_export).save_pretrained(tmp_path / "saved")
+    weights = tmp_path / "saved" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read"):
+        CondenserForPreTraining.from_pretrained(tmp_path / "saved")
+    with pytest.raises((ValueError, OSError)):
+        CondenserForPreTraining.from_pretrained(tmp_path / "nowhere")
+
+
+class OnesOwn(Condenser):
+    def __init__(self, lm, strength: float = 1.0, **options):
+        super().__init__(lm, **options)
+        self.strength = strength
+
+
+def test_an_objective_of_one_s_own_is_saved_and_one_that_is_not_imported_is_read_as_a_condenser(tmp_path):
+    model = CondenserForPreTraining.of(OnesOwn.from_masked_lm(MODELS["bert"](0.0), strength=3.0, skip_from=2))
+    model.save_pretrained(tmp_path)
+    again = CondenserForPreTraining.from_pretrained(tmp_path)
+    assert isinstance(again.model, OnesOwn)
+    assert again.model.strength == 3.0
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"objective": "os.system"}))
+    other = CondenserForPreTraining.from_pretrained(tmp_path)
+    assert type(other.model) is Condenser
+    assert equal_state(other, model)
+
+
+def test_training_starts_from_a_saved_model_with_its_head(recipe, tiny_export, tmp_path, capsys):
+    model = CondenserForPreTraining.from_pretrained(tiny_export)
+    model.save_pretrained(tmp_path / "saved")
+    options = ["--model.backbone", str(tmp_path / "saved"), "--model.backbone_config", "{hidden_dropout_prob: 0.2}"]
+    options += ["--trainer.max_steps", "1", "--model.optimizer.learning_rate", "1e-12"]
+    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "on", *options]) == 0
+    assert "random weights" not in capsys.readouterr().out
+    state = torch.load(checkpoints(tmp_path / "on")[0], weights_only=True)
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(state["state_dict"][name], weight, rtol=0, atol=1e-8)
+    assert json.loads(state["condenser"]["config"])["hidden_dropout_prob"] == 0.2
+    assert main(["estimate", "--config", str(recipe), *options[:4]]) == 0
+
+
+def test_the_hugging_face_trainer_trains_it(tmp_path):
+    model = CondenserForPreTraining.of(Condenser.from_masked_lm(MODELS["bert"](0.0), skip_from=2, n_head_layers=1))
+    before = copy.deepcopy(model.model.c_head.state_dict())
+    rows = [{name: value[0] for name, value in tiny_batch().items()}] * 4
+    arguments = TrainingArguments(tmp_path, max_steps=2, report_to=[], use_cpu=True, disable_tqdm=True)
+    Trainer(model, arguments, train_dataset=rows).train()
+    assert not torch.equal(before["0.attention.self.query.weight"], model.model.c_head[0].attention.self.query.weight)
+    assert equal_state(CondenserForPreTraining.from_pretrained(next(tmp_path.glob("checkpoint-2"))), model)
+
+
+def test_the_package_gives_away_what_users_import():
+    assert condenser.CondenserForPreTraining is CondenserForPreTraining
+    assert issubclass(Condenser, Objective)
+    with pytest.raises(AttributeError, match="no attribute 'Elsewhere'"):
+        condenser.Elsewhere  # noqa: B018
