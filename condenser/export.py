@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from condenser.card import model_card
 from condenser.hub import load_checkpoint, load_export
+from condenser.models.initial import cut_vocabulary
 from condenser.models.objective import Objective
 from condenser.models.pretraining import HEAD_FILE, class_path
 from condenser.runs import METRICS, RESULTS, checkpoints, flatten, is_whole, read_mapping, read_metrics, step_of
@@ -52,7 +53,7 @@ def export(
         return
     model, content = load_checkpoint(path)
     check_finite(model, path)
-    cut_vocabulary(model)
+    cut_vocabulary(model.lm)
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -111,14 +112,6 @@ def check_finite(model: Objective, path: Path) -> None:
     for name, weight in model.state_dict().items():
         if not torch.isfinite(weight).all():
             raise ValueError(f"{path}: {name} holds values that are not finite; export an earlier checkpoint")
-
-
-def cut_vocabulary(model: Objective) -> None:
-    """Take off the rows by which `model.vocabulary_multiple` has filled the vocabulary up."""
-    config = model.lm.config
-    if (size := getattr(config, "vocab_size_unpadded", None)) is not None:
-        model.lm.resize_token_embeddings(size)
-        del config.vocab_size_unpadded
 
 
 def measured(run: Path, step: int) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from condenser.data.tokenizers import is_path, vocabulary_size
 from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
+from condenser.models.initial import draw_truncated, fill_vocabulary
 from condenser.models.objective import Objective
 from condenser.models.positions import Extension, with_positions
 from condenser.models.pretraining import (
@@ -39,6 +40,8 @@ def warm_start(
     say: Callable[[str], Any] = print,
     max_positions: int | None = None,
     position_extension: Extension = "hierarchical",
+    truncated_normal: bool = False,
+    vocabulary_multiple: int = 1,
     **options: Any,
 ) -> Objective:
     """The model that training starts from: see `build_masked_lm`; a head found beside the weights is loaded too.
@@ -47,6 +50,7 @@ def warm_start(
         tokenizer: the token store's; the backbone's must be the same.
         say: is told where trained weights get an untrained head.
         max_positions, position_extension: see `with_positions`.
+        truncated_normal, vocabulary_multiple: see `condenser.models.initial`.
         options: further arguments of the objective.
 
     Raises:
@@ -57,6 +61,10 @@ def warm_start(
         if is_path(backbone) and not Path(backbone).is_dir():
             raise ValueError(f"model.backbone: no such folder: {backbone}")
         check_same_tokenizer(backbone, tokenizer)
+    if vocabulary_multiple < 1:
+        raise ValueError(f"model.vocabulary_multiple={vocabulary_multiple} must be at least 1")
+    if truncated_normal and backbone is not None:
+        raise ValueError("model.truncated_normal is for random weights: leave it, or model.backbone, out")
     n_ids = vocabulary_size(tokenizer)
     if backbone is None:
         defaults = {"vocab_size": n_ids, "pad_token_id": tokenizer.pad_token_id}
@@ -68,10 +76,13 @@ def warm_start(
         raise ValueError(f"the model's vocabulary ({lm.config.vocab_size}) is smaller than the store's ({n_ids})")
     if max_positions is not None:
         lm = with_positions(lm, max_positions, position_extension)
+    fill_vocabulary(lm, vocabulary_multiple)
     try:
         model = objective.from_masked_lm(lm, **options)
     except TypeError as error:
         raise ValueError(f"model.objective_options: {error}") from None
+    if truncated_normal:
+        draw_truncated(model, lm.config.initializer_range)
     if backbone is not None and model.head_state():
         head = found.head or {}
         if fresh := load_head(model, head, backbone):

@@ -23,6 +23,7 @@ from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.data.tokenizers import vocabulary_size
 from condenser.models import attention
 from condenser.models.backbones.base import build_masked_lm, config_of, prepare_layers, with_settings
+from condenser.models.initial import fill_vocabulary
 from condenser.models.objective import COUNTS
 from condenser.models.positions import with_positions
 from condenser.training.module import CondenserModule
@@ -53,8 +54,9 @@ class Rehearsal:
         options: dict[str, Any] = module.options
         with self.fake:
             lm = skeleton(module.backbone, module.backbone_config, **defaults)
-            if module.positions["max_positions"] is not None:
-                lm = with_positions(lm, module.positions["max_positions"])
+            if module.beginning["max_positions"] is not None:
+                lm = with_positions(lm, module.beginning["max_positions"])
+            fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
             module.model = self.model = module.objective.from_masked_lm(lm, **options).train()
             prepare_layers(lm, **module.layers)
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

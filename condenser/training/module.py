@@ -43,6 +43,9 @@ class CondenserModule(L.LightningModule):
         max_positions: tokens of a text, special ones included, that the backbone is to take, if more than it does.
         position_extension: how positions that are embedded are made more: hierarchical (the first stay as they are),
             interpolated, or copied.
+        truncated_normal: draw random weights with nothing beyond two standard deviations; the deviation is
+            initializer_range of backbone_config, 0.02 by default.
+        vocabulary_multiple: fill the vocabulary up to a multiple of so many rows, which an export leaves out.
         objective: class of what is minimised, by its path: condenser.models.condenser.Condenser,
             condenser.models.cocondenser.CoCondenser, condenser.models.retromae.RetroMAE, or one of your own.
         objective_options: its further settings, by name.
@@ -70,6 +73,8 @@ class CondenserModule(L.LightningModule):
         backbone_config: dict[str, Any] | None = None,
         max_positions: int | None = None,
         position_extension: Extension = "hierarchical",
+        truncated_normal: bool = False,
+        vocabulary_multiple: int = 1,
         objective: type[Objective] = Condenser,
         objective_options: dict[str, Any] | None = None,
         skip_from: int = 6,
@@ -90,7 +95,12 @@ class CondenserModule(L.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.backbone, self.backbone_config, self.objective = backbone, backbone_config or {}, objective
-        self.positions: Any = {"max_positions": max_positions, "position_extension": position_extension}
+        self.beginning: Any = {
+            "max_positions": max_positions,
+            "position_extension": position_extension,
+            "truncated_normal": truncated_normal,
+            "vocabulary_multiple": vocabulary_multiple,
+        }
         self.head = {"skip_from": skip_from, "n_head_layers": n_head_layers, "late_mlm": late_mlm, "pruned": pruned}
         self.objective_options = objective_options or {}
         self.gradient_cache = gradient_cache
@@ -124,7 +134,7 @@ class CondenserModule(L.LightningModule):
             say(f"a {self.objective.__name__} has no use for model.{', '.join(unused)}")
         torch.manual_seed(self.seed)
         tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        settings, options = self.backbone_config, self.positions | options
+        settings, options = self.backbone_config, self.beginning | options
         self.model = hub.warm_start(self.backbone, settings, tokenizer, self.objective, say, **options)
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
