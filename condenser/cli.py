@@ -41,8 +41,8 @@ COMMANDS = {  # name: (module:function, one line)
         "two evaluations, query by query: paired bootstrap",
     ),
     "inspect": (
-        "condenser.reports.inspection:inspect_store",
-        "what is in a token store: numbers, lengths, masks, steps",
+        "condenser.evaluation.looking:inspect",
+        "what is in a token store; what a model predicts, makes up, attends to",
     ),
     "bench": ("condenser.reports.bench:bench", "speed of a training step, from the authors' recipe to ours"),
     "bench data": (

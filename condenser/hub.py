@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from condenser.data.store import check_file_name, tokenizer_hash
-from condenser.data.tokenizers import is_path, vocabulary_size
+from condenser.data.tokenizers import has_tokenizer, is_path, vocabulary_size
 from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
@@ -97,7 +97,7 @@ def warm_start(
 def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
     from condenser.data.tokenizers import load_tokenizer
 
-    if Path(backbone).is_dir() and not list(Path(backbone).glob("*token*")) + list(Path(backbone).glob("vocab*")):
+    if Path(backbone).is_dir() and not has_tokenizer(Path(backbone)):
         return  # bare weights: only the vocabulary's size can be compared
     if tokenizer_hash(load_tokenizer(backbone)) != tokenizer_hash(tokenizer):
         raise ValueError(

@@ -32,7 +32,7 @@ ACROSS = {  # and of these, that module alone
     ("corpus", "data"): {"store", "hashing", "tokenizers", "collate", "lock"},
     ("training", "cluster"): {"signals"},
     ("cli", "cluster"): {"signals"},
-    ("evaluation", "reports"): {"figures"},
+    ("evaluation", "reports"): {"figures", "inspection", "tables"},
     ("evaluation", "corpus"): {"readers"},
     ("reports", "corpus"): {"inputs", "readers", "documents", "prepare", "work"},
 }

@@ -13,6 +13,8 @@ def load_tokenizer(name: str | Path) -> Any:
         raise ValueError(f"no tokenizer folder at {name}: give the folder that holds tokenizer.json, or a hub name")
     if not Path(name).is_dir():
         ask_hub()
+    elif not has_tokenizer(Path(name)):  # the library would make an empty one
+        raise ValueError(f"no tokenizer in {name}: there is no tokenizer.json, vocab.txt or the like")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # missing folder, no network, broken files: the library raises many kinds
@@ -20,6 +22,10 @@ def load_tokenizer(name: str | Path) -> Any:
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer {name!r} has no fast version, which word boundaries are read from")
     return tokenizer
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(path.is_file() for pattern in ("*token*", "vocab*", "*.model") for path in folder.glob(pattern))
 
 
 def vocabulary_size(tokenizer: Any) -> int:

@@ -134,6 +134,15 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
     Raises:
         ValueError: an encoder of another architecture.
     """
+    of_layers = cls_attention(encoder, input_ids, attention_mask)
+    nats = torch.stack([torch.special.entr(each).sum(-1).mean(1) for each in of_layers])  # [N, B]
+    lengths = attention_mask.sum(dim=1).to(nats.device)
+    return nats.mean(dim=1), (nats / lengths.log()).mean(dim=1)
+
+
+def cls_attention(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
+    """How much of [CLS]'s attention each position has, of each layer ``[B, A, L]``. Arguments and errors are those of
+    `cls_attention_entropy`."""
     if encoder.config.model_type not in (known := families()):
         raise ValueError(
             f"attention of a {encoder.config.model_type!r} cannot be probed; of these it can: {', '.join(known)}"
@@ -145,10 +154,8 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
         for ids, mask in zip(input_ids.split(ROWS), attention_mask.split(ROWS), strict=True):
             ids, mask = ids.to(copy.device), mask.to(copy.device)
             of_layers = copy.base_model(input_ids=ids, attention_mask=mask, output_attentions=True).attentions
-            found.append([torch.special.entr(each[:, :, 0].float()).sum(-1).mean(1) for each in of_layers])  # [B] each
-    nats = torch.cat([torch.stack(rows) for rows in found], dim=1)  # [N, B]
-    lengths = attention_mask.sum(dim=1).to(nats.device)
-    return nats.mean(dim=1), (nats / lengths.log()).mean(dim=1)
+            found.append([each[:, :, 0].float() for each in of_layers])
+    return [torch.cat(parts) for parts in zip(*found, strict=True)]
 
 
 @contextmanager

@@ -1,0 +1,266 @@
+"""`condenser inspect`: what is in a token store; or what a model does: its predictions at [MASK], where its [CLS]
+looks, texts that it makes up.
+
+    condenser inspect data/tokens/demo
+    condenser inspect runs/demo/export --fill "the [MASK] of a list" --attend "sort the keys of a dict" --generate 3
+
+Legend: N layers, A attention heads, B rows, L their length, T tokens, M masked tokens, V vocabulary.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import track
+from torch import Tensor
+from transformers.utils import logging
+
+from condenser.data.masking import Unit
+from condenser.data.tokenizers import load_tokenizer
+from condenser.evaluation.encoders import model_folder
+from condenser.evaluation.probes import at_rest, cls_attention
+from condenser.models.backbones.base import longest_text
+from condenser.models.condenser import Condenser
+from condenser.models.losses import logits_of
+from condenser.models.objective import Objective, flattened
+from condenser.models.pretraining import CondenserForPreTraining, before_masking, opened
+from condenser.reports.inspection import inspect_store
+from condenser.reports.tables import table
+
+
+def inspect(
+    what: str,
+    /,
+    *,
+    samples: int = 3,
+    epoch: int = 0,
+    mask_unit: Unit = "word",
+    mask_probability: float = 0.15,
+    batch_size: int = 1024,
+    micro_batches_per_step: int = 8,
+    verify: bool = False,
+    fill: list[str] | None = None,
+    top: int = 5,
+    attend: str | None = None,
+    picture: str | None = None,
+    generate: int = 0,
+    length: int = 16,
+    sweeps: int = 20,
+    temperature: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """Show what is in a token store: where it came from, how long its rows are, some with their masks, the steps.
+    Or what a model does with a text.
+
+    Args:
+        what: a folder that `condenser prepare` wrote; or a model: an export, a run or checkpoint, another masked LM.
+        samples: of a store, rows to show.
+        epoch: of a store, the epoch whose masks are shown.
+        mask_unit: of a store, mask whole words, single tokens, or spans of words.
+        mask_probability: of a store, share of the tokens to predict.
+        batch_size: of a store, sequences per optimizer step over all devices.
+        micro_batches_per_step: of a store, parts of a step.
+        verify: of a store, compare every file with its checksum first, which reads all of them.
+        fill: of a model, texts with [MASK] (or the tokenizer's own): what the backbone and the head predict there.
+        top: how many of the predictions.
+        attend: of a model, a text: which of its tokens [CLS] attends to in each layer, as the mean over heads.
+        picture: a file (.svg, .png, .pdf) for what attend finds.
+        generate: of a model, so many texts that it makes up, by Gibbs sampling from its MLM head (Wang & Cho 2019).
+        length: tokens of each.
+        sweeps: how often every token of them is drawn again.
+        temperature: of what is drawn; below 1 the likely more often.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: neither store nor model there, a damaged one, or a text without [MASK].
+    """
+    asked = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
+    check_numbers({"top": top, "length": length, "sweeps": sweeps}, temperature, generate)
+    check_picture(picture, attend)
+    if (Path(what) / "manifest.json").is_file() or not (asked or is_model(what)):
+        if asked:
+            raise ValueError(f"--{asked[0]} is for a model, and {what} is a token store")
+        return inspect_store(
+            what,
+            samples=samples,
+            epoch=epoch,
+            mask_unit=mask_unit,
+            mask_probability=mask_probability,
+            batch_size=batch_size,
+            micro_batches_per_step=micro_batches_per_step,
+            verify=verify,
+        )
+    logging.disable_progress_bar()  # of loading weights
+    console = Console(highlight=False)
+    with model_folder(what) as folder:
+        model, tokenizer = whole_model(folder), load_tokenizer(folder)
+        check_fits(model, length if generate else 0, top)
+    console.print(table(("", ""), about(model).items(), what, justify="left"))
+    for text in fill or ():
+        for title, rows in predictions(model, tokenizer, text, top):
+            console.print(table(tuple(rows), zip(*rows.values(), strict=True), title, justify="left"))
+    if attend is not None:
+        tokens, weights = attention(model, tokenizer, attend)
+        console.print(strongest(tokens, weights, top))
+        if picture is not None:
+            draw_attention(tokens, weights).savefig(picture)
+            console.print(picture, markup=False)
+    for text in gibbs(model, tokenizer, generate, length, sweeps, temperature, seed) if generate else ():
+        console.print(f"- {text}", markup=False)
+
+
+def check_numbers(at_least_one: dict[str, int], temperature: float, generate: int) -> None:
+    for name, value in at_least_one.items():
+        if value < 1:
+            raise ValueError(f"--{name} {value} must be at least 1")
+    if not temperature > 0:
+        raise ValueError(f"--temperature {temperature} must be positive")
+    if generate < 0:
+        raise ValueError(f"--generate {generate} must not be negative")
+
+
+def check_picture(picture: str | None, attend: str | None) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    known = FigureCanvasBase.get_supported_filetypes()
+    if picture is not None and attend is None:
+        raise ValueError("--picture is of --attend: give a text")
+    if picture is not None and Path(picture).suffix.removeprefix(".") not in known:
+        raise ValueError(f"--picture {picture}: its name must end in one of {', '.join(sorted(known))}")
+
+
+def check_fits(model: Objective, length: int, top: int) -> None:
+    longest = longest_text(model.lm.config)
+    if longest and length + 2 > longest:
+        raise ValueError(f"--length {length}: the model takes texts of {longest} tokens, two of them special")
+    if top > model.lm.config.vocab_size:
+        raise ValueError(f"--top {top}: there are {model.lm.config.vocab_size} tokens")
+
+
+def is_model(name: str) -> bool:
+    return (Path(name) / "config.json").is_file() or name.endswith(".ckpt") or (Path(name) / "checkpoints").is_dir()
+
+
+def whole_model(folder: str) -> Objective:
+    """With its head, if it has one. A checkpoint of the authors' code does not say where its head begins: the paper's
+    begins in the middle."""
+    found = opened(folder, {})
+    if found.head is None:
+        return Condenser.from_masked_lm(found.lm, n_head_layers=0).eval()
+    options = {} if found.objective else {"skip_from": found.lm.config.num_hidden_layers // 2}
+    return CondenserForPreTraining.from_pretrained(folder, **options).model
+
+
+def about(model: Objective) -> dict[str, str]:
+    config = model.lm.config
+    return {
+        "backbone": f"{config.model_type}, {len(model.backbone.layers)} layers of {config.hidden_size}, "
+        f"{config.vocab_size:,} tokens in the vocabulary, {sum(p.numel() for p in model.lm.parameters()):,} weights",
+        "objective": type(model).__name__,
+        "settings": ", ".join(f"{name} {value}" for name, value in model.settings.items()),
+        "head": f"{sum(weight.numel() for weight in model.head_state().values()):,} weights",
+    }
+
+
+def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[tuple[str, dict[str, list[str]]]]:
+    """For each mask of a text a title, and by the names of what predicts (mlm, head_mlm, decoder) the likeliest tokens.
+
+    Raises:
+        ValueError: a text without a mask.
+    """
+    written = text.replace("[MASK]", tokenizer.mask_token)
+    ids = tokenizer(written, return_tensors="pt", truncation=True)["input_ids"]
+    masked = ids == tokenizer.mask_token_id
+    if not masked.any():
+        raise ValueError(f"--fill {text!r}: there is no {tokenizer.mask_token} in it")
+    by_name = {name: logits.softmax(-1).topk(top) for name, logits in logits_at_masks(model, ids, masked).items()}
+    found = []
+    for number in range(int(masked.sum())):
+        rows = {}
+        for name, (shares, tokens) in by_name.items():
+            pieces = tokenizer.convert_ids_to_tokens(tokens[number].tolist())
+            rows[name] = [
+                f"{share:6.1%}  {piece}" for share, piece in zip(shares[number].tolist(), pieces, strict=True)
+            ]
+        found.append((f"{escape(text)}, mask {number + 1}", rows))
+    return found
+
+
+def logits_at_masks(model: Objective, ids: Tensor, masked: Tensor) -> dict[str, Tensor]:
+    """By name ``[M, V]``, of rows ``[B, L]``: all that an objective would score, as it calls `Objective.scored`."""
+    labels = torch.where(masked, ids, -100)
+    batch = flattened(model.backbone, ids, torch.ones_like(ids), labels)
+    batch |= before_masking(batch)
+    seen: dict[str, Tensor] = {}
+    scored = model.scored
+
+    def watched(streams: Any, score: bool) -> Any:
+        seen.update({name: states for name, (states, _, _) in streams.items()})
+        return scored(streams, score)
+
+    model.scored = watched  # type: ignore[method-assign]
+    try:
+        with at_rest(model):
+            model.losses(batch)
+            found = {}
+            for name, states in seen.items():
+                at = states if len(states) == int(masked.sum()) else states[batch["masked_index"]]
+                found[name] = logits_of(model.backbone.transform(at), model.backbone.decoder)
+            return found
+    finally:
+        del model.scored
+
+
+def attention(model: Objective, tokenizer: Any, text: str) -> tuple[list[str], Tensor]:
+    """The tokens of a text, and how much of [CLS]'s attention each has, by layer ``[N, L]``, as the mean over heads."""
+    rows = tokenizer(text, return_tensors="pt", truncation=True)
+    of_layers = cls_attention(model.lm, rows["input_ids"], rows["attention_mask"])
+    return tokenizer.convert_ids_to_tokens(rows["input_ids"][0].tolist()), torch.stack(
+        [each[0].mean(0) for each in of_layers]
+    )
+
+
+def strongest(tokens: list[str], weights: Tensor, top: int) -> Any:
+    rows = []
+    for depth, of_layer in enumerate(weights, start=1):
+        shares, places = of_layer.topk(min(top, len(tokens)))
+        named = zip(places.tolist(), shares.tolist(), strict=True)
+        rows.append((str(depth), ", ".join(f"{escape(tokens[place])} {share:.0%}" for place, share in named)))
+    return table(("layer", "[CLS] attends to"), rows, justify="left")
+
+
+def draw_attention(tokens: list[str], weights: Tensor) -> Any:
+    """A figure: a row for each layer, the first at the bottom, a column for each token."""
+    from matplotlib.figure import Figure
+
+    n_layers = len(weights)
+    figure = Figure(figsize=(2 + 0.3 * len(tokens), 1.4 + 0.3 * n_layers), layout="constrained")
+    axes = figure.add_subplot(ylabel="layer", title="attention of [CLS], mean over heads")
+    image = axes.imshow(weights.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=60, ha="right", rotation_mode="anchor", parse_math=False)
+    axes.set_yticks(range(n_layers), [str(depth) for depth in range(1, n_layers + 1)])
+    figure.colorbar(image, label="share of the attention")
+    return figure
+
+
+def gibbs(
+    model: Objective, tokenizer: Any, n: int, length: int, sweeps: int, temperature: float, seed: int
+) -> list[str]:
+    """Texts of ``length`` tokens: all masked at first, then one after the other, in a new order every sweep, is masked
+    and drawn from what the MLM head predicts there. Special tokens are not drawn."""
+    generator = torch.Generator().manual_seed(seed)
+    special = torch.tensor(tokenizer.all_special_ids)
+    first, *_, last = tokenizer("")["input_ids"]
+    ids = torch.tensor([[first, *[tokenizer.mask_token_id] * length, last]] * n)
+    steps = [1 + torch.randperm(length, generator=generator) for _ in range(sweeps)]
+    with at_rest(model):
+        console = Console(file=sys.stderr)
+        for place in track(torch.cat(steps).tolist(), "sampling", console=console, disable=not console.is_terminal):
+            ids[:, place] = tokenizer.mask_token_id
+            logits = model.lm(input_ids=ids).logits[:, place] / temperature
+            logits[:, special] = -torch.inf
+            ids[:, place] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
