@@ -183,7 +183,7 @@ def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[t
         for name, (shares, tokens) in by_name.items():
             pieces = tokenizer.convert_ids_to_tokens(tokens[number].tolist())
             rows[name] = [
-                f"{share:6.1%}  {piece}" for share, piece in zip(shares[number].tolist(), pieces, strict=True)
+                f"{share:6.1%}  {escape(piece)}" for share, piece in zip(shares[number].tolist(), pieces, strict=True)
             ]
         found.append((f"{escape(text)}, mask {number + 1}", rows))
     return found
