@@ -16,10 +16,11 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
     "corpus": {"data"},  # the store alone: see below
     "hub": {"models", "data"},
     "export": {"models", "hub", "runs"},
-    "training": {"models", "data", "hub", "export", "runs", "cluster"},
+    "training": {"models", "data", "hub", "export", "recipes", "runs", "cluster"},
     "evaluation": {"models", "data", "corpus", "hub", "export", "reports", "runs"},
-    "reports": {"models", "data", "corpus", "training", "runs"},
-    "cluster": {"data", "runs", "training"},
+    "reports": {"models", "data", "corpus", "training", "recipes", "runs"},
+    "cluster": {"data", "recipes", "runs", "training"},
+    "recipes": set(),
     "runs": set(),
     "cli": {"cluster"},  # imports the commands by name, when they run
     "__main__": {"cli"},
