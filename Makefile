@@ -88,7 +88,7 @@ format: install  ## let ruff mend what it can
 docs:  ## the pages of docs/ as a site in build/site, with an environment of their own, .venv-docs
 	$(call venv,.venv-docs)
 	$(call pip,.venv-docs) --constraint constraints.txt mkdocs-material
-	.venv-docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 	@echo "open build/site/index.html"
 
 dist:  ## the wheel and the source distribution, checked, in dist/
