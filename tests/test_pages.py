@@ -87,14 +87,13 @@ def commands():
 
 
 @pytest.fixture
-def beside_the_examples(tmp_path, monkeypatch):
+def beside_the_examples(own_modules, tmp_path, monkeypatch):
     """A folder as a clone is, with the files that pages have readers write."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for text in TEXTS.values():
         for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL):
             (tmp_path / name).write_text(content)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
 
 
 @pytest.mark.parametrize("words", commands())
