@@ -1,17 +1,22 @@
-# `make` lists the targets. Everything runs in .venv, made from pyproject.toml with the versions in constraints.txt.
+# `make` lists the targets. Everything runs in .venv, made from pyproject.toml with the versions in constraints.txt, by uv
+# where it is on PATH, else by pip.
 PYTHON ?= python3
 BIN := .venv/bin
 RUN := $(BIN)/condenser
+UV := $(shell command -v uv)
+venv = $(if $(UV),$(UV) venv --quiet --allow-existing --seed --python $(PYTHON) $(1),$(PYTHON) -m venv $(1))
+pip = $(if $(UV),$(UV) pip install --quiet --python $(1)/bin/python,$(1)/bin/python -m pip install --quiet)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo study test test-min test-max test-gpu test-slurm test-faults test-all lint types audit format clean
+.PHONY: help install demo study test test-min test-max test-gpu test-slurm test-faults test-all lint types audit format \
+  docs dist lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 .venv/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(call venv,.venv)
+	$(call pip,.venv) --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
 install: .venv/installed  ## make the environment
@@ -38,13 +43,13 @@ test: install  ## the tests, in under 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n 3 --dist worksteal
 
 test-min:  ## the tests with the lowest versions that are supported, in .venv-min
-	$(PYTHON) -m venv .venv-min
-	.venv-min/bin/python -m pip install --quiet --constraint constraints-min.txt --editable '.[dev]'
+	$(call venv,.venv-min)
+	$(call pip,.venv-min) --constraint constraints-min.txt --editable '.[dev]'
 	.venv-min/bin/python -m pytest -n 3 --dist worksteal
 
 test-max:  ## the tests with the newest versions that pyproject.toml allows, in .venv-max
-	$(PYTHON) -m venv .venv-max
-	.venv-max/bin/python -m pip install --quiet --upgrade --editable '.[dev]'
+	$(call venv,.venv-max)
+	$(call pip,.venv-max) --upgrade --editable '.[dev]'
 	.venv-max/bin/python -m pytest -n 3 --dist worksteal
 
 test-gpu:  ## with PYTHON's own torch, on a GPU: all ways to compute a step, a run, the benchmark; runs/gpu.json (8 minutes)
@@ -62,7 +67,7 @@ test-faults: install  ## as root: N runs killed, stopped, out of disk at random 
 	PYTHONPATH=tests $(BIN)/python tests/faults/campaign.py --n $(N) --seed $(SEED)
 
 test-all: install  ## the tests and the slow ones (with Ray and ONNX Runtime, 300 MB)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[ray,onnx]'
+	$(call pip,.venv) --constraint constraints.txt --editable '.[ray,onnx]'
 	$(BIN)/python -m pytest -m 'not slurm'
 
 lint: install  ## ruff: rules and formatting
@@ -73,12 +78,28 @@ types: install  ## mypy
 	$(BIN)/mypy
 
 audit: install  ## known vulnerabilities of the versions in constraints.txt, which it asks pypi.org about
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt pip-audit
+	$(call pip,.venv) --constraint constraints.txt pip-audit
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --progress-spinner off --requirement constraints.txt
 
 format: install  ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs:  ## the pages of docs/ as a site in build/site, with an environment of their own, .venv-docs
+	$(call venv,.venv-docs)
+	$(call pip,.venv-docs) --constraint constraints.txt mkdocs-material
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
+
+dist:  ## the wheel and the source distribution, checked, in dist/
+	rm -rf dist build/lib build/bdist.*
+	$(call venv,.venv-docs)
+	$(call pip,.venv-docs) --constraint constraints.txt build twine
+	.venv-docs/bin/python -m build
+	.venv-docs/bin/twine check --strict dist/*
+
+lock:  ## uv.lock anew, for `uv sync --extra dev`, with the versions in constraints.txt
+	@uv lock --quiet --default-index https://pypi.org/simple $(addprefix --upgrade-package ,$(shell sed '/^\#/d; s/ *;.*//' constraints.txt))
 
 clean:  ## remove the demo's data and run, not the environment
 	rm -rf data/raw/demo data/tokens/demo runs/demo

@@ -73,6 +73,8 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run(name: str, rest: Sequence[str]) -> int:
     try:
+        for module in os.environ.get("CONDENSER_IMPORT", "").split():
+            importlib.import_module(module)
         function = load(COMMANDS[name][0])
         if name in OWN_PARSER:
             function(rest)
@@ -111,7 +113,9 @@ def overview() -> str:
     rows = "\n".join(f"  {name:<16} {line}" for name, (_, line) in COMMANDS.items())
     return (
         f"usage: condenser <command> [options]\n\n{rows}\n\n"
-        "`condenser <command> --help` lists a command's options. CONDENSER_TRACEBACK=1 shows where an error came from."
+        "`condenser <command> --help` lists a command's options. CONDENSER_TRACEBACK=1 shows where errors came from.\n"
+        "CONDENSER_IMPORT='module ...' imports modules first: objectives and backbones of your own, for commands that\n"
+        "read a run without its configuration, as export does."
     )
 
 

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import sys
+from pathlib import Path
 
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "WANDB_SILENT": "true"}
 os.environ["OMP_NUM_THREADS"] = "1"  # tiny models need no more, and sums depend on it; Lightning sets it else
@@ -34,6 +36,17 @@ def nothing_of_a_run_stays():
     os.environ.update(before)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def own_modules(tmp_path, monkeypatch):
+    """Modules of the test's folder can be imported, and are forgotten after it."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if tmp_path in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
+            del sys.modules[name]
 
 
 def make_documents(n, seed=0):

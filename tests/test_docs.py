@@ -1,17 +1,29 @@
-"""What docs/ holds runs: fine-tuning an export with sentence-transformers, hard negatives for Tevatron's format."""
+"""What docs/ holds runs: fine-tuning an export with sentence-transformers, hard negatives for Tevatron's format, three
+examples of changing one idea. What pages say of commands, settings, files and numbers: test_pages.py."""
 
 import gzip
+import importlib
 import importlib.util
 import itertools
 import json
+import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from pydoc import locate
 
 import numpy as np
 import pytest
-from transformers import AutoModel, AutoTokenizer
+import yaml
+from conftest import TINY_MODEL
+from test_training import metrics_of
+from transformers import AutoModel, AutoTokenizer, ErnieConfig, ErnieForMaskedLM
 
 from condenser.cli import main
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.tokenizers import load_tokenizer
+from condenser.hub import load_export
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -98,3 +110,77 @@ def test_mined_negatives_are_ranked_high_and_not_relevant(tmp_path):
     assert len(found) == 2
     assert found < {"2", "3", "4"}
     assert row == {key: question[key] for key in row}
+
+
+@pytest.fixture
+def example(own_modules):
+    """Writes the files of a page's blocks, each of which begins with its name, and makes them importable."""
+
+    def written(page):
+        blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+        for name, content in blocks:
+            (own_modules / name).write_text(content)
+        lines = [content.count("\n") for name, content in blocks if not name.startswith("test_")]
+        assert len(lines) == 2
+        assert sum(lines) <= 40
+        return next(own_modules / name for name, _ in blocks if name.endswith(".yaml"))
+
+    return written
+
+
+def fit(recipe, folder, name, *options):
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(folder), "--name", name, *options])
+
+
+def test_another_objective_is_a_file_and_a_yaml(recipe, tmp_path, example, monkeypatch, capsys):
+    overlay = example("change-objective.md")
+    assert fit(recipe, tmp_path, "bag", "-c", str(overlay), "--trainer.log_every_n_steps", "1") == 0
+    rows = [row for row in metrics_of(tmp_path / "bag") if row["train/loss"]]
+    for row in rows:
+        expected = float(row["train/mlm_loss"]) + 0.25 * float(row["train/bag_loss"])
+        assert float(row["train/loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(rows[-1]["train/bag_loss"]) < float(rows[0]["train/bag_loss"])
+    monkeypatch.setenv("CONDENSER_IMPORT", "bag_of_words")
+    assert main(["export", str(tmp_path / "bag"), "--output", str(tmp_path / "export")]) == 0
+    assert "left out" not in capsys.readouterr().out
+    assert type(load_export(tmp_path / "export")).__name__ == "BagOfWords"
+
+
+def test_another_masking_is_a_file_and_a_yaml(recipe, store, tmp_path, example):
+    overlay = example("change-masking.md")
+    for workers in ("0", "2"):
+        options = ["--data.num_workers", workers, "--trainer.log_every_n_steps", "1"]
+        assert fit(recipe, tmp_path, workers, "-c", str(overlay), *options) == 0
+    assert [row["train/loss"] for row in metrics_of(tmp_path / "0")] == [
+        row["train/loss"] for row in metrics_of(tmp_path / "2")
+    ]
+    settings = yaml.safe_load(overlay.read_text())["data"]
+    data = CondenserDataModule(str(store), batch_size=64, **settings | {"masking": locate(settings["masking"])})
+    data.setup("fit")
+    fields = data.train_dataloader().dataset.one_pass(0, np.arange(len(data.train)))
+    n_masked = np.diff(fields["cu_seqlens_query"]) - 1
+    shares = n_masked / (np.diff(fields["cu_seqlens"]) - 2)
+    assert shares.std() > 0.08
+    assert 0.2 < n_masked.sum() / fields["n_ordinary"] < 0.4
+
+
+def test_another_backbone_is_a_file_and_a_yaml(recipe, store, tmp_path, example, monkeypatch):
+    overlay = example("change-backbone.md")
+    ernie = ErnieForMaskedLM(ErnieConfig(**TINY_MODEL, vocab_size=200, use_task_id=True))
+    ernie.save_pretrained(tmp_path / "tiny")
+    load_tokenizer(store / "tokenizer").save_pretrained(tmp_path / "tiny")
+    options = ["--model.backbone", str(tmp_path / "tiny"), "--model.backbone_config", "{}"]
+    assert fit(recipe, tmp_path, "ernie", "-c", str(overlay), *options) == 0
+    export = ["export", str(tmp_path / "ernie"), "--output", str(tmp_path / "export")]
+    alone = subprocess.run([sys.executable, "-m", "condenser", *export], capture_output=True, text=True)
+    assert "a backbone of type 'ernie' is not supported" in alone.stderr
+    monkeypatch.setenv("CONDENSER_IMPORT", "ernie")
+    assert main(export) == 0
+    assert AutoModel.from_pretrained(tmp_path / "export").config.model_type == "ernie"
+    importlib.import_module("test_ernie").test_the_loss_is_hugging_faces()
+
+
+def test_a_module_that_cannot_be_imported_is_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("CONDENSER_IMPORT", "no_such_module")
+    assert main(["inspect", "nowhere"]) == 1
+    assert "No module named 'no_such_module'" in capsys.readouterr().err

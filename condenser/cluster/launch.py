@@ -29,11 +29,12 @@ import yaml
 import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.store import read_manifest
+from condenser.recipes import FOLDER
 from condenser.runs import COMMIT, goes_on, newest_valid_checkpoint, output
 from condenser.training.checkpoints import steps_per_epoch_in
 from condenser.training.fit import DryCLI, dumped, run_cli
 
-TEMPLATE = Path(__file__).parents[2] / "configs" / "cluster" / "slurm.sh"
+TEMPLATE = FOLDER / "cluster" / "slurm.sh"
 UNLIMITED = ("0", "infinite", "unlimited")  # as sbatch's --time
 LARGEST_FILE = 5_000_000  # bytes; larger ones beside the code are not taken along
 

@@ -8,9 +8,11 @@ sequences fill them up; they stand at the end, nothing of them is scored, and th
 Legend: B sequences, T tokens, Q positions read in the last layers ([CLS] and the masked tokens), M masked tokens.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import fields as fields_of
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -49,7 +51,8 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Masking:
-    """How tokens are masked; see `mask_flat`."""
+    """How tokens are masked: by `mask_flat`, or otherwise where a subclass overrides `mask`, which a YAML names
+    (`data.masking`). Further settings of a subclass (`data.masking_options`) are the fields of a frozen dataclass."""
 
     seed: int
     probability: float = 0.15
@@ -61,6 +64,75 @@ class Masking:
             raise ValueError(f"mask_probability={self.probability} must lie between 0 and 1")
         if len(self.rates) != 3 or min(self.rates) < 0 or abs(sum(self.rates) - 1) > 1e-6:
             raise ValueError(f"mask_rates={list(self.rates)} must be three shares (mask, random, keep) that sum to 1")
+
+    @classmethod
+    def of(cls, usual: dict[str, Any], options: dict[str, Any]) -> Self:
+        """Raises ValueError for an option that the class does not have, or that has a setting of its own."""
+        own = [field.name for field in fields_of(cls) if field.name not in usual]
+        if unknown := [name for name in options if name not in own]:
+            raise ValueError(
+                f"data.masking_options: {cls.__name__} has no {', '.join(unknown)}; it has {', '.join(own) or 'none'}"
+            )
+        try:
+            return cls(**usual, **options)
+        except TypeError as error:
+            raise ValueError(
+                f"data.masking: {error}; further settings of a masking are the fields of a frozen dataclass"
+            ) from None
+
+    def mask(
+        self, rows: Rows, visits: int | np.ndarray, sample_ids: np.ndarray, vocabulary: Vocabulary
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The changed tokens ``[T]``, and which of them are to be predicted, ascending ``[M]``. What becomes of a
+        sample is a function of ``seed``, its tokens, its ``visits`` and its id, whatever else is in the pass."""
+        return mask_flat(
+            *rows,
+            seed=self.seed,
+            epoch=visits,
+            sample_ids=sample_ids,
+            mask_id=vocabulary.mask_id,
+            random_ids=vocabulary.random_ids,
+            probability=self.probability,
+            rates=self.rates,
+            unit=self.unit,
+        )
+
+    def masked(self, rows: Rows, *of_samples: Any) -> tuple[np.ndarray, np.ndarray]:
+        """As `mask`. Raises ValueError for what a subclass may not give."""
+        found = self.mask(rows, *of_samples)
+        if type(self).mask is not Masking.mask:
+            check_masked(found, rows.tokens, f"data.masking: {type(self).__name__}.mask")
+        return found
+
+    def check(self, rows: Rows, vocabulary: Vocabulary) -> None:
+        """Raises ValueError if what becomes of these samples is not theirs alone."""
+        ids, begins = np.arange(len(rows.lengths)), np.append(0, rows.lengths.cumsum())
+        inputs, chosen = self.masked(rows, ids % 2, ids, vocabulary)
+        for one, (first, end) in zip(ids[:, None], itertools.pairwise(begins), strict=True):
+            row = Rows(rows.tokens[first:end], rows.word_starts[first:end], rows.lengths[one])
+            again = self.masked(row, one % 2, one, vocabulary)
+            beside = inputs[first:end], chosen[(chosen >= first) & (chosen < end)] - first
+            if not all(map(np.array_equal, again, beside)):
+                raise ValueError(
+                    f"data.masking: {type(self).__name__} masks a sample otherwise when it is asked again, or beside "
+                    "other samples; let all that is drawn be of `hash_ints(self.seed, visits, sample_ids, ...)`"
+                )
+
+
+def check_masked(found: Any, tokens: np.ndarray, name: str) -> None:
+    """Raises ValueError if what was found is not tokens, and places of these, where alone they may be others."""
+    if not (isinstance(found, tuple) and len(found) == 2 and all(isinstance(each, np.ndarray) for each in found)):
+        raise ValueError(f"{name} must return two arrays, the tokens [T] and which are to be predicted [M]")
+    inputs, chosen = found
+    if inputs.shape != tokens.shape or inputs.dtype.kind not in "iu" or chosen.ndim != 1 or chosen.dtype.kind != "i":
+        raise ValueError(
+            f"{name} must return integers, tokens [{len(tokens)}] and places [M]; it returned {inputs.dtype} "
+            f"{list(inputs.shape)} and {chosen.dtype} {list(chosen.shape)}"
+        )
+    if (np.diff(chosen, prepend=-1) < 1).any() or (len(chosen) and chosen[-1] >= len(tokens)):
+        raise ValueError(f"{name} must return places ascending, each once, from 0 to {len(tokens) - 1}")
+    if n := np.count_nonzero(np.delete(inputs != tokens, chosen)):
+        raise ValueError(f"{name} changed {n:,} tokens that are not among those to predict")
 
 
 EXTRAS = ("original_ids", "keys")  # what objectives may ask for beside what all get
@@ -91,20 +163,8 @@ def collate(
         not special; how many pairs of a query and a key attention has in a whole layer (``pairs``) and in a last one
         (``query_pairs``).
     """
-    tokens, word_starts, lengths = rows
-    inputs, masked = mask_flat(
-        tokens,
-        word_starts,
-        lengths,
-        seed=masking.seed,
-        epoch=visits,
-        sample_ids=sample_ids,
-        mask_id=vocabulary.mask_id,
-        random_ids=vocabulary.random_ids,
-        probability=masking.probability,
-        rates=masking.rates,
-        unit=masking.unit,
-    )
+    tokens, _, lengths = rows
+    inputs, masked = masking.masked(rows, visits, sample_ids, vocabulary)
     sample_of_token = np.repeat(np.arange(len(lengths)), lengths)
     place = np.arange(len(tokens)) + SPECIAL_TOKENS * sample_of_token + 1  # of each token, once [CLS], [SEP] are there
     framed = lengths + SPECIAL_TOKENS

@@ -28,6 +28,7 @@ from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, digest, loa
 from condenser.data.tokenizers import load_tokenizer
 
 VALIDATION_SEED = 0
+SAMPLES_CHECKED = 16  # by which a masking of the user's is tried
 
 
 class CondenserDataModule(L.LightningDataModule):
@@ -42,6 +43,8 @@ class CondenserDataModule(L.LightningDataModule):
         mask_unit: mask whole words, single tokens, or spans of words.
         mask_probability: share of the tokens to predict.
         mask_rates: shares of these that become [MASK], a random token, or stay as they are.
+        masking: class that masks, by its path, where it is one of your own.
+        masking_options: its further settings, by name.
         tokens_per_pass: tokens that a device computes at once, as whole micro-batches, of which there is at least one;
             by default one micro-batch on a CPU, and on a GPU 65,536 tokens, or as many as its memory surely holds.
         pairs: two spans of each document in a step, from stores of `prepare --kind spans`; by default where the
@@ -60,6 +63,8 @@ class CondenserDataModule(L.LightningDataModule):
         mask_unit: Unit = "word",
         mask_probability: float = 0.15,
         mask_rates: tuple[float, float, float] = (0.8, 0.1, 0.1),
+        masking: type[Masking] | None = None,
+        masking_options: dict[str, Any] | None = None,
         tokens_per_pass: int | None = None,
         pairs: bool | None = None,
         span_length: int | None = None,
@@ -84,7 +89,8 @@ class CondenserDataModule(L.LightningDataModule):
         self.pairs, self.span_length = pairs, span_length
         self.extras: tuple[str, ...] = ()  # what the objective asks for
         self.num_workers, self.seed = num_workers, seed
-        self.masking = Masking(seed, mask_probability, mask_rates, mask_unit)
+        usual = {"seed": seed, "probability": mask_probability, "rates": mask_rates, "unit": mask_unit}
+        self.masking = (masking or Masking).of(usual, masking_options or {})
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -133,6 +139,9 @@ class CondenserDataModule(L.LightningDataModule):
         shares = zip(self.weights.values(), self.stores["train"], strict=True)
         if not any(weight and len(store) for weight, store in shares):
             raise ValueError(f"{', '.join(map(str, self.weights))}: nothing to train on, no rows or no weight")
+        if type(self.masking) is not Masking:
+            some = next(store for store in self.stores["train"] if len(store))
+            self.masking.check(some.rows(np.arange(min(SAMPLES_CHECKED, len(some)))), Vocabulary.of(self.tokenizer))
 
     @property
     def train(self) -> Mixture:

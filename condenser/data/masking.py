@@ -53,7 +53,7 @@ def mask_flat(
     sample_ids: np.ndarray,
     mask_id: int,
     random_ids: np.ndarray,
-    probability: float = 0.15,
+    probability: float | np.ndarray = 0.15,
     rates: Sequence[float] = (0.8, 0.1, 0.1),
     unit: Unit = "word",
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -66,8 +66,8 @@ def mask_flat(
         seed, epoch, sample_ids: what the masks are a function of; ``sample_ids`` ``[B]``, ``epoch`` one or ``[B]``.
         mask_id: id of the mask token.
         random_ids: the ids that a token may be replaced by at random (no special tokens).
-        probability: share of the tokens to predict: ``max(1, round(probability * length))`` in each sample, or fewer
-            where no word is short enough for what is left (none of a single word that is longer).
+        probability: share of the tokens to predict, one or ``[B]``: ``max(1, round(probability * length))`` in each
+            sample, or fewer where no word is short enough for what is left (none of a single word that is longer).
         rates: shares of these that become the mask token, a random token, or stay as they are.
         unit: "word" masks all tokens of a word or none; "token" chooses tokens one by one; "span" masks runs of whole
             words, which become mask tokens, random tokens or stay as they are together (SpanBERT).

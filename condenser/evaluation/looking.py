@@ -18,6 +18,7 @@ from rich.progress import track
 from torch import Tensor
 from transformers.utils import logging
 
+from condenser.data.collate import Masking
 from condenser.data.masking import Unit
 from condenser.data.tokenizers import load_tokenizer
 from condenser.evaluation.encoders import model_folder
@@ -39,6 +40,8 @@ def inspect(
     epoch: int = 0,
     mask_unit: Unit = "word",
     mask_probability: float = 0.15,
+    masking: type[Masking] | None = None,
+    masking_options: dict[str, Any] | None = None,
     batch_size: int = 1024,
     micro_batches_per_step: int = 8,
     verify: bool = False,
@@ -61,6 +64,8 @@ def inspect(
         epoch: of a store, the epoch whose masks are shown.
         mask_unit: of a store, mask whole words, single tokens, or spans of words.
         mask_probability: of a store, share of the tokens to predict.
+        masking: of a store, class that masks, by its path, where it is one of your own.
+        masking_options: its further settings, as a mapping: '{low: 0.1}'.
         batch_size: of a store, sequences per optimizer step over all devices.
         micro_batches_per_step: of a store, parts of a step.
         verify: of a store, compare every file with its checksum first, which reads all of them.
@@ -89,6 +94,8 @@ def inspect(
             epoch=epoch,
             mask_unit=mask_unit,
             mask_probability=mask_probability,
+            masking=masking,
+            masking_options=masking_options,
             batch_size=batch_size,
             micro_batches_per_step=micro_batches_per_step,
             verify=verify,

@@ -18,6 +18,7 @@ from condenser.corpus.work import available_cores
 from condenser.data.store import SPECIAL_TOKENS, write_json
 from condenser.models.condenser import Condenser
 from condenser.models.objective import Objective, setting_names
+from condenser.recipes import file_of
 from condenser.reports.rehearsal import skeleton
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import table
@@ -60,7 +61,8 @@ def bench(
     operations, also within others, on a CPU. `condenser bench data` measures what comes before training.
 
     Args:
-        config: recipe whose model is built, with random weights; BERT-base with the paper's head by default.
+        config: recipe (a file or a name) whose model is built, with random weights; BERT-base with the paper's head by
+            default.
         objective: class path of the objective, of which plain MLM is the first row: condenser.models.retromae.RetroMAE;
             by default that of the recipe, and for a Condenser the authors' recipe is the first row.
         store: token store whose rows (or spans) are used; by default rows in memory with the lengths of real text.
@@ -129,9 +131,10 @@ def model_settings(config: str | None) -> dict[str, Any]:
     """``model`` in a recipe (a YAML file for `condenser fit`). Raises ValueError if there is no such file."""
     if config is None:
         return {}
-    if not Path(config).is_file():
+    file = Path(file_of(config))
+    if not file.is_file():
         raise ValueError(f"--config: no such file: {config}")
-    return read_mapping(Path(config)).get("model", {})
+    return read_mapping(file).get("model", {})
 
 
 def class_of(path: str | None) -> type[Objective]:

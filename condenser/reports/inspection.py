@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from condenser.data.collate import Masking
 from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.data.masking import Unit
 from condenser.data.store import read_manifest
@@ -28,6 +29,8 @@ def inspect_store(
     epoch: int = 0,
     mask_unit: Unit = "word",
     mask_probability: float = 0.15,
+    masking: type[Masking] | None = None,
+    masking_options: dict[str, Any] | None = None,
     batch_size: int = 1024,
     micro_batches_per_step: int = 8,
     verify: bool = False,
@@ -40,6 +43,8 @@ def inspect_store(
         epoch: the epoch whose masks are shown.
         mask_unit: mask whole words, single tokens, or spans of words.
         mask_probability: share of the tokens to predict.
+        masking: class that masks, by its path, where it is one of your own.
+        masking_options: its further settings, as a mapping: '{low: 0.1}'.
         batch_size: sequences per optimizer step over all devices.
         micro_batches_per_step: parts of a step.
         verify: compare every file with its checksum first, which reads all of them.
@@ -62,6 +67,8 @@ def inspect_store(
         micro_batches_per_step=max(1, min(micro_batches_per_step, batch_size, n_train)),
         mask_unit=mask_unit,
         mask_probability=mask_probability,
+        masking=masking,
+        masking_options=masking_options,
         num_workers=0,
     )
     data.setup("fit")

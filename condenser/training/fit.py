@@ -27,6 +27,7 @@ from condenser.data.lock import locked
 from condenser.data.store import check_same_stores, written
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
+from condenser.recipes import HELP, recipes, with_files
 from condenser.runs import (
     CONFIG,
     SUMMARY,
@@ -68,6 +69,8 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        config = next(action for action in parser._actions if action.dest == "config")
+        config.help = f"{HELP}: {', '.join(recipes())}"
         parser.add_argument("--name", type=str, help="name of the run: everything goes to RUNS_DIR/NAME")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
@@ -286,7 +289,7 @@ def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, he
     return cli(
         CondenserModule,
         CondenserDataModule,
-        args=[subcommand, *args],
+        args=[subcommand, *with_files(args)],
         held=held or ExitStack(),
         subclass_mode_model=True,
         seed_everything_default=0,

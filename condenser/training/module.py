@@ -19,7 +19,7 @@ from condenser import hub
 from condenser.cluster import signals
 from condenser.data.collate import StepBatch
 from condenser.data.store import check_same_stores
-from condenser.models.backbones.base import longest_text, prepare_layers
+from condenser.models.backbones.base import Backbone, longest_text, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
 from condenser.models.objective import COUNTS, Objective, known_options
@@ -40,6 +40,8 @@ class CondenserModule(L.LightningModule):
         backbone: Hugging Face masked LM to start from (folder or hub name); an exported Condenser brings its head
             along. Without one, a BERT with random weights and the store's vocabulary.
         backbone_config: settings of the backbone's Hugging Face configuration that differ from its own.
+        backbone_family: class that takes the backbone apart, by its path, where it is one of your own: of a model type
+            that there is none for (docs/backbones.md).
         max_positions: tokens of a text, special ones included, that the backbone is to take, if more than it does.
         position_extension: how positions that are embedded are made more: hierarchical (the first stay as they are),
             interpolated, or copied.
@@ -71,6 +73,7 @@ class CondenserModule(L.LightningModule):
         self,
         backbone: str | None = None,
         backbone_config: dict[str, Any] | None = None,
+        backbone_family: type[Backbone] | None = None,
         max_positions: int | None = None,
         position_extension: Extension = "hierarchical",
         truncated_normal: bool = False,
@@ -94,6 +97,7 @@ class CondenserModule(L.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
+        self.backbone_family = backbone_family  # known to `families` once it is imported
         self.backbone, self.backbone_config, self.objective = backbone, backbone_config or {}, objective
         self.beginning: Any = {
             "max_positions": max_positions,

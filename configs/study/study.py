@@ -4,7 +4,8 @@
 
 FOLDER of --beir holds squad, scifact and cranfield. Every cell's rows are in runs/study/ARM-seed=S/evaluation-*; at the
 end the rows of all cells go to results.csv beside this file, the curves to condenser/reports/reference.csv and
-runs/study/report.html, and the README's table is printed. Arms may run side by side (--arms mlm, --arms condenser).
+runs/study/report.html, and the table of docs/study.md is printed. Arms may run side by side (--arms mlm, --arms
+condenser).
 """
 
 import argparse

@@ -1,0 +1,182 @@
+"""An idea of one's own is a file and a YAML (here a masking; all three: test_docs.py); recipes by name."""
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from test_training import metrics_of
+
+from condenser.cli import main
+from condenser.data.collate import Masking, Vocabulary, collate
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.hashing import hash_ints, uniform
+from condenser.data.masking import mask_flat
+from condenser.data.store import Rows
+from condenser.recipes import CLONED, file_of, recipes, with_files
+
+
+class OneRun(Masking):
+    """One run of tokens of each sample, at a random place, all hidden."""
+
+    def mask(self, rows, visits, sample_ids, vocabulary):
+        n = np.maximum(1, np.round(self.probability * rows.lengths)).astype(np.int64)
+        begins = np.cumsum(rows.lengths) - rows.lengths
+        place = uniform(hash_ints(self.seed, visits, sample_ids, 100)) * (rows.lengths - n + 1)
+        masked = np.repeat(begins + place.astype(np.int64) - (np.cumsum(n) - n), n) + np.arange(n.sum())
+        inputs = rows.tokens.astype(np.int64)
+        inputs[masked] = vocabulary.mask_id
+        return inputs, masked
+
+
+@dataclasses.dataclass(frozen=True)
+class Shares(Masking):
+    """Samples with an even id are masked at another rate."""
+
+    even: float = 0.5
+
+    def mask(self, rows, visits, sample_ids, vocabulary):
+        share = np.where(sample_ids % 2, self.probability, self.even)
+        options = {"mask_id": vocabulary.mask_id, "random_ids": vocabulary.random_ids}
+        return mask_flat(*rows, seed=self.seed, epoch=visits, sample_ids=sample_ids, probability=share, **options)
+
+
+def wrong(name, mask):
+    return type(name, (Masking,), {"mask": mask})
+
+
+def shifted(self, rows, visits, sample_ids, vocabulary):
+    return np.roll(rows.tokens.astype(np.int64), 1), np.array([0])
+
+
+def of_the_pass(self, rows, visits, sample_ids, vocabulary):  # the first token of a pass, whoever's it is
+    return rows.tokens.astype(np.int64), np.array([0])
+
+
+def drawn_elsewhere(self, rows, visits, sample_ids, vocabulary):
+    inputs = rows.tokens.astype(np.int64)
+    chosen = np.flatnonzero(np.random.random(len(inputs)) < 0.5)
+    inputs[chosen] = vocabulary.mask_id
+    return inputs, chosen
+
+
+WRONG = {
+    "must return two arrays": lambda self, rows, *_: None,
+    r"must return integers, tokens \[\d+\] and places \[M\]; it returned float64": lambda self, rows, *_: (
+        rows.tokens / 1.0,
+        np.array([0]),
+    ),
+    "must return places ascending, each once": lambda self, rows, *_: (rows.tokens, np.array([0, 0])),
+    "tokens that are not among those to predict": shifted,
+    "masks a sample otherwise when it is asked again, or beside other samples": of_the_pass,
+    "masks a sample otherwise when it is asked again": drawn_elsewhere,
+}
+
+
+def rows_of(n=64, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(1, 40, n)
+    return Rows(rng.integers(5, 900, lengths.sum()).astype(np.uint16), rng.random(lengths.sum()) < 0.6, lengths)
+
+
+VOCABULARY = Vocabulary(1, 2, 0, 4, np.arange(5, 900))
+
+
+@pytest.mark.parametrize("masking", [OneRun(3, 0.3), Shares(3)], ids=lambda masking: type(masking).__name__)
+def test_a_masking_of_ones_own_is_a_function_of_seed_visit_and_sample(masking):
+    rows, ids = rows_of(), np.arange(64)
+    masking.check(rows, VOCABULARY)
+    inputs, chosen = masking.masked(rows, 5, ids, VOCABULARY)
+    fields = collate(rows, ids, 5, VOCABULARY, masking)
+    assert fields["n_masked"] == len(chosen) > 0
+    np.testing.assert_array_equal(fields["labels"], rows.tokens[chosen])
+    for other, visit in ((dataclasses.replace(masking, seed=4), 5), (masking, 6)):
+        assert not np.array_equal(other.mask(rows, visit, ids, VOCABULARY)[0], inputs)
+    begins = np.append(0, rows.lengths.cumsum())
+    for i, (a, b) in enumerate(itertools.pairwise(begins)):
+        one = Rows(rows.tokens[a:b], rows.word_starts[a:b], rows.lengths[i : i + 1])
+        np.testing.assert_array_equal(masking.mask(one, 5, ids[i : i + 1], VOCABULARY)[0], inputs[a:b])
+
+
+def test_shares_may_differ_by_sample():
+    rows = rows_of(4000)
+    _, chosen = Shares(3, 0.1).mask(rows, 0, np.arange(4000), VOCABULARY)
+    sample = np.repeat(np.arange(4000), rows.lengths)[chosen]
+    n = np.bincount(sample % 2, minlength=2) / np.bincount(np.repeat(np.arange(4000) % 2, rows.lengths))
+    np.testing.assert_allclose(n, [0.5, 0.1], atol=0.02)
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_masking_is_refused_before_training(store, message):
+    data = CondenserDataModule(str(store), batch_size=32, masking=wrong("Mine", WRONG[message]))
+    with pytest.raises(ValueError, match="data.masking: Mine.*" + message):
+        data.setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("masking", "options", "message"),
+    [
+        (Shares, {"odd": 0.1}, "Shares has no odd; it has even"),
+        (OneRun, {"even": 0.1}, "OneRun has no even; it has none"),
+        (Shares, {"probability": 0.1}, "Shares has no probability; it has even"),
+        (type("Own", (Masking,), {"__init__": lambda self: None}), {}, "the fields of a frozen dataclass"),
+    ],
+)
+def test_options_are_the_fields_of_the_class(store, masking, options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CondenserDataModule(str(store), masking=masking, masking_options=options)
+
+
+def test_a_yaml_names_a_masking_and_its_run_does_not_depend_on_workers(recipe, tmp_path, capsys):
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text(yaml.safe_dump({"data": {"masking": "test_own_ideas.Shares", "masking_options": {"even": 0.3}}}))
+    options = ["--config", str(recipe), "-c", str(overlay), "--runs_dir", str(tmp_path)]
+    for workers in ("0", "1"):
+        assert main(["fit", *options, "--name", workers, "--data.num_workers", workers]) == 0
+    losses = [[row["train/loss"] for row in metrics_of(tmp_path / name)] for name in ("0", "1")]
+    assert losses[0] == losses[1]
+    assert main(["fit", *options, "--name", "0", "--data.masking_options", "{even: 0.4}"]) == 1
+    assert "another data.masking_options.even" in capsys.readouterr().err
+    assert main(["fit", *options, "--name", "other", "--data.masking", "test_own_ideas.rows_of"]) == 2
+    assert "rows_of" in capsys.readouterr().err
+
+
+def test_inspect_shows_what_a_masking_does(store, capsys):
+    options = ["--masking", "test_own_ideas.Shares", "--masking-options", "{even: 0.9}", "--samples", "1"]
+    assert main(["inspect", str(store), *options]) == 0
+    assert capsys.readouterr().out.count("[") > 5
+
+
+def test_every_recipe_has_a_name_and_no_two_the_same():
+    folders = (CLONED, CLONED / "hardware", CLONED / "ablations")
+    files = [path for folder in folders for path in folder.glob("*.yaml")]
+    assert sorted(recipes().values()) == sorted(files)
+    assert len(recipes()) == len(files) > 10
+
+
+def test_a_name_is_a_recipes_unless_it_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "condenser").mkdir()
+    assert Path(file_of("condenser")) == CLONED / "condenser.yaml"
+    given = ["--config=demo", "-c", "cpu", "--name", "small", "-c", "configs/small.yaml", "--config", "{a: 1}"]
+    wanted = [f"--config={CLONED / 'demo.yaml'}", "-c", str(CLONED / "hardware" / "cpu.yaml"), *given[3:]]
+    assert with_files(given) == wanted
+    (tmp_path / "demo").write_text("name: own")
+    assert file_of("demo") == "demo"
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "estimate", "launch", "bench"])
+def test_an_unknown_name_is_one_line_with_those_that_there_are(command, capsys):
+    assert main([command, "--config", "condensed"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert "--config condensed is neither a file nor a recipe; there are" in err
+    assert all(name in err for name in recipes())
+
+
+def test_estimate_takes_a_recipe_by_name(capsys):
+    assert main(["estimate", "--config", "demo", "-c", "no-head"]) == 0
+    assert "Million parameters" in capsys.readouterr().out

@@ -1,0 +1,261 @@
+"""What the README and the pages of docs/ say is so: links, commands, settings, files and tables; and versions agree."""
+
+import importlib.util
+import inspect
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import lightning as L
+import pandas as pd
+import pytest
+import yaml
+from test_training import metrics_of
+
+from condenser.cli import COMMANDS, OWN_PARSER, function_parser, in_full, load, main
+from condenser.cluster import launch
+from condenser.data.datamodule import CondenserDataModule
+from condenser.reports import estimate
+from condenser.training.checkpoints import Checkpointing
+from condenser.training.fit import DryCLI, run_cli
+from condenser.training.module import CondenserModule
+from condenser.training.optim import Optimization
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "data/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+TEXTS = {str(path.relative_to(ROOT)): path.read_text() for path in PAGES}
+README = TEXTS["README.md"]
+PIN = re.compile(r"^([\w.-]+)==(\S+)$", re.MULTILINE)
+
+
+def canonical(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+PINS = {canonical(name): version for name, version in PIN.findall((ROOT / "constraints.txt").read_text())}
+
+
+def slug(heading):
+    """The anchor that GitHub and the site give a heading."""
+    return re.sub(r"[^\w\- ]", "", heading.lower().replace("`", "")).strip().replace(" ", "-")
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_link_resolves(page):
+    links = re.findall(r"\]\((?!https?:)([^)\s]+)\)", re.sub(r"```.*?```", "", TEXTS[page], flags=re.DOTALL))
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / name if name else ROOT / page
+        assert target.is_file(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            assert anchor in map(slug, headings), link
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_every_file_named_exists(page):
+    names = re.findall(r"`((?:condenser|configs|docs|tests|notebooks)/[\w./-]+)`", TEXTS[page])
+    assert [name for name in names if not (ROOT / name).exists()] == []
+
+
+def test_the_readme_is_of_one_sitting_and_names_every_page():
+    assert README.count("\n") <= 220
+    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", README))
+    assert {path.name for path in (ROOT / "docs").glob("*.md")} == linked
+
+
+def test_the_site_has_every_page():
+    nav = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert sorted(nav) == sorted(["index.md", *(path.name for path in (ROOT / "docs").glob("*.md"))])
+
+
+def blocks(text, language):
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    """Each command line in the shell blocks of all pages: its page, and its words after `condenser`."""
+    for page, text in TEXTS.items():
+        for block in blocks(text, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                at = next((i + 1 for i, word in enumerate(words) if word == "condenser"), None)
+                if at and at < len(words):
+                    yield pytest.param(words[at:], id=f"{page}: {' '.join(words[at:])}")
+
+
+@pytest.fixture
+def beside_the_examples(own_modules, tmp_path, monkeypatch):
+    """A folder as a clone is, with the files that pages have readers write."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    for text in TEXTS.values():
+        for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL):
+            (tmp_path / name).write_text(content)
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("words", commands())
+def test_every_command_of_a_block_parses(words, beside_the_examples):
+    name = next(name for name in (" ".join(words[:2]), words[0]) if name in COMMANDS)
+    rest = words[len(name.split()) :]
+    if name not in OWN_PARSER:
+        function = load(COMMANDS[name][0])
+        options = {word.removeprefix("--").replace("-", "_") for word in rest if word.startswith("--")}
+        assert options - {"config"} <= set(inspect.signature(function).parameters)
+        if "..." not in rest:
+            function_parser(function, name).parse_args(in_full(rest, function))
+        return
+    if name in ("estimate", "launch"):
+        options, rest = {"estimate": estimate, "launch": launch}[name].own_parser().parse_known_args(rest)
+    if name == "launch":
+        assert options.gpus >= 0
+        rest += ["--name", options.name]
+    if "TensorBoardLogger" in rest:
+        pytest.importorskip("tensorboard")
+    run = run_cli("validate" if name == "validate" else "fit", rest, DryCLI)
+    assert run.datamodule.weights
+
+
+def test_options_in_running_text_are_known():
+    parsers = [launch.own_parser(), estimate.own_parser()]
+    known = {name.strip("-") for parser in parsers for name in parser._option_string_actions} | {
+        "print_config",
+        "config",
+    }
+    known |= {"name", "runs_dir", "wandb", "wandb_artifacts", "trace_steps", "ckpt_path", "seed_everything"}
+    for name in COMMANDS.keys() - OWN_PARSER:
+        known |= {parameter.replace("_", "-") for parameter in inspect.signature(load(COMMANDS[name][0])).parameters}
+    known |= {"extra", "arms", "dataset", "normalize", "fp16", "bf16", "untie_encoder"}  # uv, scripts, Tevatron
+    for page, text in TEXTS.items():
+        text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+        for code in re.findall(r"`([^`]+)`", text):
+            options = re.findall(r"(?<![\w-])--([a-z][\w-]*)(?![\w.-])", code)
+            assert set(options) <= known, (page, code)
+
+
+def test_every_setting_named_exists():
+    owners = {"data": CondenserDataModule, "model": CondenserModule, "checkpoint": Checkpointing, "trainer": L.Trainer}
+    known = {f"{part}.{name}" for part, owner in owners.items() for name in inspect.signature(owner).parameters}
+    known |= {f"model.optimizer.{name}" for name in inspect.signature(Optimization).parameters}
+    files = {"model.pt", "data.md"}
+    for page, text in TEXTS.items():
+        for name in re.findall(r"(?<![\w./])(?:--)?((?:data|model|checkpoint|trainer)\.[a-z]\w*(?:\.[a-z]\w*)?)", text):
+            if page == "docs/fine-tuning.md" or name in files or name.startswith("trainer.logger."):
+                continue
+            assert name in known, (page, name)
+        for block in blocks(text, "yaml"):
+            for part, settings in yaml.safe_load(block).items():
+                assert {f"{part}.{name}" for name in settings} <= known, page
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    sources = "\n".join([*TEXTS.values(), (ROOT / ".ci" / "run").read_text()])
+    named = {a or b for a, b in re.findall(r"`make ([a-z-]+)`|^make ([a-z-]+)", sources, re.MULTILINE)}
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    steps = [step.get("run", "") for job in workflow["jobs"].values() for step in job["steps"]]
+    assert ".ci/run" in steps
+    named |= {step.removeprefix("make ") for step in steps if step.startswith("make ") and "$" not in step}
+    named |= set(workflow["jobs"]["versions"]["strategy"]["matrix"]["target"])
+    assert {"docs", "dist", "test-min", "test-max"} <= named <= targets
+
+
+def test_the_readmes_example_of_a_new_objective_trains(recipe, tmp_path, monkeypatch):
+    code = re.search(r"```python\n# my_objective.py\n(.*?)```", README, re.DOTALL)[1]
+    (tmp_path / "my_objective.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    options = ["--model.objective", "my_objective.Weighted", "--trainer.log_every_n_steps", "1"]
+    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "weighted", *options]) == 0
+    assert "objective: my_objective.Weighted" in (tmp_path / "weighted" / "config.yaml").read_text()
+    for row in metrics_of(tmp_path / "weighted"):
+        for kind in ("train", "val"):
+            if row[f"{kind}/loss"]:
+                expected = float(row[f"{kind}/mlm_loss"]) + 0.3 * float(row[f"{kind}/head_mlm_loss"])
+                assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+def tables(text):
+    """Rows of cells, without the lines under headings."""
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")]
+    return [cells for row in rows if set(cells := [cell.strip() for cell in row]) != {"---"}]
+
+
+def test_the_studys_tables_are_of_its_measurements():
+    spec = importlib.util.spec_from_file_location("study", ROOT / "configs" / "study" / "study.py")
+    study = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(study)
+    kept = pd.read_csv(ROOT / "configs" / "study" / "results.csv", dtype={"train_size": str})
+    measured = tables(study.table(kept))
+    page = tables(TEXTS["docs/study.md"])
+    assert page == measured
+    heading = next(row for row in tables(README) if "MLM loss" in row)
+    columns = [measured[0].index(name.removeprefix("SQuAD, ")) for name in heading]
+    shown = [row for row in tables(README) if row[0] in ("BM25", "random initialisation", "mlm", "condenser")]
+    whole = {row[0]: [row[i] for i in columns] for row in measured}
+    assert len(shown) == 4
+    assert all(row == whole[row[0]] for row in shown)
+
+
+def test_the_readmes_speeds_are_those_of_the_benchmarks():
+    rows = [row for row in tables(README) if "head layers" in row[0] or "layers of" in row[0]]
+    assert len(rows) == 4
+    for name, *numbers in rows:
+        model = re.split(r", (?:\d+ tokens|2 CPU)", name)[0]
+        (same,) = [
+            row
+            for row in tables(TEXTS["docs/benchmarks.md"])
+            if row[0].startswith(model) and ("tokens/s" in row[1]) == ("CPU" in name) and not row[0].endswith(", 512")
+        ]
+        found = {cell.removesuffix(" tokens/s") for cell in same}
+        assert set(numbers) <= found
+
+
+def test_the_costs_are_what_estimate_computes():
+    """The hours of base size: the amount of operations, and the data sheets. (Memory takes longer.)"""
+    options, rest = estimate.own_parser().parse_known_args(
+        ["--config", "condenser", "-c", "gpu", "--model.backbone", "null", "--tokens", "3.3e9"]
+    )
+    run = run_cli("fit", rest, DryCLI)
+    run.datamodule.tokens_per_pass = 65536
+    run.datamodule.serve(run.model.objective)
+    data = estimate.data_of(run.datamodule, options.tokens)
+    rehearsal = estimate.Rehearsal(run.model, run.datamodule)
+    _, tokens = estimate.length_of_run(run.config["fit"].trainer, run.datamodule.batch_size, data)
+    flops = estimate.flops_per_token(rehearsal, data.lengths) * tokens
+    rows = [row for row in tables(TEXTS["docs/costs.md"]) if " x " in row[0]]
+    assert len(rows) == 2 * len(estimate.GPUS)
+    for name, memory, _, hours, *_ in rows:
+        devices, gpu = name.split(" x ")
+        assert float(memory) == estimate.GPUS[gpu]
+        expected = flops / (estimate.bf16_peak(gpu) * options.mfu * int(devices)) / 3600
+        assert hours == f"{expected:,.3g}"
+
+
+def test_versions_are_said_once():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    hooks = {hook["id"]: hook for hook in hooks[0]["hooks"]}
+    assert hooks.keys() == {"ruff-check", "ruff-format", "mypy"}
+    for name, hook in hooks.items():
+        own = hook["entry"] == ".venv/bin/mypy"
+        assert own if name == "mypy" else hook["additional_dependencies"] == [f"ruff=={PINS['ruff']}"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == project["version"]
+    assert f"## {project['version']}" in TEXTS["CHANGELOG.md"]
+
+
+def test_the_lock_has_the_versions_of_the_constraints_and_names_pypi_alone():
+    text = (ROOT / "uv.lock").read_text()
+    locked = {}
+    for package in tomllib.loads(text)["package"]:
+        locked.setdefault(package["name"], set()).add(package.get("version"))
+    assert {name for name in PINS.keys() & locked.keys() if PINS[name] not in locked[name]} == set()
+    assert set(re.findall(r"\w+://([^/\"]+)", text)) == {"pypi.org", "files.pythonhosted.org"}
+
+
+def test_the_wheel_has_every_package_and_every_recipe():
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "condenser").rglob("*.py")}
+    recipes = {Path("condenser/configs") / sub for sub in (".", "ablations", "cluster", "hardware")}
+    assert {name.replace(".", "/") for name in tool["packages"]} == {str(path) for path in folders | recipes}
