@@ -149,6 +149,23 @@ def test_with_decay_to_start_a_resumed_run_still_knows_where_it_started(recipe, 
     assert all(torch.equal(whole[name], parts_[name]) for name in whole)
 
 
+class Counting(torch.optim.SGD):
+    """Keeps a number of its own beside those of weights, as MADGRAD does."""
+
+    def step(self, closure=None):
+        self.state["k"] = self.state.get("k", 0) + 1
+        return super().step(closure)
+
+
+def test_what_an_optimizer_keeps_beside_its_weights_is_saved_and_goes_on(recipe, tmp_path):
+    options = ["--model.optimizer.optimizer", f"{__name__}.Counting"]
+    stop = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps", "3"]
+    assert fit(recipe, tmp_path, "a", *options, *stop) == 0
+    assert final_state(tmp_path / "a")["optimizer_states"][0]["state"]["k"] == 3
+    assert fit(recipe, tmp_path, "a", *options) == 0
+    assert final_state(tmp_path / "a")["optimizer_states"][0]["state"]["k"] == 8
+
+
 @pytest.mark.parametrize("path", ["torch.optim.RMSprop", "torch.optim.Adafactor"])
 def test_another_optimizer_is_a_class_path(path, recipe, tmp_path):
     assert fit(recipe, tmp_path, "other", "--model.optimizer.optimizer", path) == 0

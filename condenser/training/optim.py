@@ -125,7 +125,7 @@ def in_model_order(state: dict[str, Any], optimizer: Optimizer, module: nn.Modul
     saved = [number for group in state["param_groups"] for number in group["params"]]
     place_of = {number: places[parameter] for number, parameter in zip(saved, own, strict=True)}
     return {
-        "state": {place_of[number]: values for number, values in state["state"].items()},
+        "state": {place_of.get(key, key): values for key, values in state["state"].items()},  # some keep more, by name
         "param_groups": [
             {**group, "params": [place_of[number] for number in group["params"]]} for group in state["param_groups"]
         ],
