@@ -139,7 +139,7 @@ def test_every_setting_named_exists():
     owners = {"data": CondenserDataModule, "model": CondenserModule, "checkpoint": Checkpointing, "trainer": L.Trainer}
     known = {f"{part}.{name}" for part, owner in owners.items() for name in inspect.signature(owner).parameters}
     known |= {f"model.optimizer.{name}" for name in inspect.signature(Optimization).parameters}
-    files = {"model.pt", "data.md"}
+    files = {"model.pt", "model.onnx", "data.md"}
     for page, text in TEXTS.items():
         for name in re.findall(r"(?<![\w./])(?:--)?((?:data|model|checkpoint|trainer)\.[a-z]\w*(?:\.[a-z]\w*)?)", text):
             if page == "docs/fine-tuning.md" or name in files or name.startswith("trainer.logger."):
