@@ -32,11 +32,11 @@ def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> 
     method = "Pre-trained as the control of" if control else "Its `[CLS]` vector is made ready for dense retrieval by"
     seen = f"{numbers['train/tokens_seen']:,.0f}" if "train/tokens_seen" in numbers else "not recorded"
     losses = [f"`{name}` {value:.3f}" for name, value in numbers.items() if name.startswith("val/")]
-    asked = card["source"].get("options", {})
-    of_text = asked.get("pooling", "`[CLS]`")
-    of_text += ", whitened" if "whitening" in asked else ""
-    compared = "cosine" if "normalize" in asked else "dot product"
-    prompts = ", ".join(f"{name}: {json.dumps(text)}" for name, text in asked.get("prompts", {}).items())
+    options = card["source"].get("options", {})
+    of_text = options.get("pooling", "`[CLS]`")
+    of_text += ", whitened" if "whitening" in options else ""
+    compared = "cosine" if "normalize" in options else "dot product"
+    prompts = ", ".join(f"{name}: {json.dumps(text)}" for name, text in options.get("prompts", {}).items())
     rows = [
         f"- {row['collection']}, {row['model']}, fine-tuned: {row['trained_on'] or 'no'}, nDCG@10: {row['ndcg@10']:.3f}"
         for row in numbers.get("evaluation", [])

@@ -23,7 +23,7 @@ from condenser.hub import load_checkpoint, load_export
 from condenser.models.initial import cut_vocabulary
 from condenser.models.objective import Objective
 from condenser.models.pretraining import HEAD_FILE, class_path
-from condenser.runs import METRICS, RESULTS, checkpoints, flatten, is_whole, read_mapping, read_metrics, step_of
+from condenser.runs import METRICS, RESULTS, checkpoints, flatten, is_intact, read_mapping, read_metrics, step_of
 
 ABOUT_FILE = "condenser.json"  # where the export came from
 
@@ -88,7 +88,7 @@ def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> P
         there = ", ".join(path.name for path in found)
         raise ValueError(f"{name} has no {'best checkpoint' if best else f'checkpoint of step {step}'}, but {there}")
     for path in wanted:
-        if is_whole(path):
+        if is_intact(path):
             return path
         print(f"{path} is damaged and is passed over")
     return wanted[0]

@@ -35,7 +35,7 @@ SEAL_LENGTH = len(SEAL) + 8
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> x (steps or tokens), values
 
 LENGTH = {"trainer.max_steps", "trainer.max_epochs"}  # of a run, which may be made longer
-FREE = {  # settings that do not change what is computed, or only where
+MAY_CHANGE = {  # settings that do not change what is computed, or only where
     "name",
     "runs_dir",
     "wandb",
@@ -89,13 +89,13 @@ def newest_valid_checkpoint(run: Path, say: Callable[[str], None] = print) -> Pa
     """The newest checkpoint that is whole; damaged ones are reported and passed over. Only those that come into
     question are read, by each device for itself: they have to know before they are connected."""
     for path in checkpoints(run):
-        if is_whole(path):
+        if is_intact(path):
             return path
         say(f"{path} is damaged and is passed over")
     return None
 
 
-def is_whole(path: Path) -> bool:
+def is_intact(path: Path) -> bool:
     """All bytes are those that were written: their checksum follows them. (The ones in the zip archive that they make
     up leave out its frame; they are asked where there is no other, as in what older versions wrote.)"""
     try:
@@ -158,7 +158,7 @@ def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ, leaving out those that may change when a run goes on."""
     old, new = ({**flat, **precision(flat)} for flat in (dict(flatten(before)), dict(flatten(now))))
     differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
-    return sorted(key for key in differing if not any(key == free or key.startswith(free + ".") for free in FREE))
+    return sorted(key for key in differing if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE))
 
 
 def precision(settings: dict[str, Any]) -> dict[str, Any]:

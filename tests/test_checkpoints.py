@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from test_devices import DDP, start_ranks, write_recipe
 from test_training import AskedToStop, StopAfter, assert_same_weights, fit, metrics_of
 
-from condenser.runs import checkpoints, is_whole, newest_valid_checkpoint, step_of
+from condenser.runs import checkpoints, is_intact, newest_valid_checkpoint, step_of
 from condenser.training.checkpoints import Checkpointing, WholeFiles
 
 __all__ = ["AskedToStop", "StopAfter"]
@@ -60,7 +60,7 @@ def test_a_changed_byte_anywhere_in_a_file_is_found_or_changes_nothing(small_fil
         data = bytearray(original)
         data[position] ^= rng.choice([255, 1 << rng.randrange(8)])
         changed.write_bytes(data)
-        if is_whole(changed):
+        if is_intact(changed):
             loaded = torch.load(changed, weights_only=True)
             assert all(torch.equal(loaded["state_dict"][key], value) for key, value in content["state_dict"].items())
             assert {**loaded, "state_dict": None} == {**content, "state_dict": None}, position
@@ -74,17 +74,17 @@ def test_a_file_that_was_cut_is_found(share, small_file, tmp_path):
     path, _ = small_file
     content = path.read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(content[: int(share * len(content))])
-    assert not is_whole(tmp_path / "cut.ckpt")
+    assert not is_intact(tmp_path / "cut.ckpt")
 
 
 def test_a_file_without_the_checksum_is_looked_at_as_an_archive(small_file, tmp_path):
     _, content = small_file
     torch.save(content, tmp_path / "old.ckpt")
-    assert is_whole(tmp_path / "old.ckpt")
+    assert is_intact(tmp_path / "old.ckpt")
     data = bytearray((tmp_path / "old.ckpt").read_bytes())
     data[len(data) // 2] ^= 1
     (tmp_path / "old.ckpt").write_bytes(data)
-    assert not is_whole(tmp_path / "old.ckpt")
+    assert not is_intact(tmp_path / "old.ckpt")
 
 
 def test_the_newest_two_and_every_so_manieth_are_kept(recipe, tmp_path):
@@ -195,7 +195,7 @@ def test_a_disk_that_fills_up_keeps_what_is_there(then, run, recipe, tmp_path, c
         assert "No space left on device; it needs 0." in first
         assert len(errors) == (1 if then == "stop" else 4)
         assert names(disk / "full") == before
-        assert is_whole(newest_valid_checkpoint(disk / "full"))
+        assert is_intact(newest_valid_checkpoint(disk / "full"))
         (disk / "filler").unlink()
         assert fit(recipe, disk, "full") == 0
         assert_same_weights(disk / "full", run)

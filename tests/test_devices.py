@@ -19,7 +19,7 @@ from test_training import assert_same_weights, final_state, metrics_of, tiny_con
 from condenser.cli import main
 from condenser.hub import load_checkpoint
 from condenser.models.cocondenser import CoCondenser
-from condenser.runs import SEAL, SEAL_LENGTH, checkpoints, is_whole
+from condenser.runs import SEAL, SEAL_LENGTH, checkpoints, is_intact
 from condenser.training.sharding import shard, whole
 
 DDP = {"class_path": "lightning.pytorch.strategies.DDPStrategy"}
@@ -318,7 +318,7 @@ def test_sharded_ranks_hold_half_of_the_weights_each(runs):
 def test_a_sharded_checkpoint_is_one_file_like_any_other(runs):
     ours, theirs = (final_state(runs / name) for name in ("sharded", "one"))
     for path in checkpoints(runs / "sharded"):
-        assert is_whole(path)
+        assert is_intact(path)
         assert path.read_bytes()[-SEAL_LENGTH:].startswith(SEAL)
     assert ours.keys() == theirs.keys()
     assert not any(isinstance(value, torch.distributed.tensor.DTensor) for value in ours["state_dict"].values())

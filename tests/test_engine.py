@@ -339,7 +339,7 @@ class Counting(TorchDispatchMode):
     """Counts operations, views left out, and those for which a GPU would make the host wait."""
 
     WAITS = re.compile(r"aten\.(_local_scalar_dense|nonzero|masked_select|unique|equal|is_nonzero|_assert_async)")
-    FREE = re.compile(
+    MAY_CHANGE = re.compile(
         r"aten\.(view|_unsafe_view|t|transpose|detach|alias|select|slice|split|expand|unsqueeze|as_strided)"
     )
 
@@ -350,7 +350,7 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = str(function)
-        self.n += not self.FREE.match(name)
+        self.n += not self.MAY_CHANGE.match(name)
         index = args[1] if name.startswith("aten.index.") else ()
         if self.WAITS.match(name) or any(torch.is_tensor(each) and each.dtype == torch.bool for each in index):
             self.waits.append(name)
@@ -507,7 +507,7 @@ def test_counted_operations_agree_with_torchs_counter(n_head_layers, pruned):
     model = Condenser.from_masked_lm(BertForMaskedLM(config), skip_from=2, n_head_layers=n_head_layers, pruned=pruned)
     batch, fields = step_batch(flat_pass(30)), inputs(30)
     rows, longest, n_read = batch.total("n_sequences"), fields["max_seqlen"], fields["max_query"]
-    needed = Work.needed(batch)
+    needed = Work.of_real_tokens(batch)
     work = needed._replace(pairs=rows * longest**2, query_pairs=rows * longest * n_read)
     if not pruned:
         work = work._replace(queries=work.tokens, query_pairs=work.pairs)
@@ -520,7 +520,11 @@ def test_needed_work_is_that_of_the_real_tokens_with_dummies_or_without():
     fields = flat_pass()
     lengths, queries = (np.diff(fields[name]) for name in ("cu_seqlens", "cu_seqlens_query"))
     expected = lengths.sum(), (lengths**2).sum(), queries.sum(), (lengths * queries).sum(), queries.sum() - 9
-    assert Work.needed(step_batch(fields)) == Work.needed(step_batch(flat_pass(shapes=SHAPES))) == tuple(expected)
+    assert (
+        Work.of_real_tokens(step_batch(fields))
+        == Work.of_real_tokens(step_batch(flat_pass(shapes=SHAPES)))
+        == tuple(expected)
+    )
 
 
 def test_peaks_are_found_by_the_names_that_devices_have():

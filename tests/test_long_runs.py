@@ -71,7 +71,7 @@ class Run:
         self.checkpoints = Checkpoints(folder / "checkpoints", Checkpointing(**saving))
         self.loader = self.train_dataloader = StepLoader(Steps(n_steps, epochs), training=True, num_workers=0)
         weight = torch.nn.Parameter(torch.ones(4))
-        self.optimizer = torch.optim.AdamW([{"params": [weight], "leads": False}], lr=1e-3, fused=True)
+        self.optimizer = torch.optim.AdamW([{"params": [weight], "waits": False}], lr=1e-3, fused=True)
         self.schedule = build_schedule(self.optimizer, Optimization(learning_rate=1e-3), n_steps)
         self.global_step, self.tokens_seen, self.flops_needed = 0, 0, 0.0
         self.samples, self.logged, self.callback_metrics, self.callbacks = 0, {}, {}, []

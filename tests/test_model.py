@@ -150,11 +150,11 @@ def test_the_head_sees_the_last_layers_other_tokens_only_through_cls(monkeypatch
     model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()).eval(), skip_from=2, pruned=False)
     batch, run = tiny_batch(), model.backbone.run
 
-    def disturbed(layer, hidden, where, at_queries):
-        output = run(layer, hidden, where, at_queries)
+    def disturbed(layer, hidden, sequences, at_queries):
+        output = run(layer, hidden, sequences, at_queries)
         if layer is not at:
             return output
-        return output + torch.ones(len(output)).index_fill(0, where.keys.cu_seqlens[:-1].long(), 0.0)[:, None]
+        return output + torch.ones(len(output)).index_fill(0, sequences.keys.cu_seqlens[:-1].long(), 0.0)[:, None]
 
     before = model(**batch).head_hidden_state
     monkeypatch.setattr(model.backbone, "run", disturbed)

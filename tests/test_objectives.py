@@ -818,7 +818,7 @@ def test_retromaes_counted_operations_agree_with_torchs_counter(objective, texts
     batch = texts(tokens_per_pass=10**6)[0]
     (fields,) = batch
     rows, longest = batch.total("n_sequences"), fields["max_seqlen"]
-    needed = Work.needed(batch)
+    needed = Work.of_real_tokens(batch)
     work = needed._replace(pairs=rows * longest**2, query_pairs=rows * longest * fields["max_query"])
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         sum(term.sum for term in model.losses(inputs_of(fields)).values()).backward()

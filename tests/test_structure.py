@@ -94,3 +94,48 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     loaded = set(out.splitlines()[-1].split())
     assert not loaded & {"torch", "lightning", "transformers", "datasets", "wandb", "sentence_transformers"}
+
+
+PRIVATE = {  # names that libraries keep to themselves and are used here for want of public ones, and whose they are
+    "_actions": "argparse.ArgumentParser()",
+    "_broadcast_sigterm_tensor": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
+    "_data_parallel_size": "lightning.pytorch.strategies.ModelParallelStrategy()",
+    "_dynamo": "torch",
+    "_exit": "os",
+    "_foreach_copy_": "torch",
+    "_foreach_div_": "torch",
+    "_foreach_zero_": "torch",
+    "_from_config": "transformers.PreTrainedModel",
+    "_get": "lightning.pytorch.cli.LightningCLI",
+    "_init_weights": "transformers.PreTrainedModel",
+    "_is_hf_initialized": "transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, hidden_size=12))",
+    "_n_gpu": "transformers.TrainingArguments('.', use_cpu=True)",
+    "_parser": "lightning.pytorch.cli.LightningCLI",
+    "_save_distributed_checkpoint": "lightning.pytorch.strategies.ModelParallelStrategy()",
+    "_tied_weights_keys": "transformers.PreTrainedModel",
+    "_track_module_params_and_buffers": "torch.distributed._tools.mem_tracker.MemTracker",
+}
+
+
+def test_private_names_of_libraries_are_few_and_there():
+    """Where one goes, this says so before a run does."""
+    import argparse
+    import os
+
+    import lightning.pytorch.cli
+    import torch.distributed._tools.mem_tracker
+    import transformers
+
+    known = {"argparse": argparse, "os": os, "lightning": lightning, "torch": torch, "transformers": transformers}
+    for name, owner in PRIVATE.items():
+        assert hasattr(eval(owner, known), name), f"{owner} has no {name} any more"
+    assert torch._dynamo.config.recompile_limit > 0
+    used = set()
+    for path in PACKAGE.rglob("*.py"):
+        tree = ast.parse(path.read_text())
+        own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+                used |= {node.attr} - own
+    overridden = {"_track_module_params_and_buffers"}
+    assert used - {"_replace", "_asdict", "_cached"} | overridden == PRIVATE.keys()

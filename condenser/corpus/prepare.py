@@ -211,34 +211,34 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
     state = existing_state(folder)
     if state is None:
         return {"first_source": 0, "settings": settings}
-    written, finished = state["settings"], "units" in state  # which a manifest lists
-    first_source = state.get("first_source", len(written["sources"]) if append else 0)
-    done = written["sources"][:first_source]
+    existing, finished = state["settings"], "units" in state  # which a manifest lists
+    first_source = state.get("first_source", len(existing["sources"]) if append else 0)
+    done = existing["sources"][:first_source]
     sources = [*done, *(each for each in settings["sources"] if not append or each not in done)]
     added_anew = append and (finished or (alone and first_source > 0))
-    changed = [] if sources == written["sources"] or added_anew else ["input"]
+    changed = [] if sources == existing["sources"] or added_anew else ["input"]
     changed += sorted(
-        key for key in settings if settings[key] != written.get(key) and key not in ("unit_bytes", "sources")
+        key for key in settings if settings[key] != existing.get(key) and key not in ("unit_bytes", "sources")
     )
     if changed:
         raise ValueError(
             f"{folder} holds a store made with another {', '.join(changed)}; choose another --output, or remove it"
             + (" (--append adds inputs to it)" if changed == ["input"] and not append else "")
         )
-    if not finished and sources == written["sources"]:
+    if not finished and sources == existing["sources"]:
         return state
     if not finished:
-        return {"first_source": first_source, "settings": written | {"sources": sources}, "anew": True}
+        return {"first_source": first_source, "settings": existing | {"sources": sources}, "anew": True}
     lost = lost_files(folder, state)
     if lost and append:
-        names = " ".join(source["name"] for source in written["sources"])
+        names = " ".join(source["name"] for source in existing["sources"])
         raise ValueError(
             f"{lost[0]} is missing or damaged: first repair the store, by all its inputs ({names}) in one command "
             "without --append"
         )
-    if not lost and sources == written["sources"]:
+    if not lost and sources == existing["sources"]:
         return None
-    return {"first_source": first_source, "settings": written | {"sources": sources}}
+    return {"first_source": first_source, "settings": existing | {"sources": sources}}
 
 
 def existing_state(folder: Path) -> dict[str, Any] | None:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from condenser.corpus.blocks import Cut
-from condenser.data.store import checksum, write_json, written
+from condenser.data.store import atomic_write, checksum, write_json
 
 
 def write_shard(path: Path, rows: Cut, token_type: str, with_documents: bool) -> dict[str, Any]:
@@ -23,7 +23,11 @@ def write_shard(path: Path, rows: Cut, token_type: str, with_documents: bool) ->
     if with_documents:
         columns["document"] = pa.array(np.array(rows.documents, np.uint32))
     table = pa.table(columns)
-    with written(path) as partial, pa.OSFile(str(partial), "wb") as file, pa.ipc.new_stream(file, table.schema) as out:
+    with (
+        atomic_write(path) as partial,
+        pa.OSFile(str(partial), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as out,
+    ):
         out.write_table(table, max_chunksize=len(table))  # one record batch: see Shard
     known = {"file": path.name, "rows": len(lengths), "tokens": len(tokens)}
     return known | {"bytes": path.stat().st_size, "blake2b": checksum(path)}

@@ -115,7 +115,7 @@ class Shard:
 
 
 @contextmanager
-def written(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Gives a temporary name to write under; what was written is on disk, and whole, once it has its name."""
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
@@ -130,14 +130,14 @@ def written(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    with written(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
     content = io.BytesIO()  # numpy's own writing to a full disk fails without saying why
     np.save(content, array)
-    with written(path) as partial:
+    with atomic_write(path) as partial:
         partial.write_bytes(content.getbuffer())
 
 

@@ -134,7 +134,7 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
             report_to="none",
             disable_tqdm=not sys.stderr.isatty(),
         )
-        arguments._n_gpu = 1  # on several GPUs the trainer would multiply the batch
+        arguments._n_gpu = 1  # it has no setting; on several GPUs the trainer would multiply the batch
         trainer = SentenceTransformerTrainer(
             model=encoder,
             args=arguments,

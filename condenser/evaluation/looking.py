@@ -82,12 +82,12 @@ def inspect(
     Raises:
         ValueError: neither store nor model there, a damaged one, or a text without [MASK].
     """
-    asked = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
+    requested = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
     check_numbers({"top": top, "length": length, "sweeps": sweeps}, temperature, generate)
     check_picture(picture, attend)
-    if (Path(what) / "manifest.json").is_file() or not (asked or is_model(what)):
-        if asked:
-            raise ValueError(f"--{asked[0]} is for a model, and {what} is a token store")
+    if (Path(what) / "manifest.json").is_file() or not (requested or is_model(what)):
+        if requested:
+            raise ValueError(f"--{requested[0]} is for a model, and {what} is a token store")
         return inspect_store(
             what,
             samples=samples,
@@ -178,8 +178,8 @@ def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[t
     Raises:
         ValueError: a text without a mask.
     """
-    written = text.replace("[MASK]", tokenizer.mask_token)
-    ids = tokenizer(written, return_tensors="pt", truncation=True)["input_ids"]
+    text_with_masks = text.replace("[MASK]", tokenizer.mask_token)
+    ids = tokenizer(text_with_masks, return_tensors="pt", truncation=True)["input_ids"]
     masked = ids == tokenizer.mask_token_id
     if not masked.any():
         raise ValueError(f"--fill {text!r}: there is no {tokenizer.mask_token} in it")

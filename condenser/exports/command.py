@@ -66,7 +66,7 @@ def export(
     """
     prompts = {"query": query_prompt, "document": document_prompt}
     told = {name: text for name, text in prompts.items() if text is not None}
-    asked = {
+    requested = {
         "layout": layout,
         "pooling": pooling,
         "normalize": normalize,
@@ -75,19 +75,19 @@ def export(
         "dimensions": dimensions,
         "onnx": onnx,
     }
-    changed = {name: value for name, value in asked.items() if value not in ("huggingface", "cls", False, {}, None)}
+    changed = {name: value for name, value in requested.items() if value not in ("huggingface", "cls", False, {}, None)}
     check_options(changed, all_steps and (best or step is not None), dry_run and push is None)
     if all_steps:
-        folders = {f"step-{step_of(path)}": path for path in all_checkpoints(checkpoint)}
-        targets = {branch: (path, Path(output) / branch) for branch, path in folders.items()}
+        paths = {f"step-{step_of(path)}": path for path in all_checkpoints(checkpoint)}
+        targets = {branch: (path, Path(output) / branch) for branch, path in paths.items()}
     else:
         targets = {"main": (one.find_checkpoint(checkpoint, best, step), Path(output))}
     for path, target in targets.values():
         one.export(path, target, changed, lambda folder, model: finish(folder, model, changed))
     if push is not None:
-        written = {branch: target for branch, (_, target) in targets.items()}
-        newest = next(iter(written.values()))
-        upload(push, {"main": newest} | written, dry_run)
+        folders = {branch: target for branch, (_, target) in targets.items()}
+        newest = next(iter(folders.values()))
+        upload(push, {"main": newest} | folders, dry_run)
 
 
 def check_options(changed: dict[str, Any], two_choices: bool, dry_alone: bool) -> None:
@@ -115,7 +115,7 @@ def all_checkpoints(name: str) -> list[Path]:
     for path in checkpoints(Path(name)):
         if step_of(path) in by_step:
             continue
-        if one.is_whole(path):
+        if one.is_intact(path):
             by_step[step_of(path)] = path
         else:
             print(f"{path} is damaged and is passed over")

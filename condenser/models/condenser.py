@@ -92,13 +92,13 @@ class Condenser(Objective):
 
     def states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Last, early and head states ``[T, H]``; with ``pruned`` the last and the head's at the queries ``[Q, H]``."""
-        late, early, where = self.encoded(batch, self.skip_from, self.pruned)
+        late, early, sequences = self.encoded(batch, self.skip_from, self.pruned)
         head = early
         if len(self.c_head):
             cls = self.condensed(self.cls_of(late, batch, self.pruned))
             head = early.index_copy(0, batch["cu_seqlens"][:-1], cls.to(early.dtype))
         for depth, layer in enumerate(self.c_head, start=1):
-            head = self.run(layer, head, where, at_queries=self.pruned and depth == len(self.c_head))
+            head = self.run(layer, head, sequences, at_queries=self.pruned and depth == len(self.c_head))
         return late, early, self.backbone.last(head) if len(self.c_head) else head
 
     def terms_of(self, states: tuple[Tensor, Tensor, Tensor], batch: dict[str, Any], score: bool) -> dict[str, Term]:

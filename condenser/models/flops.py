@@ -42,7 +42,7 @@ class Work(NamedTuple):
     masked: int  # positions at which the vocabulary is scored, per stream
 
     @classmethod
-    def needed(cls, batch: Any) -> "Work":
+    def of_real_tokens(cls, batch: Any) -> "Work":
         """The least that the losses of a `StepBatch` need: last layers at the queries alone, no dummies."""
         n = {name: batch.total(name) for name in ("n_tokens", "pairs", "n_sequences", "n_masked", "query_pairs")}
         return cls(n["n_tokens"], n["pairs"], n["n_sequences"] + n["n_masked"], n["query_pairs"], n["n_masked"])

@@ -109,13 +109,13 @@ class Objective(nn.Module):
         """
         early = late = self.backbone.embed(batch["input_ids"], batch["position_ids"], batch.get("token_type_ids"))
         attention_dropout = self.backbone.attention_dropout if self.training else 0.0
-        where = sequences_of(batch, late, attention_dropout)
+        sequences = sequences_of(batch, late, attention_dropout)
         layers = self.backbone.layers
         for depth, layer in enumerate(layers, start=1):
-            late = self.run(layer, late, where, at_queries=pruned and depth == len(layers))
+            late = self.run(layer, late, sequences, at_queries=pruned and depth == len(layers))
             if depth == keep:
                 early = late
-        return self.backbone.last(late), early, where
+        return self.backbone.last(late), early, sequences
 
     def cls_of(self, late: Tensor, batch: dict[str, Any], pruned: bool = True) -> Tensor:
         """The [CLS] states ``[B, H]`` among the last ones."""
@@ -140,10 +140,10 @@ class Objective(nn.Module):
                 terms[name] = terms[name]._replace(losses=losses[own].detach(), correct=correct[own])
         return terms
 
-    def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool = False) -> Tensor:
+    def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool = False) -> Tensor:
         """A layer's output ``[T, H]``, or ``[Q, H]`` at the queries alone."""
         run = getattr(layer, "run", None)  # where weights are sharded, a method that gathers them: see sharding.py
-        arguments = (hidden, where, at_queries) if run else (layer, hidden, where, at_queries)
+        arguments = (hidden, sequences, at_queries) if run else (layer, hidden, sequences, at_queries)
         run = run or self.backbone.run
         if self.gradient_checkpointing and self.training:
             return checkpoint(run, *arguments, use_reentrant=False)

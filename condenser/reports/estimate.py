@@ -159,7 +159,7 @@ def n_devices(trainer: Any) -> int:
 def flops_per_token(rehearsal: Rehearsal, lengths: np.ndarray) -> float:
     """Needed by training, of a real token: no padding, last layers at the queries alone."""
     batch = StepBatch.of([one_pass(lengths, rehearsal.datamodule)])
-    return rehearsal.model.flops(Work.needed(batch)) / batch.total("n_tokens")
+    return rehearsal.model.flops(Work.of_real_tokens(batch)) / batch.total("n_tokens")
 
 
 def parameters(model: Objective) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`condenser inspect`: what is in a token store, for eyes."""
+"""What is in a token store, for eyes: `condenser inspect STORE`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from condenser.data.collate import Masking
 from condenser.data.datamodule import CondenserDataModule, Steps
-from condenser.data.masking import Unit
 from condenser.data.store import read_manifest
 from condenser.data.store import verify as verify_files
 from condenser.reports.tables import table
@@ -22,32 +20,13 @@ OF_DOCUMENTS = ("documents", "kept", "empty", "too_short", "bad", "dropped_repea
 
 
 def inspect_store(
-    store: str,
-    /,
-    *,
-    samples: int = 3,
-    epoch: int = 0,
-    mask_unit: Unit = "word",
-    mask_probability: float = 0.15,
-    masking: type[Masking] | None = None,
-    masking_options: dict[str, Any] | None = None,
-    batch_size: int = 1024,
-    micro_batches_per_step: int = 8,
-    verify: bool = False,
+    store: str, samples: int, epoch: int, batch_size: int, micro_batches_per_step: int, verify: bool, **masking: Any
 ) -> None:
     """Show what is in a token store: where it came from, how long its rows are, some with their masks, the steps.
 
     Args:
-        store: folder that `condenser prepare` wrote.
-        samples: rows to show.
-        epoch: the epoch whose masks are shown.
-        mask_unit: mask whole words, single tokens, or spans of words.
-        mask_probability: share of the tokens to predict.
-        masking: class that masks, by its path, where it is one of your own.
-        masking_options: its further settings, as a mapping: '{low: 0.1}'.
-        batch_size: sequences per optimizer step over all devices.
-        micro_batches_per_step: parts of a step.
-        verify: compare every file with its checksum first, which reads all of them.
+        store, samples, epoch, batch_size, micro_batches_per_step, verify: see `condenser inspect`.
+        masking: settings of the data module that say what is masked.
 
     Raises:
         ValueError: no store there, or a damaged one.
@@ -65,11 +44,8 @@ def inspect_store(
         store,
         batch_size=min(batch_size, max(1, n_train)),
         micro_batches_per_step=max(1, min(micro_batches_per_step, batch_size, n_train)),
-        mask_unit=mask_unit,
-        mask_probability=mask_probability,
-        masking=masking,
-        masking_options=masking_options,
         num_workers=0,
+        **masking,
     )
     data.setup("fit")
     steps: Any = data.train_dataloader().dataset

@@ -171,7 +171,7 @@ class Trial:
             "data_wait": loader.waited / seconds,
             "host_ms": 1e3 * host / self.steps,
             "flops_per_token": sum(flops(work_done(recipe, batch)) for batch in batches) / tokens,
-            "needed_flops_per_second": sum(flops(Work.needed(batch)) for batch in batches) / seconds,
+            "needed_flops_per_second": sum(flops(Work.of_real_tokens(batch)) for batch in batches) / seconds,
         }
 
     def profile(self, recipe: Recipe, step: TrainingStep, n_steps: int) -> Figures:
@@ -204,7 +204,7 @@ def work_done(recipe: Recipe, batch: StepBatch) -> Work:
         pairs = positions * Authors.longest
         return Work(positions, pairs, positions, pairs, positions)
     more = batch.n_positions / batch.total("n_tokens")
-    return Work(*(round(more * each) for each in Work.needed(batch)))
+    return Work(*(round(more * each) for each in Work.of_real_tokens(batch)))
 
 
 def kept(step: TrainingStep) -> int:

@@ -22,7 +22,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from condenser.data.store import written
+from condenser.data.store import atomic_write
 from condenser.models.files import load_file
 from condenser.runs import seal, step_of
 from condenser.training.ending import averaging
@@ -95,7 +95,7 @@ class WholeFiles(TorchCheckpointIO):
         try:
             self.before()
             path.parent.mkdir(parents=True, exist_ok=True)
-            with written(path) as partial, open(partial, "wb") as file:
+            with atomic_write(path) as partial, open(partial, "wb") as file:
                 save(checkpoint, file)
             sync_folder(path.parent)
         except OSError as error:

@@ -24,7 +24,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from condenser.cluster import signals
 from condenser.data.datamodule import CondenserDataModule, store_folder
 from condenser.data.lock import locked
-from condenser.data.store import check_same_stores, written
+from condenser.data.store import atomic_write, check_same_stores
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
 from condenser.recipes import HELP, recipes, with_files
@@ -32,7 +32,7 @@ from condenser.runs import (
     CONFIG,
     SUMMARY,
     goes_on,
-    is_whole,
+    is_intact,
     newest_valid_checkpoint,
     step_of,
 )
@@ -69,6 +69,7 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # Lightning's own option, whose help does not know of recipes; argparse has no other way to one that is there
         config = next(action for action in parser._actions if action.dest == "config")
         config.help = f"{HELP}: {', '.join(recipes())}"
         parser.add_argument("--name", type=str, help="name of the run: everything goes to RUNS_DIR/NAME")
@@ -122,7 +123,7 @@ class RunCLI(LightningCLI):
         given = None if given == "last" else given
         if given is not None and Path(given).is_dir():
             raise ValueError(f"--ckpt_path {given} is a folder: give one of the files in its checkpoints/")
-        if given is not None and not is_whole(Path(given)):
+        if given is not None and not is_intact(Path(given)):
             raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint")
         newest = newest_valid_checkpoint(self.run, say=print if is_first_rank() else lambda message: None)
         if given is None or (newest is not None and self.subcommand == "fit"):
@@ -149,7 +150,7 @@ class RunCLI(LightningCLI):
                 print(f"{self.run} goes on from {self.checkpoint}")
             remove_leftovers(self.run)
             (self.run / SUMMARY).unlink(missing_ok=True)  # of an end whose checkpoints are damaged
-            with written(config) as partial:  # other processes may read it now
+            with atomic_write(config) as partial:  # other processes may read it now
                 partial.write_text(text)
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -158,6 +159,7 @@ class RunCLI(LightningCLI):
 
     def trainer_of(self, kwargs: dict[str, Any]) -> L.Trainer:
         settings = self.config[self.subcommand]
+        # what the command line has made of the settings, which Lightning hands out by `_get` alone
         callbacks = as_list(self._get(self.config_init, "trainer.callbacks"))
         check_callbacks(callbacks)
         loggers: list[Logger] | bool = False
@@ -208,7 +210,7 @@ class DryCLI(RunCLI):
 
 def dumped(cli: RunCLI, settings: Any) -> str:
     """Settings as YAML. (The parser cannot write members of enumerations, as Lightning has them for defaults.)"""
-    parser = cli._parser(cli.subcommand)
+    parser = cli._parser(cli.subcommand)  # the subcommand's, which Lightning keeps to itself
     return parser.dump(without_enums(settings.clone()), skip_none=False)
 
 

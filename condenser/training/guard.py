@@ -38,9 +38,9 @@ class Guard:
         self.folder, self.rank, self.summed = folder, rank, summed
         self.before: Watched | None = None
 
-    def watch(self, step: int, batch: StepBatch, losses: Tensor, norm: Tensor, asked: Tensor) -> Tensor:
+    def watch(self, step: int, batch: StepBatch, losses: Tensor, norm: Tensor, requests: Tensor) -> Tensor:
         """Note the losses of a step (``[passes]``, and of a contrast over all of them), its gradient norm, and how many
-        devices are ``asked`` to stop, to be started again ``[2]``; look at those of the step before.
+        devices ask to stop, to be started again (``requests``, ``[2]``); look at those of the step before.
 
         Returns:
             1.0 where something is not finite on some device, else 0.0: what optimizers call ``found_inf``.
@@ -50,7 +50,7 @@ class Guard:
         """
         finite = torch.cat([losses, norm[None]]).isfinite()
         bad = self.summed((~finite.all()).float()) > 0
-        flags = torch.cat([finite[:-1], ~bad[None], asked > 0])
+        flags = torch.cat([finite[:-1], ~bad[None], requests > 0])
         on_host, event = flags, None
         if flags.is_cuda:
             on_host = torch.empty(flags.shape, dtype=torch.bool, pin_memory=True).copy_(flags, non_blocking=True)

@@ -19,7 +19,7 @@ from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.cluster import signals
-from condenser.data.store import written
+from condenser.data.store import atomic_write
 from condenser.models.flops import bf16_peak
 from condenser.runs import COMMIT, METRICS, output
 
@@ -78,7 +78,11 @@ class MetricsCSV(Logger):
 
     def write_again(self, columns: Sequence[str]) -> None:
         """The same rows under more ``columns``."""
-        with open(self.path, newline="") as file, written(self.path) as partial, open(partial, "w", newline="") as out:
+        with (
+            open(self.path, newline="") as file,
+            atomic_write(self.path) as partial,
+            open(partial, "w", newline="") as out,
+        ):
             table = csv.DictWriter(out, columns, restval="", lineterminator="\n")
             table.writeheader()
             table.writerows(csv.DictReader(file))
@@ -175,7 +179,7 @@ class Listening(Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         signals.listen(signals.INTERRUPT)
         steps: Any = trainer.fit_loop.epoch_loop
-        steps._broadcast_sigterm_tensor = lambda: None
+        steps._broadcast_sigterm_tensor = lambda: None  # no setting leaves the question out
 
 
 class Trace(Callback):

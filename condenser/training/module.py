@@ -249,13 +249,13 @@ class CondenserModule(L.LightningModule):
         optimizer: Any = self.optimizers()
         if self.step is None:
             self.step = self.training_step_of(optimizer.optimizer)
-        counts = self.summed(torch.cat([self.sizes(batch), self.asked()]))
-        totals, asked = counts.split([len(COUNTS) + 2, 2])
+        counts = self.summed(torch.cat([self.sizes(batch), self.stop_requests()]))
+        totals, requests = counts.split([len(COUNTS) + 2, 2])
         log = self.is_logging_step(self.global_step + 1)
         scale = self.trainer.world_size / totals[: len(COUNTS)].clamp(min=1)  # DDP averages gradients over devices
 
         def watch(losses: Tensor, norm: Tensor) -> Tensor:
-            not_finite = self.guard.watch(self.global_step + 1, batch, losses, norm, asked)
+            not_finite = self.guard.watch(self.global_step + 1, batch, losses, norm, requests)
             if not skips_on_device(optimizer.optimizer):
                 self.guard.check()
             self.trainer.should_stop = self.trainer.should_stop or self.guard.stop
@@ -287,10 +287,10 @@ class CondenserModule(L.LightningModule):
     def sizes(self, batch: StepBatch) -> Tensor:
         """Of this device's passes: `COUNTS`, needed operations, positions computed."""
         assert self.model is not None
-        flops = self.model.flops(Work.needed(batch))
+        flops = self.model.flops(Work.of_real_tokens(batch))
         return torch.tensor([*(batch.total(name) for name in COUNTS), flops, batch.n_positions], dtype=torch.float64)
 
-    def asked(self) -> Tensor:
+    def stop_requests(self) -> Tensor:
         """Whether this process was asked to stop, and to be started again."""
         stop = not signals.received.isdisjoint((signals.STOP, signals.INTERRUPT))
         wanted = [stop, signals.REQUEUE in signals.received]

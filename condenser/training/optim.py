@@ -98,15 +98,16 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
         rate = settings.learning_rate * settings.layer_decay ** layers_above.get(parameter, 0)
         if head and settings.head_learning_rate is not None:
             rate = settings.head_learning_rate
+        waits = settings.head_only_steps > 0 and not head  # until the head has had its steps
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0  # none on biases and LayerNorm
-        groups.setdefault((head and settings.head_only_steps > 0, rate, decay), []).append(parameter)
+        groups.setdefault((waits, rate, decay), []).append(parameter)
     options: dict[str, Any] = dict(settings.optimizer_options)
     if settings.optimizer == ADAMW:
         options = {"betas": settings.betas, "eps": settings.eps, "fused": True, **options}
     optimizer = optimizer_class(settings.optimizer)(
         [
-            {"params": parameters, "lr": rate, "weight_decay": decay, "leads": leads}
-            for (leads, rate, decay), parameters in groups.items()
+            {"params": parameters, "lr": rate, "weight_decay": decay, "waits": waits}
+            for (waits, rate, decay), parameters in groups.items()
         ],
         lr=settings.learning_rate,
         **options,
@@ -166,4 +167,4 @@ def build_schedule(optimizer: Optimizer, settings: Optimization, total_steps: in
     def later(step: int) -> float:
         return 0.0 if step < settings.head_only_steps else factor(step)
 
-    return LambdaLR(optimizer, [factor if group["leads"] else later for group in optimizer.param_groups])
+    return LambdaLR(optimizer, [later if group["waits"] else factor for group in optimizer.param_groups])

@@ -27,6 +27,7 @@ class FullySharded(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
+        # read in setup_environment, and known no earlier; its public name is an argument of the constructor alone
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
@@ -48,7 +49,7 @@ def shard(model: Objective, strategy: ModelParallelStrategy) -> None:
             f"trainer.strategy: tensor_parallel_size={size} would leave devices without data of their own; set it to 1 "
             f"and data_parallel_size to the number of devices, {mesh.size()}"
         )
-    if strategy._save_distributed_checkpoint:
+    if strategy._save_distributed_checkpoint:  # the argument has no public name
         raise ValueError("trainer.strategy: set save_distributed_checkpoint to false; a checkpoint is one file here")
     warnings.filterwarnings("ignore", ".*returned a view tensor")  # it would matter if they were written to in place
     for layer in dict.fromkeys([*model.backbone.layers, *getattr(model, "c_head", ())]):

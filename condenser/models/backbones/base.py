@@ -62,7 +62,7 @@ class Backbone(ABC):
         """States ``[T, H]`` of tokens ``[T]``, whose ``position_ids`` begin at 0 with every sequence."""
 
     @abstractmethod
-    def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
+    def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
         """A layer's output ``[T, H]``, or at the queries alone ``[Q, H]``, equal to the whole output there."""
 
     @abstractmethod

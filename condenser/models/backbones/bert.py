@@ -91,14 +91,16 @@ class Bert(Backbone):
     def scores(self, layer: Any) -> Scores:
         return PLAIN
 
-    def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
+    def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
         if at_queries:
-            at = take(where.position_ids, where.query_index) if self.scores(layer).more else None
-            return self.between(layer, take(hidden, where.query_index), hidden, where.queries, where.keys, at)
+            at = take(sequences.position_ids, sequences.query_index) if self.scores(layer).more else None
+            return self.between(
+                layer, take(hidden, sequences.query_index), hidden, sequences.queries, sequences.keys, at
+            )
         parts = self.parts(layer)
         states = linear(hidden, parts.query, parts.key, parts.value)
         states = states.unflatten(-1, (3, -1, parts.head_size))  # [T, 3, A, D]
-        return finished(parts, hidden, attend_within(states, where.keys, share_dropped(parts), self.scores(layer)))
+        return finished(parts, hidden, attend_within(states, sequences.keys, share_dropped(parts), self.scores(layer)))
 
     def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         return self.between(layer, query, context, rows, rows)

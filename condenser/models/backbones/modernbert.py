@@ -50,15 +50,15 @@ class ModernBert(Backbone):
         """None: positions turn queries and keys."""
         return self.embeddings.tok_embeddings.weight.new_zeros(len(position_ids), self.lm.config.hidden_size)
 
-    def run(self, layer: Any, hidden: Tensor, where: Sequences, at_queries: bool) -> Tensor:
+    def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
         if at_queries:
-            own, at = (take(each, where.query_index) for each in (hidden, where.position_ids))
-            return self.between(layer, own, hidden, where.queries, where.keys, at, where.position_ids)
+            own, at = (take(each, sequences.query_index) for each in (hidden, sequences.position_ids))
+            return self.between(layer, own, hidden, sequences.queries, sequences.keys, at, sequences.position_ids)
         turned = linear(norm_before(layer, hidden), layer.attn.Wqkv).unflatten(-1, (3, -1, layer.attn.head_dim))
         query, key, value = turned.unbind(1)
-        query, key = (self.rotated(layer, each, where.position_ids) for each in (query, key))
+        query, key = (self.rotated(layer, each, sequences.position_ids) for each in (query, key))
         states = torch.stack([query, key, value], dim=1)  # [T, 3, A, D]
-        return self.finished(layer, hidden, attend_within(states, where.keys, dropped(layer), scores_of(layer)))
+        return self.finished(layer, hidden, attend_within(states, sequences.keys, dropped(layer), scores_of(layer)))
 
     def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         return self.between(layer, query, context, rows, rows, position_ids, position_ids)
