@@ -11,12 +11,13 @@ from conftest import make_documents
 from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from condenser.evaluation import similarity
 from condenser.evaluation.encoders import load_encoder
 from condenser.evaluation.pairs import Pairs, read_pairs, read_similarity
 from condenser.evaluation.pooling import with_pooling
-from condenser.evaluation.similarity import cosent_examples, similarity_metrics
+from condenser.evaluation.similarity import pair_examples, similarity_metrics
 from condenser.evaluation.whitening import fit_whitening, whitened
 
 FIRST = ['A sign says "no diving".', "A man, a plan", "Where?"]
@@ -169,6 +170,14 @@ def test_metrics_equal_other_computations(encoder, pairs, search):
     assert (metrics["pairs"], metrics["positive_pairs"]) == (40, positive.sum())
 
 
+def test_correlations_equal_those_of_sentence_transformers(encoder, pairs):
+    spread = whitened(encoder, make_documents(300), 16, "sentence")  # cosines that fp32 tells apart
+    theirs = EmbeddingSimilarityEvaluator(pairs.first, pairs.second, pairs.scores, main_similarity="cosine")(spread)
+    metrics, _ = similarity_metrics(spread, pairs)
+    for name in ("spearman", "pearson"):
+        assert metrics[name] == pytest.approx(theirs[f"{name}_cosine"], abs=1e-5)
+
+
 def test_uniformity_is_taken_in_blocks_and_of_many_by_a_sample(monkeypatch):
     vectors = np.random.default_rng(0).normal(size=(2500, 8))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -184,16 +193,15 @@ def test_uniformity_is_taken_in_blocks_and_of_many_by_a_sample(monkeypatch):
 
 
 def test_subsamples_are_nested_repeat_and_are_scaled(pairs):
-    small, large, other = (cosent_examples(pairs, size, seed) for size, seed in ((8, 0), (20, 0), (20, 1)))
-    assert large == cosent_examples(pairs, 20, 0) != other
+    small, large, other = (pair_examples(pairs, size, seed) for size, seed in ((8, 0), (20, 0), (20, 1)))
+    assert large == pair_examples(pairs, 20, 0) != other
     assert {column: values[:8] for column, values in large.items()} == small
-    whole = cosent_examples(pairs, None, 0)
+    whole = pair_examples(pairs, None, 0)
     assert sorted(whole["score"]) == pytest.approx(sorted(pairs.scores / 5))
     known = dict(zip(zip(pairs.first, pairs.second, strict=True), pairs.scores / 5, strict=True))
     assert [known[pair] for pair in zip(small["sentence1"], small["sentence2"], strict=True)] == small["score"]
-    for size in (1, 41):
-        with pytest.raises(ValueError, match=f"{size} pairs of made cannot be drawn: it has 40"):
-            cosent_examples(pairs, size, 0)
+    with pytest.raises(ValueError, match="--train-sizes 41: there are 40 pairs of made"):
+        pair_examples(pairs, 41, 0)
 
 
 def test_cosent_learns_the_examples(roberta, pairs, tmp_path):
@@ -206,7 +214,7 @@ def test_cosent_learns_the_examples(roberta, pairs, tmp_path):
         output_dir=str(tmp_path), max_steps=15, per_device_train_batch_size=20, learning_rate=3e-3, use_cpu=True,
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    data = Dataset.from_dict(cosent_examples(pairs, None, 0))
+    data = Dataset.from_dict(pair_examples(pairs, None, 0))
     SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=data, loss=CoSENTLoss(encoder)).train()
     assert similarity_metrics(encoder, pairs)[0]["spearman"] > 0.8
 
