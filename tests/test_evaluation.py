@@ -607,6 +607,7 @@ def vector(encoder):
     ("changes", "message"),
     [
         ({"attention": "nowhere"}, "no token store at nowhere"),
+        ({"model": "RUN", "attention": "nowhere"}, "no token store at nowhere"),
         ({"train_sizes": ["15"], "finetune": True}, "--train-sizes 15: there are 14 .* farm"),
         ({"finetune": True, "finetune_learning_rate": "auto", "retrieval": ["FEW"]}, "too few to choose"),
         ({"pair_losses": ["cosines"]}, "--pair-losses cosines: there are cosent and cosine"),
@@ -631,7 +632,9 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     few = write_collection(tmp_path / "few")
     (few / "qrels/train.tsv").write_text("q7\td7\t1\nq8\td8\t1\n")
     call = {"model": model_folder, "retrieval": [str(collection_folder)], "max_length": 32} | changes
+    (tmp_path / "run/checkpoints").mkdir(parents=True)  # is not exported before all else is looked at
     paths = {"FEW": str(few), "PAIRS": str(pairs_folder)}
+    call["model"] = str(tmp_path / "run") if call["model"] == "RUN" else call["model"]
     call = {
         name: [paths.get(str(v), v) for v in value] if isinstance(value, list) else value
         for name, value in call.items()

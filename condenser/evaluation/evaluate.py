@@ -15,6 +15,7 @@ One table of poolings, whitening and both losses of sentence pairs, before and a
         --pooling cls mean max mean+max last2-cls weighted-layers attention --whitening 0 64
 """
 
+import itertools
 import statistics
 import sys
 import textwrap
@@ -25,8 +26,9 @@ from typing import Any, Literal
 
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
-from condenser.evaluation.finetuning import PAIR_LOSSES, Tuning
+from condenser.evaluation.finetuning import Tuning, at_least
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
+from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 from condenser.evaluation.pooling import check_name, check_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
@@ -91,37 +93,34 @@ def evaluate(
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
-    packages, seeds, losses = versions(), seeds or [0], pair_losses or list(PAIR_LOSSES)[:1]
-    sizes = [None if size == "all" else whole_number(size) for size in train_sizes or ["all"]]
+    packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
     rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
     told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch
-    tunings = [Tuning(*told, size, losses[0], seed) for size in sizes for seed in seeds]
-    for loss in losses:
-        Tuning(pair_loss=loss)  # refuses others
-    check_numbers(max_length, queries, whitening or [])
+    tunings = [
+        Tuning(*told, None if size == "all" else whole_number(size), loss, seed)
+        for loss, size, seed in itertools.product(losses, sizes, seeds)
+    ]
+    at_least("max-length", max_length, 3)  # two are special tokens
+    at_least("queries", queries, 1)
+    for dimensions in whitening or []:
+        at_least("whitening", dimensions, 0)
     for name in pooling or []:
         check_name(name)
-    if not encoders.is_run(model):
-        encoders.check_folder(model)
-    path = result_path(Path(output))
-    tasks = read_tasks(retrieval or [], similarity or [], attention, queries, split)
-    of_mteb = tasks_of_mteb(mteb) if mteb else []
-    if not tasks and not of_mteb:
-        raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
     if query and not retrieval:
         raise ValueError("--query: give a collection to answer it from, --retrieval")
+    if not encoders.is_run(model):
+        encoders.check_folder(model)
+    path, of_mteb = result_path(Path(output)), find_tasks(mteb or [])
+    tasks = read_tasks(retrieval or [], similarity or [], attention, queries, split)
+    if not tasks and not of_mteb:
+        raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
     if finetune:
         check_training(tasks, tunings)
     with encoders.model_folder(model) as folder:
         encoder = encoders.load_encoder(folder, max_length)
         check_encoder(encoder, tasks, pooling or [], whitening or [])
-        variants: Any = {
-            "pair_losses": losses,
-            "poolings": pooling or [None],
-            "whitenings": whitening or [],
-            "seeds": seeds,
-        }
-        jobs = plan(tasks, encoder, tunings if finetune else [], baselines=baselines, query=query, **variants)
+        variants: Any = tunings if finetune else [], pooling or [None], whitening or []
+        jobs = plan(tasks, encoder, *variants, drawn=seeds[0] if baselines else None, query=query)
         settings = {
             "model": model,
             **encoders.describe(encoder),
@@ -134,19 +133,11 @@ def evaluate(
         path.parent.mkdir(parents=True, exist_ok=True)
         found = compute(jobs, settings, path)
         if of_mteb:
-            from condenser.evaluation.mteb_tasks import run_mteb
-
             found["mteb"] = run_mteb(encoder, of_mteb, path.parent / ROWS)
         write_json(path, found)
     draw_attention([row for row in found["rows"] if row["task"] == "attention"], path.with_name("attention.svg"))
     show(found)
     print(f"wrote {path}")
-
-
-def tasks_of_mteb(names: list[str]) -> list[Any]:
-    from condenser.evaluation.mteb_tasks import find_tasks
-
-    return find_tasks(names)
 
 
 def whole_number(size: str) -> int:
@@ -155,33 +146,25 @@ def whole_number(size: str) -> int:
     return int(size)
 
 
-def check_numbers(max_length: int | None, queries: int | None, whitening: Sequence[int]) -> None:
-    for option, given, least in (
-        ("max-length", max_length, 3),  # two are special tokens
-        ("queries", queries, 1),
-        *(("whitening", dimensions, 0) for dimensions in whitening),
-    ):
-        if given is not None and given < least:
-            raise ValueError(f"--{option} {given} must be at least {least}")
-
-
 def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], whitening: Sequence[int]) -> None:
     """
     Raises:
         ValueError: what the encoder cannot be measured on, pooled or whitened to.
     """
+    own = encoder.get_embedding_dimension()
+    hidden = [encoders.backbone(encoder).config.hidden_size * (2 if name == "mean+max" else 1) for name in poolings]
     for name in poolings:
         check_pooling(encoder, name)
     for task in tasks:
         if isinstance(task, Attention):
             task.check_tokenizer(encoder)
-        elif whitening:
-            size = encoder.get_embedding_dimension() * (2 if set(poolings) == {"mean+max"} else 1)
-            n, most = len(task.texts()), max(dimensions or size for dimensions in whitening)
-            if most > size or n <= most:
+            continue
+        for size, dimensions in itertools.product(hidden or [own], whitening):
+            n = len(task.texts())
+            if dimensions > size or n <= (dimensions or size):
                 raise ValueError(
-                    f"--whitening {most}: vectors have {size} dimensions, and {task.name} has {n} texts to fit it on, "
-                    "of which it needs more than dimensions"
+                    f"--whitening {dimensions}: vectors have {size} dimensions, and {task.name} has {n} texts to fit "
+                    "it on, of which it needs more than dimensions"
                 )
 
 

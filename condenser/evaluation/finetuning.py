@@ -34,6 +34,11 @@ RANKING = "MultipleNegativesRankingLoss"
 PAIR_LOSSES = {"cosent": "CoSENTLoss", "cosine": "CosineSimilarityLoss"}
 
 
+def at_least(option: str, given: int | None, least: int) -> None:
+    if given is not None and given < least:
+        raise ValueError(f"--{option} {given} must be at least {least}")
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Settings of fine-tuning.
@@ -45,7 +50,7 @@ class Tuning:
         hard_negatives: passages beside each relevant one, drawn from BM25's first that are not judged.
         mini_batch: examples computed at a time, by gradient caching: large batches in little memory; 0 is all.
         train_size: questions, or scored pairs, drawn from the training split; None is all.
-        pair_loss: of scored pairs: cosent or cosine.
+        pair_loss: of scored pairs: cosent or cosine; None for retrieval.
         seed: of the draws and the order.
     """
 
@@ -55,23 +60,19 @@ class Tuning:
     hard_negatives: int = 0
     mini_batch: int = 0
     train_size: int | None = None
-    pair_loss: str = "cosent"
+    pair_loss: str | None = "cosent"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for option, given, least in (
-            ("finetune-batch-size", self.batch_size, 2),
-            ("hard-negatives", self.hard_negatives, 0),
-            ("mini-batch", self.mini_batch, 0),
-            ("train-sizes", self.train_size, 2),
-            ("seeds", self.seed, 0),
-        ):
-            if given is not None and given < least:
-                raise ValueError(f"--{option} {given} must be at least {least}")
+        at_least("finetune-batch-size", self.batch_size, 2)
+        at_least("hard-negatives", self.hard_negatives, 0)
+        at_least("mini-batch", self.mini_batch, 0)
+        at_least("train-sizes", self.train_size, 2)
+        at_least("seeds", self.seed, 0)
         for option, rate in {"epochs": self.epochs, "learning-rate": self.learning_rate}.items():
             if rate is not None and not 0 < rate < math.inf:
                 raise ValueError(f"--finetune-{option} {rate} must be positive")
-        if self.pair_loss not in PAIR_LOSSES:
+        if self.pair_loss not in (*PAIR_LOSSES, None):
             raise ValueError(f"--pair-losses {self.pair_loss}: there are {' and '.join(PAIR_LOSSES)}")
 
     def n_steps(self, n_examples: int) -> int:
@@ -125,7 +126,7 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], tuni
     for module in encoder.modules():
         if isinstance(module, Dropout):
             module.p = 0.0
-    name = PAIR_LOSSES[tuning.pair_loss] if "score" in examples else RANKING
+    name = PAIR_LOSSES[tuning.pair_loss or "cosent"] if "score" in examples else RANKING
     steps = tuning.n_steps(len(next(iter(examples.values()))))
     loss, scale = loss_module(encoder, name, tuning.mini_batch)
     # the trainer wants a folder; nothing is kept of it

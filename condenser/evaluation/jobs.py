@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
-from condenser.evaluation.finetuning import PAIR_LOSSES, Tuning, fine_tune
+from condenser.evaluation.finetuning import Tuning, fine_tune
 from condenser.evaluation.pooling import with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import UNSEEN, Attention, Retrieval, Task, Trainable
@@ -52,14 +52,13 @@ class Candidate:
     @property
     def about(self) -> dict[str, Any]:
         """The columns of the table that say which it is."""
-        pair_loss = self.tuning and self.trained_on and self.trained_on.kind == "similarity" and self.tuning.pair_loss
         return {
             "model": self.model,
             "pooling": self.pooling or encoders.pooling_of(self.base),
             "fine_tuned": self.tuning is not None,
             "trained_on": self.trained_on and self.trained_on.name,
             "train_size": self.tuning and self.tuning.train_size,
-            "pair_loss": pair_loss or None,
+            "pair_loss": self.tuning and self.tuning.pair_loss,
             "seed": self.tuning and self.tuning.seed,
         }
 
@@ -169,26 +168,27 @@ def plan(
     tasks: Sequence[Task],
     base: "SentenceTransformer",
     tunings: Sequence[Tuning],
-    *,
-    pair_losses: Sequence[str],
     poolings: Sequence[str | None],
     whitenings: Sequence[int],
-    seeds: Sequence[int],
-    baselines: bool,
+    drawn: int | None,
     query: str | None,
 ) -> list[Job]:
-    """The rows of the table, in order; the last encoder that searches the first collection answers the query."""
+    """The rows of the table, in order; the last encoder that searches the first collection answers the query.
+
+    Args:
+        drawn: with BM25 and random weights: of this seed, or of fine-tuning's
+    """
     mark, jobs = fingerprint(encoders.describe(base)), []
     for task in tasks:
-        if baselines and isinstance(task, Retrieval):
+        if drawn is not None and isinstance(task, Retrieval):
             jobs.append(Job(None, task))
             jobs += [Job(None, task, reader=(base, mark))] if base.max_seq_length else []
-        told = pair_losses if task.kind == "similarity" else list(PAIR_LOSSES)[:1]
-        tuned = [replace(each, pair_loss=loss) for loss in told for each in tunings] if task.trains else []
-        for tuning, pooling in itertools.product((None, *tuned), poolings):
+        for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), poolings):
             trained_on = task if tuning and not isinstance(task, Attention) else None
-            drawn = {RANDOM: tuning.seed if tuning else seeds[0]} if baselines else {}
-            for model, seed in {**drawn, "pre-trained": None}.items():
+            if tuning and isinstance(trained_on, Retrieval):
+                tuning = replace(tuning, pair_loss=None)
+            seeds = {} if drawn is None else {RANDOM: tuning.seed if tuning else drawn}
+            for model, seed in {**seeds, "pre-trained": None}.items():
                 candidate = Candidate(model, base, mark, pooling, seed, tuning, trained_on)
                 jobs += measurements(candidate, task, tasks, whitenings)
     answering = max((n for n, job in enumerate(jobs) if job.task is tasks[0] and job.candidate), default=None)

@@ -20,14 +20,26 @@ if TYPE_CHECKING:
 
 
 def find_tasks(names: Sequence[str]) -> list[Any]:
-    """Tasks, or all tasks of benchmarks.
+    """Tasks by name, and all tasks of benchmarks.
 
     Raises:
         ValueError: a name that mteb does not know.
     """
-    if importlib.util.find_spec("mteb") is None:
+    if names and importlib.util.find_spec("mteb") is None:
         raise ImportError("MTEB's tasks need mteb: pip install 'condenser[mteb]'")
-    return [task for name in names for task in tasks(name)]
+    found: list[Any] = []
+    for name in names:
+        import mteb
+
+        try:
+            found += mteb.get_benchmark(name).tasks
+        except KeyError:
+            try:
+                found.append(mteb.get_task(name))
+            except KeyError as error:
+                hint = error.args[0].removeprefix("KeyError: ")
+                raise ValueError(f"MTEB has no task or benchmark of the name {name!r}: {hint}") from None
+    return found
 
 
 def run_mteb(encoder: "SentenceTransformer", tasks: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
@@ -39,14 +51,13 @@ def run_mteb(encoder: "SentenceTransformer", tasks: Sequence[Any], folder: Path)
     import mteb
 
     rows, mark = [], describe(encoder)
+    options: Any = {"cache": None, "co2_tracker": False, "show_progress_bar": sys.stderr.isatty()}
     for task in tasks:
         name = task.metadata.name
         file = folder / f"mteb-{fingerprint(mark, name, mteb.__version__)}.json"
         if not file.exists():
             try:
-                found = mteb.evaluate(
-                    encoder, [task], cache=None, co2_tracker=False, show_progress_bar=sys.stderr.isatty()
-                ).task_results[0]
+                (found,) = mteb.evaluate(encoder, [task], **options).task_results
             except OSError as error:
                 raise ValueError(f"MTEB's {name} could not be loaded from the Hugging Face hub: {error}") from error
             row = {"collection": name, "metric": task.metadata.main_score, "score": float(found.get_score())}
@@ -54,18 +65,3 @@ def run_mteb(encoder: "SentenceTransformer", tasks: Sequence[Any], folder: Path)
             write_json(file, row | {"revision": found.dataset_revision, "mteb": mteb.__version__})
         rows.append(json.loads(file.read_text()))
     return rows
-
-
-def tasks(name: str) -> list[Any]:
-    """A task by its name, or those of the benchmark."""
-    import mteb
-
-    try:
-        return list(mteb.get_benchmark(name).tasks)
-    except KeyError:
-        pass
-    try:
-        return [mteb.get_task(name)]
-    except KeyError as error:
-        hint = error.args[0].removeprefix("KeyError: ")
-        raise ValueError(f"MTEB has no task or benchmark of the name {name!r}: {hint}") from None

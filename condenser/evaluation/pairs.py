@@ -13,6 +13,7 @@ quotes have no meaning, as in the published STS files.
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -45,6 +46,11 @@ class Pairs:
     def fingerprint(self) -> str:
         content = (self.name, self.first, self.second, self.scores.tolist())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+    def part(self, chosen: np.ndarray) -> "Pairs":
+        """Those that a mask [N] chooses."""
+        first, second = (list(itertools.compress(side, chosen)) for side in (self.first, self.second))
+        return Pairs(self.name, first, second, self.scores[chosen])
 
 
 @dataclass(frozen=True)

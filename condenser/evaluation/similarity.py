@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 POSITIVE = 0.8  # of the range of the scores, from where on a pair counts as positive: 4 on STS's 0 to 5
-UNIFORMITY_SENTENCES = 20_000  # compared with each other in some seconds
-BLOCK = 1024  # rows of the matrix of all similarities that are in memory at a time
+UNIFORMITY_SENTENCES = 5_000  # compared with each other in 100 MB
 
 
 def similarity_metrics(encoder: "SentenceTransformer", pairs: Pairs) -> tuple[dict[str, Any], np.ndarray]:
@@ -50,16 +49,12 @@ def similarity_metrics(encoder: "SentenceTransformer", pairs: Pairs) -> tuple[di
 
 def uniformity(vectors: np.ndarray) -> float:
     """log of the mean of exp(-2 |x - y|^2) over all pairs of unit vectors [N, D]; of many, over a fixed sample's."""
+    from scipy.spatial.distance import pdist
+
     n = len(vectors)
     if n > UNIFORMITY_SENTENCES:
         vectors = vectors[permuted(np.arange(UNIFORMITY_SENTENCES), n, 0)]
-        n = UNIFORMITY_SENTENCES
-    vectors = vectors.astype(np.float32)
-    total = sum(
-        float(np.exp(4 * (vectors[start : start + BLOCK] @ vectors.T - 1)).sum(dtype=np.float64))
-        for start in range(0, n, BLOCK)
-    )
-    return float(np.log((total - n) / (n * (n - 1))))  # a vector is no pair with itself
+    return float(np.log(np.exp(-2 * pdist(vectors, "sqeuclidean")).mean()))
 
 
 def pair_examples(pairs: Pairs, size: int | None, seed: int) -> dict[str, list[Any]]:

@@ -15,7 +15,7 @@ import numpy as np
 from condenser.data.store import TokenStore, read_manifest, tokenizer_hash
 from condenser.evaluation.encoders import Kind, backbone
 from condenser.evaluation.finetuning import Tuning, check_size, question_examples
-from condenser.evaluation.pairs import Pairs, SimilarityTask, read_similarity
+from condenser.evaluation.pairs import SimilarityTask, read_similarity
 from condenser.evaluation.probes import probe_store
 from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import METRICS, Run, Values, bm25_search, dense_search, means, score_queries
@@ -167,16 +167,7 @@ class Similarity:
         train = self.pairs.train
         assert train is not None
         held = np.array([is_held_out(text) for text in train.first])
-        parts = (
-            Pairs(
-                train.name,
-                list(itertools.compress(train.first, part)),
-                list(itertools.compress(train.second, part)),
-                train.scores[part],
-            )
-            for part in (held, ~held)
-        )
-        scored, trained = parts
+        scored, trained = train.part(held), train.part(~held)
         if min(len(set(scored.scores)), len(set(trained.scores))) < 2:
             raise ValueError(f"{self.name}: {self.n_train} training pairs are too few to choose a learning rate by")
         return Similarity(SimilarityTask(self.name, scored, trained))
