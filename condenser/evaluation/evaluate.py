@@ -119,8 +119,9 @@ def evaluate(
     with encoders.model_folder(model) as folder:
         encoder = encoders.load_encoder(folder, max_length)
         check_encoder(encoder, tasks, pooling or [], whitening or [])
-        variants: Any = tunings if finetune else [], pooling or [None], whitening or []
-        jobs = plan(tasks, encoder, *variants, drawn=seeds[0] if baselines else None, query=query)
+        poolings: list[Any] = pooling or [None]
+        drawn = seeds[0] if baselines else None
+        jobs = plan(tasks, encoder, tunings if finetune else [], poolings, whitening or [], drawn, query)
         settings = {
             "model": model,
             **encoders.describe(encoder),

@@ -94,17 +94,18 @@ class Candidate:
         if path.exists():
             return json.loads(path.read_text())
         ranks = isinstance(part, Retrieval)
+        similarities: Any = SIMILARITIES if ranks else [self.base.similarity_fn_name]
         tried = []
-        for rate, similarity in itertools.product(
-            LEARNING_RATES, SIMILARITIES if ranks else [self.base.similarity_fn_name]
-        ):
+        for rate, similarity in itertools.product(LEARNING_RATES, similarities):
             encoder, tuning = once.start(), replace(self.tuning, learning_rate=rate, train_size=size, seed=0)
-            encoder.similarity_fn_name = similarity  # type: ignore[assignment]
+            encoder.similarity_fn_name = similarity
             fine_tune(encoder, part.examples(tuning), tuning)
             found = part.measure(encoder).metrics
-            score = (found[UNSEEN] or found["ndcg@10"]) if ranks else found["spearman"]
-            tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": score})
-            print(f"  tried {rate:g}{f', {similarity}' if ranks else ''}: {score:.4f} on what was held out of training")
+            metric = (UNSEEN if found["queries_unseen"] else "ndcg@10") if ranks else "spearman"
+            tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": found[metric]})
+            print(
+                f"  tried {rate:g}{f', {similarity}' if ranks else ''}: {found[metric]:.4f} on what was held out of training"
+            )
         best = max(tried, key=lambda each: each["score"])
         path.parent.mkdir(exist_ok=True)
         write_json(path, best | {"tried": tried})
