@@ -74,30 +74,6 @@ def results(folder):
 # --- metrics and searches
 
 
-def test_metrics_equal_hand_computed_values():
-    qrels = {"a": {"x": 1, "y": 1}, "b": {"z": 1}, "c": {"x": 1}}
-    run = {"a": {"x": 3.0, "w": 2.0, "y": 1.0}, "b": {f"n{i}": 20.0 - i for i in range(10)} | {"z": 1.0}, "c": {}}
-    ndcg_a = (1 + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
-    expected = {
-        "ndcg@10": ndcg_a / 3,  # b's document has rank 11, c has no hits
-        "mrr@10": 1 / 3,
-        "recall@100": 2 / 3,
-        "recall@1000": 2 / 3,
-        "map": ((1 + 2 / 3) / 2 + 1 / 11) / 3,
-    }
-    assert search.score(run, qrels) == pytest.approx(expected)
-
-
-def test_dense_search_equals_brute_force(model_folder):
-    encoder = encoders.load_encoder(model_folder, 32)
-    run = search.dense_search(encoder, DOCUMENTS, QUERIES)
-    passages, questions = (encoder.encode(list(texts.values())) for texts in (DOCUMENTS, QUERIES))
-    passages, questions = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (passages, questions))
-    scores = questions @ passages.T
-    found = np.array([[run[query][document] for document in DOCUMENTS] for query in QUERIES])
-    np.testing.assert_allclose(found, scores, atol=1e-5)
-
-
 def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(model_folder):
     encoder = encoders.load_encoder(model_folder, 8)  # [CLS], 6 tokens, [SEP]
     documents = {"early": "wolf " + "farm " * 9, "late": "farm " * 9 + "wolf"}
@@ -105,11 +81,6 @@ def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(model_folder):
     assert set(search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"]) == {"early"}
     encoder.prompts["document"] = "the farm and the " * 2  # takes the room of the text
     assert search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"] == {}
-
-
-def test_bm25_finds_the_document_with_the_word_and_leaves_out_those_without_a_match():
-    run = search.bm25_search(DOCUMENTS, {"q": "wolf", "r": "zebra"})
-    assert run == {"q": {f"d{ANIMALS.index('wolf')}": pytest.approx(run["q"][f"d{ANIMALS.index('wolf')}"])}, "r": {}}
 
 
 # --- collections
@@ -610,6 +581,8 @@ def vector(encoder):
         ({"model": "RUN", "attention": "nowhere"}, "no token store at nowhere"),
         ({"train_sizes": ["15"], "finetune": True}, "--train-sizes 15: there are 14 .* farm"),
         ({"finetune": True, "finetune_learning_rate": "auto", "retrieval": ["FEW"]}, "too few to choose"),
+        ({"retrieval": ["BARE"], "finetune": True}, r"nothing to fine-tune on, .*qrels/train\.tsv"),
+        ({"output": "BARE"}, "no result of this command"),
         ({"pair_losses": ["cosines"]}, "--pair-losses cosines: there are cosent and cosine"),
         ({"finetune_epochs": 0}, "--finetune-epochs 0 must be positive"),
         ({"whitening": [-1]}, "--whitening -1 must be at least 0"),
@@ -629,35 +602,23 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     model_folder, collection_folder, pairs_folder, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr("condenser.evaluation.evaluate.compute", None)
-    few = write_collection(tmp_path / "few")
+    few, bare = (write_collection(tmp_path / name) for name in ("few", "bare"))
     (few / "qrels/train.tsv").write_text("q7\td7\t1\nq8\td8\t1\n")
-    call = {"model": model_folder, "retrieval": [str(collection_folder)], "max_length": 32} | changes
+    (bare / "qrels/train.tsv").unlink()
     (tmp_path / "run/checkpoints").mkdir(parents=True)  # is not exported before all else is looked at
-    paths = {"FEW": str(few), "PAIRS": str(pairs_folder)}
-    call["model"] = str(tmp_path / "run") if call["model"] == "RUN" else call["model"]
-    call = {
-        name: [paths.get(str(v), v) for v in value] if isinstance(value, list) else value
-        for name, value in call.items()
-    }
+    paths = {"FEW": few, "BARE": bare, "PAIRS": pairs_folder, "RUN": tmp_path / "run"}
+    call = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "max_length": 32} | changes
+    for name in ("retrieval", "similarity"):
+        call[name] = [str(paths.get(each, each)) for each in call.get(name) or []]
+    model, call["output"] = call.pop("model", model_folder), str(paths.get(call["output"], call["output"]))
     with pytest.raises(ValueError, match=message):
-        evaluate(call.pop("model"), output=str(tmp_path / "out"), **call)
+        evaluate(str(paths.get(model, model)), **call)
 
 
 def test_a_folder_without_a_model_is_not_looked_for_on_the_hub(collection_folder):
     for folder in (collection_folder, collection_folder / "typo"):
         with pytest.raises(ValueError, match="no model folder at"):
             encoders.load_encoder(str(folder), 32)
-
-
-def test_fine_tuning_without_train_judgements_is_refused(model_folder, collection_folder, tmp_path):
-    (collection_folder / "qrels/train.tsv").unlink()
-    with pytest.raises(ValueError, match=r"qrels/train\.tsv"):
-        evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(collection_folder)], finetune=True)
-
-
-def test_a_folder_with_other_files_is_refused(model_folder, collection_folder):
-    with pytest.raises(ValueError, match="no result of this command"):
-        evaluate(model_folder, output=str(collection_folder), retrieval=[str(collection_folder)])
 
 
 def test_missing_packages_are_named(model_folder, collection_folder, tmp_path, monkeypatch):
