@@ -410,7 +410,7 @@ def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, 
     ]
     assert len({json.dumps([row[metric] for metric in search.METRICS]) for row in rows}) > len(rows) / 2
     shown = capsys.readouterr().out
-    assert shown.count(" ± ") == 8 * len(search.METRICS)
+    assert shown.count(" ± ") == 8 * len(Retrieval.metrics)
     kept = read_rows(tmp_path / "out")
     assert len(kept) == len(rows)
     for row, values in kept:

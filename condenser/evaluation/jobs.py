@@ -103,9 +103,8 @@ class Candidate:
             found = part.measure(encoder).metrics
             metric = (UNSEEN if found["queries_unseen"] else "ndcg@10") if ranks else "spearman"
             tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": found[metric]})
-            print(
-                f"  tried {rate:g}{f', {similarity}' if ranks else ''}: {found[metric]:.4f} on what was held out of training"
-            )
+            setting = f"{rate:g}, {similarity}" if ranks else f"{rate:g}"
+            print(f"  tried {setting}: {metric} {found[metric]:.4f} on what was held out of training")
         best = max(tried, key=lambda each: each["score"])
         path.parent.mkdir(exist_ok=True)
         write_json(path, best | {"tried": tried})
