@@ -17,7 +17,9 @@ from condenser.data.store import write_json
 from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
 
-SAME = ("collection", "model", "pooling", "whitening", "fine_tuned", "trained_on", "train_size", "pair_loss", "split")
+SAME = (
+    "collection", "model", "pooling", "whitening", "fine_tuned", "trained_on", "train_size", "epochs", "pair_loss", "split"
+)  # fmt: skip
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 

@@ -121,7 +121,7 @@ def tokens_read(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind
     for start in range(0, len(texts), 1000):
         some = [prompt + text for text in texts[start : start + 1000]]
         offsets = encoder.tokenizer(some, **options)["offset_mapping"]
-        ends = (max(end for _, end in spans) for spans in offsets)  # special tokens are at 0
+        ends = (max((end for _, end in spans), default=0) for spans in offsets)  # special tokens are at 0
         found += [text[len(prompt) : end] for text, end in zip(some, ends, strict=True)]
     return found
 

@@ -182,7 +182,7 @@ def plan(
     for task in tasks:
         if drawn is not None and isinstance(task, Retrieval):
             jobs.append(Job(None, task))
-            jobs += [Job(None, task, reader=(base, mark))] if base.max_seq_length else []
+            jobs += [Job(None, task, reader=(base, mark))] if base.max_seq_length and base.tokenizer.is_fast else []
         for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), poolings):
             trained_on = task if tuning and not isinstance(task, Attention) else None
             if tuning and isinstance(trained_on, Retrieval):
