@@ -18,8 +18,17 @@ from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
 
 SAME = (
-    "collection", "model", "pooling", "whitening", "fine_tuned", "trained_on", "train_size", "epochs", "pair_loss", "split"
-)  # fmt: skip
+    "collection",
+    "model",
+    "pooling",
+    "whitening",
+    "fine_tuned",
+    "trained_on",
+    "train_size",
+    "epochs",
+    "pair_loss",
+    "split",
+)
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 
