@@ -21,6 +21,7 @@ from conftest import make_documents
 from tokenizers import BertWordPieceTokenizer
 from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
+from condenser.cli import main
 from condenser.evaluation import encoders, finetuning, jobs, retrieval, search, tasks
 from condenser.evaluation.evaluate import draw_attention, evaluate
 from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
@@ -296,9 +297,9 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     monkeypatch.setattr(jobs, "LEARNING_RATES", (1e-9, 3e-3))
     monkeypatch.setattr(tasks, "HELD_OUT", 0.3)
     farm = str(write_collection(tmp_path / "farm"))
-    run = {"retrieval": [farm], "similarity": [str(pairs_folder)], "finetune": True, "finetune_epochs": 1}
-    run |= {"finetune_learning_rate": "auto", "finetune_batch_size": 8, "seeds": [0, 1], "max_length": 32}
-    evaluate(model_folder, output=str(tmp_path / "out"), **run)
+    run = ["evaluate", model_folder, "--output", str(tmp_path / "out"), "--retrieval", farm, "--max-length", "32"]
+    run += ["--similarity", str(pairs_folder), "--finetune", "--finetune-epochs", "1", "--seeds", "0", "1"]
+    assert main([*run, "--finetune-learning-rate", "auto", "--finetune-batch-size", "8"]) == 0
     assert capsys.readouterr().out.count("  tried ") == 4 + 2
     (of_search, of_pairs) = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("out/choices/*"), key=tried))
     for choice in (of_search, of_pairs):

@@ -38,7 +38,7 @@ TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-si
 TUNING += ["--finetune-epochs", "10"]
 FLOOR = ("mlm", 1)  # beside this run's rows: BM25, and the same model with random weights
 ABOUT = ("task", "collection", "model", "pooling", "whitening", "trained_on", "seed", "train_size")  # of a row
-METRICS_KEPT = ("ndcg@10", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
+METRICS_KEPT = ("ndcg@10", "ndcg@10_unseen", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
 FOUND = "metric == 'ndcg@10' and (model.str.startswith('BM25') or"
 COLUMNS = {  # of the table
     "MLM loss": "metric == 'val/mlm_loss_at_mask'",
@@ -46,6 +46,7 @@ COLUMNS = {  # of the table
     "SQuAD, 1,000": f"{FOUND} size == '1000') and collection == 'squad'",
     "10,000": f"{FOUND} size == '10000') and collection == 'squad'",
     "SciFact": f"{FOUND} trained_on == 'scifact') and collection == 'scifact'",
+    "unseen": f"{FOUND} trained_on == 'scifact') and collection == 'scifact'".replace("ndcg@10", "ndcg@10_unseen"),
     "Cranfield": f"{FOUND} trained_on == 'scifact') and collection == 'cranfield'",
     "STS-B, 500": "metric == 'spearman' and size == '500'",
     "STS-B, 1,000": "metric == 'spearman' and size == '1000'",
@@ -69,6 +70,9 @@ def study() -> None:
         for seed in ARMS[arm]:
             evaluated(arm, seed, options, end)
     collect()
+    for name, metric in {"scifact": "ndcg@10", "squad": "ndcg@10", "sts": "spearman"}.items():
+        mlm, condenser = (str(RUNS / f"{arm}-seed=*" / f"evaluation-{name}") for arm in ("mlm", "condenser"))
+        main(["evaluate", "compare", mlm, condenser, "--metric", metric])  # paired by query and seeds, with intervals
 
 
 def evaluated(arm: str, seed: int, options: argparse.Namespace, end: float) -> None:
@@ -133,7 +137,7 @@ def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
             size = row["train_size"] or ("all" if row["fine_tuned"] else None)
             entropies = enumerate(row.get("cls_entropy", ()), start=1)
             found = {f"cls_entropy_layer_{layer}": value for layer, value in entropies}
-            found |= {name: row[name] for name in METRICS_KEPT if name in row}
+            found |= {name: row[name] for name in METRICS_KEPT if row.get(name) is not None}
             yield from ((*about, size, name, value) for name, value in found.items())
 
 
