@@ -171,7 +171,7 @@ def test_metrics_equal_other_computations(encoder, pairs, search):
 
 
 def test_correlations_equal_those_of_sentence_transformers(encoder, pairs):
-    spread = whitened(encoder, make_documents(300), 16, "sentence")  # cosines that fp32 tells apart
+    spread = whitened(encoder, encoder.encode(make_documents(300)), 16)  # cosines that fp32 tells apart
     theirs = EmbeddingSimilarityEvaluator(pairs.first, pairs.second, pairs.scores, main_similarity="cosine")(spread)
     metrics, _ = similarity_metrics(spread, pairs)
     for name in ("spearman", "pearson"):
@@ -225,7 +225,8 @@ def test_cosent_learns_the_examples(roberta, pairs, tmp_path):
 @pytest.mark.parametrize("dim", [None, 8])
 def test_whitened_vectors_have_mean_0_and_covariance_1_and_load_again(encoder, tmp_path, dim):
     texts = [text.split(".")[0] for text in make_documents(300)]
-    white = whitened(with_pooling(encoder, "mean"), texts, dim)
+    mean = with_pooling(encoder, "mean")
+    white = whitened(mean, mean.encode(texts), dim)
     vectors = white.encode(texts)
     kept = dim or encoder.get_embedding_dimension() - 1  # what LayerNorm returns lies in a hyperplane
     assert vectors.shape == (300, kept)

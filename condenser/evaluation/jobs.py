@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
@@ -28,6 +30,12 @@ RANDOM = "random initialisation"
 ROWS = "rows"  # folder of a file for each row: the row, the values of its queries or pairs, and hits of --query
 LEARNING_RATES = (2e-5, 1e-4, 5e-4)  # tried where one is to be chosen,
 SIMILARITIES = ("cosine", "dot")  # for retrieval with each of these
+
+
+class Ready(NamedTuple):
+    encoder: "SentenceTransformer"
+    about: dict[str, Any]  # how it computes, compares and was fine-tuned
+    to_whiten: dict[str, np.ndarray]  # by a task's fingerprint the vectors that whitening is fitted on, once needed
 
 
 @dataclass(frozen=True)
@@ -66,8 +74,7 @@ class Candidate:
         start = with_pooling(self.base, self.pooling) if self.pooling else copy.deepcopy(self.base)
         return start if self.drawn is None else encoders.reinitialised(start, self.drawn)
 
-    def prepared(self, folder: Path) -> "tuple[SentenceTransformer, dict[str, Any]]":
-        """-> the encoder, and how it computes, compares and was fine-tuned"""
+    def prepared(self, folder: Path) -> Ready:
         encoder, tuned = self.start(), dict[str, Any]()
         if self.tuning:
             assert self.trained_on is not None
@@ -78,7 +85,7 @@ class Candidate:
                 encoder.similarity_fn_name = choice["similarity"]
             tuned = fine_tune(encoder, self.trained_on.examples(tuning), tuning) | {"epochs": tuning.epochs}
         about = {"similarity": encoder.similarity_fn_name, "max_length": encoder.max_seq_length}
-        return encoder, about | {"dtype": encoders.precision(encoder)} | tuned
+        return Ready(encoder, about | {"dtype": encoders.precision(encoder)} | tuned, {})
 
     def chosen(self, folder: Path) -> dict[str, Any]:
         """The learning rate, and for retrieval the similarity, that score best on held-out training questions or pairs.
@@ -141,7 +148,7 @@ class Job:
         model = self.candidate.fingerprint if self.candidate else (BM25, self.reader and self.reader[1])
         return fingerprint(model, self.task.kind, self.task.fingerprint, self.whitening, self.query, versions())
 
-    def run(self, ready: "tuple[SentenceTransformer, dict[str, Any]] | None") -> dict[str, Any]:
+    def run(self, ready: Ready | None) -> dict[str, Any]:
         """-> the file of the row
 
         Args:
@@ -151,10 +158,13 @@ class Job:
             assert isinstance(self.task, Retrieval)
             measured, how = self.task.measure_bm25(self.reader and self.reader[0]), dict[str, Any]()
         else:
-            encoder, how = ready
+            encoder, how, mark = ready.encoder, ready.about, self.task.fingerprint
             if self.whitening is not None:
                 assert not isinstance(self.task, Attention)
-                encoder = whitened(encoder, self.task.texts(), self.whitening or None, self.task.texts_are)
+                if mark not in ready.to_whiten:
+                    vectors = encoders.encoded(encoder, self.task.texts(), self.task.texts_are)
+                    ready.to_whiten[mark] = vectors.cpu().numpy()
+                encoder = whitened(encoder, ready.to_whiten[mark], self.whitening or None)
             measured = self.task.measure(encoder, self.query)
         row = {"task": self.task.kind, "collection": self.task.name, **self.about, **how, **measured.metrics}
         return {"row": row, "values": measured.values, "hits": measured.hits}

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from condenser.evaluation.encoders import Kind, encoded
-
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.base.modules import Dense
@@ -52,9 +50,7 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> "Dense":
     return Dense(size, kept, activation_function=None, init_weight=weight, init_bias=bias.float())
 
 
-def whitened(
-    encoder: "SentenceTransformer", texts: list[str], dim: int | None = None, kind: Kind = "document"
-) -> "SentenceTransformer":
-    """A copy of the encoder that whitens its vectors, fitted on the texts (several times as many as dimensions)."""
-    twin = copy.deepcopy(encoder)
-    return twin.append(fit_whitening(encoded(twin, texts, kind).cpu().numpy(), dim)).to(encoder.device)
+def whitened(encoder: "SentenceTransformer", vectors: np.ndarray, dim: int | None = None) -> "SentenceTransformer":
+    """A copy of the encoder that whitens its vectors, fitted on those of some texts (several times as many as
+    dimensions)."""
+    return copy.deepcopy(encoder).append(fit_whitening(vectors, dim)).to(encoder.device)
