@@ -126,7 +126,7 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], tuni
     for module in encoder.modules():
         if isinstance(module, Dropout):
             module.p = 0.0
-    encoder.model_card_data.generate_widget_examples = False
+    encoder.model_card_data.widget = [{}]  # else the trainer draws examples for a model card
     name = PAIR_LOSSES[tuning.pair_loss or "cosent"] if "score" in examples else RANKING
     steps = tuning.n_steps(len(next(iter(examples.values()))))
     loss, scale = loss_module(encoder, name, tuning.mini_batch)
