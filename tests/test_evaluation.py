@@ -209,12 +209,12 @@ def test_fine_tuning_shares_nothing_out_after_a_run_of_several_processes(model_f
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         AcceleratorState._reset_state(reset_partial_state=True)
-        fine_tune(encoder, pairs, Tuning(epochs=9, batch_size=64, learning_rate=3e-3))
+        fine_tune(encoder, pairs, Tuning(epochs=3, batch_size=64, learning_rate=3e-3))
         assert variables.items() <= os.environ.items()
     assert weights(tuned[0]) == weights(tuned[1]) != weights(encoders.load_encoder(model_folder, 32))
 
 
-@pytest.mark.parametrize(("epochs", "n", "steps"), [(2.5, 1000, 40), (1, 1, 1), (0.1, 64, 1), (3, 128, 6)])
+@pytest.mark.parametrize(("epochs", "n", "steps"), [(2.5, 1000, 40), (1, 1, 1), (0.1, 64, 1), (3, 128, 6), (10, 14, 10), (0.1, 1920, 3)])
 def test_steps_follow_from_the_passes_over_the_examples(epochs, n, steps):
     assert Tuning(epochs=epochs).n_steps(n) == steps
 
@@ -333,7 +333,7 @@ def test_rows_of_the_table_and_the_example(model_folder, collection_folder, tmp_
     ]
     assert rows["BM25, whole texts", False]["ndcg@10"] == rows["BM25, first 32 tokens", False]["ndcg@10"] == 1.0
     how = ("dtype", "similarity", "scale", "max_length", "epochs", "steps", "learning_rate")
-    assert [rows["pre-trained", True][name] for name in how] == ["fp32", "cosine", 20.0, 32, 2, 7, 2e-5]
+    assert [rows["pre-trained", True][name] for name in how] == ["fp32", "cosine", 20.0, 32, 2, 8, 2e-5]
     assert any(plain[metric] != random[metric] for metric in search.METRICS)
     assert {(row["collection"], row["queries"], row["documents"]) for row in found["rows"]} == {("farm", 6, 20)}
     assert found["settings"]["pooling"] == "cls"

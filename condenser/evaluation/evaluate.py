@@ -76,7 +76,7 @@ def evaluate(
         mteb: tasks or benchmarks of the mteb library by name (such as "NanoBEIR"); needs the network
         baselines: also BM25, on whole texts and on what the encoder reads of them, and random weights
         finetune: also fine-tune on qrels/train.tsv of each collection, the train file of each set of pairs
-        finetune_epochs: passes over the training data, such as 2.5; the last batch is whole
+        finetune_epochs: passes over the training data, such as 2.5
         finetune_batch_size: pairs of query and passage; the other passages of a batch are the negatives
         finetune_learning_rate: peak learning rate; "auto" tries 2e-5, 1e-4 and 5e-4, for retrieval each with cosine
             and dot product, and takes what scores best on a tenth of the training data, held out by a hash

@@ -44,7 +44,7 @@ class Tuning:
     """Settings of fine-tuning.
 
     Args:
-        epochs: passes over the examples; steps are rounded up, of 2.5 passes over 1,000 in batches of 64 to 40.
+        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps.
         batch_size: examples; a question's other negatives are the passages of the batch.
         learning_rate: its peak; None to choose it, and for retrieval the similarity, see `Candidate.chosen`.
         hard_negatives: passages beside each relevant one, drawn from BM25's first that are not judged.
@@ -76,7 +76,7 @@ class Tuning:
             raise ValueError(f"--pair-losses {self.pair_loss}: there are {' and '.join(PAIR_LOSSES)}")
 
     def n_steps(self, n_examples: int) -> int:
-        return math.ceil(self.epochs * n_examples / self.batch_size)
+        return math.ceil(round(self.epochs * math.ceil(n_examples / self.batch_size), 6))
 
 
 def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[str]]:
