@@ -214,7 +214,9 @@ def test_fine_tuning_shares_nothing_out_after_a_run_of_several_processes(model_f
     assert weights(tuned[0]) == weights(tuned[1]) != weights(encoders.load_encoder(model_folder, 32))
 
 
-@pytest.mark.parametrize(("epochs", "n", "steps"), [(2.5, 1000, 40), (1, 1, 1), (0.1, 64, 1), (3, 128, 6), (10, 14, 10), (0.1, 1920, 3)])
+@pytest.mark.parametrize(
+    ("epochs", "n", "steps"), [(2.5, 1000, 40), (1, 1, 1), (0.1, 64, 1), (3, 128, 6), (10, 14, 10), (0.1, 1920, 3)]
+)
 def test_steps_follow_from_the_passes_over_the_examples(epochs, n, steps):
     assert Tuning(epochs=epochs).n_steps(n) == steps
 
