@@ -68,24 +68,6 @@ def test_compressed_files_read_the_same(tmp_path, suffix, module):
     assert read_pairs(tmp_path / f"sts-b.csv{suffix}").name == "sts-b"
 
 
-def test_semeval_files_are_one_set_and_pairs_without_a_score_are_left_out(tmp_path):
-    for name, rows in (("news", ROWS[:2]), ("web", ROWS[2:])):
-        (tmp_path / f"STS.input.{name}.txt").write_text(
-            "not scored\tat all\n" + "".join(f"{a}\t{b}\n" for _, a, b in rows)
-        )
-        (tmp_path / f"STS.gs.{name}.txt").write_text("\n" + "".join(f"{s}\n" for s, _, _ in rows))
-    (tmp_path / "STS.gs.web.txt").write_text("1\n3.25\n")
-    task = read_similarity(tmp_path)
-    assert task.test.first == [*FIRST[:2], "not scored", FIRST[2]]
-    assert task.test.scores.tolist() == [0.5, 5.0, 1.0, 3.25]
-    (tmp_path / "STS.gs.web.txt").write_text("1\n")
-    with pytest.raises(ValueError, match=r"STS\.input\.web\.txt has 2 lines, but STS\.gs\.web\.txt has 1"):
-        read_similarity(tmp_path)
-    (tmp_path / "STS.gs.web.txt").unlink()
-    with pytest.raises(ValueError, match=r"scores should be in STS\.gs\.web\.txt"):
-        read_similarity(tmp_path)
-
-
 def test_a_folder_has_test_and_train(tmp_path):
     folder = tmp_path / "sts-b"
     folder.mkdir()
@@ -124,6 +106,7 @@ def test_a_folder_has_test_and_train(tmp_path):
             "line 2: not two",
         ),
         ("a.jsonl", '{"sentence1": "a", "sentence2": 3, "score": 1}\n', "line 1: not two"),
+        ("a.tsv", b"a\tb\t1\ncaf\xe9\tb\t2\n", r"a\.tsv, line 2: not UTF-8"),
         ("a.jsonl", "[1]\n", "line 1: not a JSON object"),
         ("a.jsonl", "{\n", "line 1: not JSON"),
         ("a.parquet", "PAR1", r"\.tsv, \.csv, \.txt, \.jsonl"),
@@ -131,7 +114,7 @@ def test_a_folder_has_test_and_train(tmp_path):
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_pairs(tmp_path / name)
 
