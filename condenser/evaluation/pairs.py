@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,8 +51,7 @@ class Pairs:
         return Pairs(self.name, first, second, self.scores[chosen])
 
 
-@dataclass(frozen=True)
-class SimilarityTask:
+class SimilarityTask(NamedTuple):
     name: str
     test: Pairs
     train: Pairs | None

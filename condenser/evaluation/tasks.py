@@ -15,7 +15,7 @@ import numpy as np
 from condenser.data.store import TokenStore, read_manifest, tokenizer_hash
 from condenser.evaluation.encoders import Kind, backbone
 from condenser.evaluation.finetuning import Tuning, check_size, question_examples
-from condenser.evaluation.pairs import SimilarityTask, read_similarity
+from condenser.evaluation.pairs import Pairs, read_similarity
 from condenser.evaluation.probes import probe_store
 from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import METRICS, Run, Values, bm25_search, dense_search, means, score_queries
@@ -45,6 +45,7 @@ def is_held_out(text: str) -> bool:
 class Retrieval:
     """Search in a BEIR folder; trains on ``qrels/train.tsv``."""
 
+    name: str
     collection: Collection
     split: str = "test"
 
@@ -60,18 +61,11 @@ class Retrieval:
             drawn = random.Random(0).sample(sorted(collection.queries), n_queries)
             queries = {query: collection.queries[query] for query in drawn}
             collection = replace(collection, queries=queries, qrels={query: collection.qrels[query] for query in drawn})
-        return cls(collection, split)
-
-    @property
-    def name(self) -> str:
-        return self.collection.name
-
-    def renamed(self, name: str) -> "Retrieval":
-        return replace(self, collection=replace(self.collection, name=name))
+        return cls(collection.name, collection, split)
 
     @property
     def fingerprint(self) -> str:
-        return self.collection.fingerprint
+        return f"{self.name} {self.collection.fingerprint}"
 
     @property
     def trains(self) -> bool:
@@ -129,7 +123,9 @@ class Retrieval:
 class Similarity:
     """Sentence pairs with human scores (STS); trains on the training split beside them."""
 
-    pairs: SimilarityTask
+    name: str
+    test: Pairs
+    train: Pairs | None
 
     kind: ClassVar = "similarity"
     texts_are: ClassVar[Kind] = "sentence"
@@ -137,48 +133,40 @@ class Similarity:
 
     @classmethod
     def read(cls, path: str) -> "Similarity":
-        return cls(read_similarity(Path(path)))
-
-    @property
-    def name(self) -> str:
-        return self.pairs.name
-
-    def renamed(self, name: str) -> "Similarity":
-        return Similarity(replace(self.pairs, name=name))
+        return cls(*read_similarity(Path(path)))
 
     @property
     def fingerprint(self) -> str:
-        return f"{self.name} {self.pairs.test.fingerprint}{self.pairs.train.fingerprint if self.pairs.train else ''}"
+        return f"{self.name} {self.test.fingerprint}{self.train.fingerprint if self.train else ''}"
 
     @property
     def trains(self) -> bool:
-        return self.pairs.train is not None
+        return self.train is not None
 
     @property
     def n_train(self) -> int:
-        return len(self.pairs.train.scores) if self.pairs.train else 0
+        return len(self.train.scores) if self.train else 0
 
     def examples(self, tuning: Tuning) -> dict[str, list]:
-        assert self.pairs.train is not None
-        return pair_examples(self.pairs.train, tuning.train_size, tuning.seed)
+        assert self.train is not None
+        return pair_examples(self.train, tuning.train_size, tuning.seed)
 
     def held_out(self) -> "Similarity":
         """A tenth of the training pairs is scored, the others are trained on."""
-        train = self.pairs.train
-        assert train is not None
-        held = np.array([is_held_out(text) for text in train.first])
-        scored, trained = train.part(held), train.part(~held)
+        assert self.train is not None
+        held = np.array([is_held_out(text) for text in self.train.first])
+        scored, trained = self.train.part(held), self.train.part(~held)
         if min(len(set(scored.scores)), len(set(trained.scores))) < 2:
             raise ValueError(f"{self.name}: {self.n_train} training pairs are too few to choose a learning rate by")
-        return Similarity(SimilarityTask(self.name, scored, trained))
+        return Similarity(self.name, scored, trained)
 
     def texts(self) -> list[str]:
-        pairs = self.pairs.train or self.pairs.test
+        pairs = self.train or self.test
         return list(dict.fromkeys(pairs.first + pairs.second))
 
     def measure(self, encoder: "SentenceTransformer", query: str | None = None) -> Measured:
-        metrics, cosines = similarity_metrics(encoder, self.pairs.test)
-        scored = zip(cosines.tolist(), self.pairs.test.scores.tolist(), strict=True)
+        metrics, cosines = similarity_metrics(encoder, self.test)
+        scored = zip(cosines.tolist(), self.test.scores.tolist(), strict=True)
         values = {str(number): {"cosine": cosine, "score": score} for number, (cosine, score) in enumerate(scored)}
         return Measured(metrics, values)
 
@@ -234,7 +222,7 @@ def read_tasks(
     ]
     names = [(task.kind, task.name) for task in read]
     tasks: list[Task] = [
-        task if names.count((task.kind, task.name)) == 1 else task.renamed(path)
+        task if names.count((task.kind, task.name)) == 1 else replace(task, name=path)
         for task, path in zip(read, paths.values(), strict=True)
     ]
     return tasks + ([Attention.read(attention)] if attention else [])
