@@ -28,7 +28,7 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 	$(RUN) fit --config configs/demo.yaml
 	$(RUN) export runs/demo --output runs/demo/export
 	$(RUN) evaluate runs/demo/export --retrieval data/raw/demo/beir --baselines \
-	  --finetune --finetune-steps 40 --train-sizes 1000 --finetune-learning-rate 5e-4 --max-length 48 \
+	  --finetune --finetune-epochs 2.5 --train-sizes 1000 --finetune-learning-rate 5e-4 --max-length 48 \
 	  --query "find the shortest path between two nodes of a graph" --output runs/demo/evaluation
 	$(RUN) report runs/demo --output runs/demo/report.html
 	@echo "open runs/demo/report.html"

@@ -38,7 +38,7 @@ COMMANDS = {  # name: (module:function, one line)
     "evaluate": ("condenser.evaluation.evaluate:evaluate", "retrieval, similarity, [CLS] attention; also fine-tuned"),
     "evaluate compare": (
         "condenser.evaluation.comparison:compare",
-        "two evaluations, query by query: paired bootstrap",
+        "the difference of two evaluations, paired by query and by seed",
     ),
     "inspect": (
         "condenser.evaluation.looking:inspect",

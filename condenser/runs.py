@@ -240,7 +240,8 @@ def in_words(row: Mapping[str, Any]) -> str:
     words = [row["model"], *([row["pooling"]] if row.get("pooling") else [])]
     if row.get("trained_on"):
         size = f"{row['train_size']} of " if row.get("train_size") not in (None, "all") else ""
-        words.append(f"fine-tuned on {size}{row['trained_on']}")
+        loss = ", cosine loss" if row.get("pair_loss") == "cosine" else ""
+        words.append(f"fine-tuned on {size}{row['trained_on']}{loss}")
     if row.get("whitening") is not None:
         words.append(f"whitened to {row['whitening']}" if row["whitening"] else "whitened")
     return ", ".join(words)

@@ -6,9 +6,11 @@ import json
 import lzma
 import math
 import os
+import random
 import sys
+from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -17,12 +19,13 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import make_documents
 from tokenizers import BertWordPieceTokenizer
-from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
-from condenser.evaluation import encoders, finetuning, retrieval, search
-from condenser.evaluation.comparison import read_queries
+from condenser.cli import main
+from condenser.evaluation import encoders, finetuning, jobs, retrieval, search, tasks
 from condenser.evaluation.evaluate import draw_attention, evaluate
 from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
+from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.tasks import Retrieval
 from condenser.export import find_checkpoint
 
@@ -72,33 +75,13 @@ def results(folder):
 # --- metrics and searches
 
 
-def test_metrics_equal_hand_computed_values():
-    qrels = {"a": {"x": 1, "y": 1}, "b": {"z": 1}, "c": {"x": 1}}
-    run = {"a": {"x": 3.0, "w": 2.0, "y": 1.0}, "b": {f"n{i}": 20.0 - i for i in range(10)} | {"z": 1.0}, "c": {}}
-    ndcg_a = (1 + 1 / math.log2(4)) / (1 + 1 / math.log2(3))
-    expected = {
-        "ndcg@10": ndcg_a / 3,  # b's document has rank 11, c has no hits
-        "mrr@10": 1 / 3,
-        "recall@100": 2 / 3,
-        "recall@1000": 2 / 3,
-        "map": ((1 + 2 / 3) / 2 + 1 / 11) / 3,
-    }
-    assert search.score(run, qrels) == pytest.approx(expected)
-
-
-def test_dense_search_equals_brute_force(model_folder):
-    encoder = encoders.load_encoder(model_folder, 32)
-    run = search.dense_search(encoder, DOCUMENTS, QUERIES)
-    passages, questions = (encoder.encode(list(texts.values())) for texts in (DOCUMENTS, QUERIES))
-    passages, questions = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (passages, questions))
-    scores = questions @ passages.T
-    found = np.array([[run[query][document] for document in DOCUMENTS] for query in QUERIES])
-    np.testing.assert_allclose(found, scores, atol=1e-5)
-
-
-def test_bm25_finds_the_document_with_the_word_and_leaves_out_those_without_a_match():
-    run = search.bm25_search(DOCUMENTS, {"q": "wolf", "r": "zebra"})
-    assert run == {"q": {f"d{ANIMALS.index('wolf')}": pytest.approx(run["q"][f"d{ANIMALS.index('wolf')}"])}, "r": {}}
+def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(model_folder):
+    encoder = encoders.load_encoder(model_folder, 8)  # [CLS], 6 tokens, [SEP]
+    documents = {"early": "wolf " + "farm " * 9, "late": "farm " * 9 + "wolf"}
+    assert set(search.bm25_search(documents, {"q": "wolf"})["q"]) == {"early", "late"}
+    assert set(search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"]) == {"early"}
+    encoder.prompts["document"] = "the farm and the " * 2  # takes the room of the text
+    assert search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"] == {}
 
 
 # --- collections
@@ -122,9 +105,12 @@ def test_titles_go_before_the_text(tmp_path):
     assert collection.documents["d0"] == "Animals " + DOCUMENTS["d0"]
 
 
-def test_qrels_without_a_header_lose_no_line(collection_folder):
-    (collection_folder / "qrels/test.tsv").write_text("q0\td0\t1\nq1\td1\t1\nq2\td2\t0\n")
-    assert retrieval.read_collection(collection_folder).qrels == {"q0": {"d0": 1}, "q1": {"d1": 1}}
+@pytest.mark.parametrize("first", ["q0\td0\t1", "q0\td0\t1.0", "\ufeffq0\td0\t1.0", "query-id\tdoc\tscore\nq0\td0\t1"])
+def test_qrels_without_a_header_lose_no_line(collection_folder, first):
+    (collection_folder / "qrels/test.tsv").write_text(f"{first}\nq1\td1\t1\nq2\td2\t0\n")
+    (collection_folder / "qrels/train.tsv").rename(collection_folder / "qrels/train.tsv.bak")  # is no train.tsv
+    collection = retrieval.read_collection(collection_folder)
+    assert (collection.qrels, collection.train_qrels) == ({"q0": {"d0": 1}, "q1": {"d1": 1}}, {})
 
 
 @pytest.mark.parametrize(
@@ -133,6 +119,16 @@ def test_qrels_without_a_header_lose_no_line(collection_folder):
         ("corpus.jsonl", '{"_id": "d0", "text": "a"}\n{"_id": \n', r"corpus\.jsonl, line 2: not JSON"),
         ("queries.jsonl", '{"_id": "q0"}\n', r"queries\.jsonl, line 1: .*_id and text"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0 d0 1\n", r"test\.tsv, line 2"),
+        ("qrels/test.tsv", "q0\td0\t0.5\n", r"test\.tsv, line 1: .* a whole score"),
+        ("qrels/test.tsv", "q0\td0\t1\nq0\td1\tscore\n", r"test\.tsv, line 2"),
+        ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", r"test\.tsv judges no document relevant"),
+        ("corpus.jsonl", "\n", r"corpus\.jsonl is empty"),
+        (
+            "corpus.jsonl",
+            '{"_id": "d", "text": "a"}\n{"_id": "d", "text": "b"}\n',
+            r"line 2: another text of the _id 'd'",
+        ),
+        ("corpus.jsonl", b'{"_id": "d0", "text": "caf\xe9"}\n', r"corpus\.jsonl, line 1: not UTF-8"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\tother\t1\n", "do they belong together"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nnone\td0\t1\n", r"'none', which queries\.jsonl lacks"),
         ("corpus.jsonl", None, r"has no corpus\.jsonl"),
@@ -142,7 +138,9 @@ def test_qrels_without_a_header_lose_no_line(collection_folder):
 )
 def test_a_broken_collection_is_named(collection_folder, name, content, message):
     path = collection_folder / name
-    path.unlink() if content is None else path.write_text(content)
+    path.unlink()
+    if content is not None:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         retrieval.read_collection(collection_folder)
 
@@ -182,12 +180,12 @@ def weights(encoder):
 
 
 def test_fine_tuning_learns_the_pairs_and_repeats_bit_for_bit(model_folder):
-    tuning = Tuning(steps=60, batch_size=10, learning_rate=3e-3)
+    tuning = Tuning(epochs=30, batch_size=10, learning_rate=3e-3)
     pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(len(ANIMALS))}
     before, *tuned = (encoders.load_encoder(model_folder, 32) for _ in range(3))
     for encoder in tuned:
-        fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", tuning)
+        fine_tune(encoder, pairs, tuning)
     assert weights(tuned[0]) == weights(tuned[1]) != weights(before)
     mrr = [search.score(search.dense_search(e, DOCUMENTS, QUERIES), qrels)["mrr@10"] for e in (before, tuned[0])]
     assert mrr[1] > max(0.9, mrr[0])
@@ -197,7 +195,7 @@ def test_fine_tuning_has_no_dropout_and_leaves_nothing_behind(model_folder, tmp_
     monkeypatch.chdir(tmp_path)
     encoder = encoders.load_encoder(model_folder, 32)
     pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
-    fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", Tuning(steps=1, batch_size=4))
+    fine_tune(encoder, pairs, Tuning(epochs=0.2, batch_size=4))
     assert not encoder.training
     assert all(module.p == 0 for module in encoder.modules() if isinstance(module, torch.nn.Dropout))
     assert not list(tmp_path.iterdir())
@@ -211,29 +209,133 @@ def test_fine_tuning_shares_nothing_out_after_a_run_of_several_processes(model_f
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         AcceleratorState._reset_state(reset_partial_state=True)
-        fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", Tuning(steps=3, batch_size=64, learning_rate=3e-3))
+        fine_tune(encoder, pairs, Tuning(epochs=3, batch_size=64, learning_rate=3e-3))
         assert variables.items() <= os.environ.items()
     assert weights(tuned[0]) == weights(tuned[1]) != weights(encoders.load_encoder(model_folder, 32))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "n", "steps"), [(2.5, 1000, 40), (1, 1, 1), (0.1, 64, 1), (3, 128, 6), (10, 14, 10), (0.1, 1920, 3)]
+)
+def test_steps_follow_from_the_passes_over_the_examples(epochs, n, steps):
+    assert Tuning(epochs=epochs).n_steps(n) == steps
+
+
+def test_a_bf16_file_is_fine_tuned_in_fp32(model_folder, tmp_path):
+    tokenizer, model = AutoTokenizer.from_pretrained(model_folder), BertForMaskedLM.from_pretrained(model_folder)
+    model.bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    encoder = encoders.load_encoder(str(tmp_path), 32)
+    before = vector(encoder)
+    fine_tune(encoder, {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}, Tuning(learning_rate=1e-5))
+    moved = [
+        (new != old).float().mean().item()
+        for (name, new), old in zip(
+            encoder[0].named_parameters(), before.split([p.numel() for p in encoder[0].parameters()]), strict=True
+        )
+        for old in [old.view_as(new)]
+        if "encoder.layer" in name and name.endswith("weight")
+    ]
+    assert before.dtype == torch.float32
+    assert min(moved) > 0.9
+
+
+@pytest.mark.parametrize("prompts", [{"query": "q: ", "document": "d: "}, {"query": "q: ", "passage": "d: "}])
+def test_texts_have_the_prompts_of_search_in_fine_tuning(model_folder, prompts):
+    encoder = encoders.load_encoder(model_folder, 32)
+    encoder.prompts = prompts
+    columns = {"query": ["a"], "positive": ["b"], "negative_1": ["c"]}
+    assert finetuning.arguments(encoder, columns, Tuning(), 1, "").prompts == {
+        "query": "q: ", "positive": "d: ", "negative_1": "d: "
+    }  # fmt: skip
+    encoder.default_prompt_name = "query"
+    pairs = {"sentence1": ["a"], "sentence2": ["b"], "score": [1.0]}
+    assert finetuning.arguments(encoder, pairs, Tuning(), 1, "").prompts == {"sentence1": "q: ", "sentence2": "q: "}
 
 
 # --- the command
 
 
+def test_queries_with_documents_of_training_are_told_apart(model_folder, collection_folder, tmp_path):
+    with open(collection_folder / "qrels/train.tsv", "a") as file:
+        file.write("q7\td0\t1\nq8\td1\t1\n")  # what is relevant to q0 and q1 of the test
+    evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(collection_folder)], max_length=32)
+    ((row, values),) = read_rows(tmp_path / "out")
+    assert [query for query, found in values.items() if "ndcg@10_unseen" in found] == ["q2", "q3", "q4", "q5"]
+    assert row["queries_unseen"] == 4
+    assert row["ndcg@10_unseen"] == pytest.approx(np.mean([values[f"q{i}"]["ndcg@10"] for i in range(2, 6)]))
+
+
+def test_random_weights_score_as_a_random_ranking(model_folder, tmp_path):
+    """On judgements that are drawn, too: the mean over ranks of 1 / log2(rank + 1), up to 10."""
+    texts, draw = make_documents(500, seed=3), random.Random(0)
+    folder = tmp_path / "drawn"
+    (folder / "qrels").mkdir(parents=True)
+    write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts[:50])])
+    write_rows(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(texts[50:])])
+    (folder / "qrels/test.tsv").write_text("".join(f"q{i}\td{draw.randrange(50)}\t1\n" for i in range(450)))
+    evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(folder)], baselines=True, max_length=32)
+    found = {row["model"]: (row["ndcg@10"], values) for row, values in read_rows(tmp_path / "out")}
+    score, values = found["random initialisation"]
+    noise = np.std([each["ndcg@10"] for each in values.values()]) / math.sqrt(450)
+    assert score == pytest.approx(sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / 50, abs=3 * noise)
+    assert noise < 0.02
+
+
+def test_two_collections_or_files_of_one_name_are_two_rows(model_folder, pairs_folder, tmp_path):
+    folders = [str(write_collection(tmp_path / where / "farm")) for where in ("a", "b")]
+    files = [str(pairs_folder / name) for name in ("test.tsv", "test.jsonl")]
+    write_rows(
+        pairs_folder / "test.jsonl", [{"sentence1": a, "sentence2": "x", "score": i} for i, a in enumerate("ab")]
+    )
+    run = {"retrieval": [*folders, folders[0]], "similarity": files}
+    evaluate(model_folder, output=str(tmp_path / "out"), max_length=32, **run)
+    assert [row["collection"] for row in results(tmp_path / "out")["rows"]] == [*folders, *files]
+
+
+def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
+    model_folder, pairs_folder, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(jobs, "LEARNING_RATES", (1e-9, 3e-3))
+    monkeypatch.setattr(tasks, "HELD_OUT", 0.3)
+    farm = str(write_collection(tmp_path / "farm"))
+    run = ["evaluate", model_folder, "--output", str(tmp_path / "out"), "--retrieval", farm, "--max-length", "32"]
+    run += ["--similarity", str(pairs_folder), "--finetune", "--finetune-epochs", "1", "--seeds", "0", "1"]
+    assert main([*run, "--finetune-learning-rate", "auto", "--finetune-batch-size", "8"]) == 0
+    assert capsys.readouterr().out.count("  tried ") == 4 + 2
+    (of_search, of_pairs) = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("out/choices/*"), key=tried))
+    for choice in (of_search, of_pairs):
+        assert choice["score"] == max(each["score"] for each in choice["tried"])
+    rows = [row for row in results(tmp_path / "out")["rows"] if row["fine_tuned"]]
+    assert [row["learning_rate"] for row in rows] == [of_search["learning_rate"]] * 2 + [of_pairs["learning_rate"]] * 2
+    assert {row["similarity"] for row in rows[:2]} == {of_search["similarity"]}
+    part = Retrieval.read(farm).held_out().collection
+    assert part.queries.keys() | part.train_qrels.keys() == {f"q{i}" for i in range(6, 20)}
+    assert not part.queries.keys() & part.train_qrels.keys()
+
+
+def tried(path):
+    return -len(json.loads(path.read_text())["tried"])
+
+
 def test_rows_of_the_table_and_the_example(model_folder, collection_folder, tmp_path, capsys):
     run = {"retrieval": [str(collection_folder)], "baselines": True, "finetune": True, "max_length": 32}
-    run |= {"finetune_steps": 5, "finetune_batch_size": 4, "query": "where lives the wolf"}
+    run |= {"finetune_epochs": 2, "finetune_batch_size": 4, "query": "where lives the wolf"}
     evaluate(model_folder, output=str(tmp_path / "out"), **run)
     found = results(tmp_path / "out")
     rows = {(row["model"], row["fine_tuned"]): row for row in found["rows"]}
     plain, random = rows["pre-trained", False], rows["random initialisation", False]
     assert list(rows) == [
-        ("BM25", False),
+        ("BM25, whole texts", False),
+        ("BM25, first 32 tokens", False),
         ("random initialisation", False),
         ("pre-trained", False),
         ("random initialisation", True),
         ("pre-trained", True),
     ]
-    assert rows["BM25", False]["ndcg@10"] == 1.0
+    assert rows["BM25, whole texts", False]["ndcg@10"] == rows["BM25, first 32 tokens", False]["ndcg@10"] == 1.0
+    how = ("dtype", "similarity", "scale", "max_length", "epochs", "steps", "learning_rate")
+    assert [rows["pre-trained", True][name] for name in how] == ["fp32", "cosine", 20.0, 32, 2, 8, 2e-5]
     assert any(plain[metric] != random[metric] for metric in search.METRICS)
     assert {(row["collection"], row["queries"], row["documents"]) for row in found["rows"]} == {("farm", 6, 20)}
     assert found["settings"]["pooling"] == "cls"
@@ -250,33 +352,31 @@ def test_rows_are_computed_once_and_again_when_their_settings_change(model_folde
     before = results(tmp_path / "out")
     capsys.readouterr()
     evaluate(model_folder, max_length=32, **run)
-    assert capsys.readouterr().out.count("as before") == 3
+    assert capsys.readouterr().out.count("as before") == 4
     assert results(tmp_path / "out") == before
     evaluate(model_folder, max_length=16, **run)
-    assert capsys.readouterr().out.count("as before") == 1  # BM25
+    assert capsys.readouterr().out.count("as before") == 1  # BM25 on whole texts
     evaluate(model_folder, max_length=16, **run | {"query": "bear"})
-    assert capsys.readouterr().out.count("as before") == 2  # all but the one that answers
+    assert capsys.readouterr().out.count("as before") == 3  # all but the one that answers
     assert results(tmp_path / "out")["example"]["query"] == "bear"
     evaluate(model_folder, max_length=16, **run)
     assert results(tmp_path / "out")["example"]["query"] == "wolf"
 
 
-def test_rows_that_are_not_asked_for_wait_beside_the_others(
+def test_rows_that_are_not_asked_for_are_kept_and_not_shown(
     model_folder, collection_folder, pairs_folder, tmp_path, capsys
 ):
     out = tmp_path / "out"
     retrieval, similarity = {"retrieval": [str(collection_folder)]}, {"similarity": [str(pairs_folder)]}
     evaluate(model_folder, output=str(out), max_length=32, **retrieval)
-    before, values = results(out), read_queries(out)
+    before, values = results(out), read_rows(out)
     evaluate(model_folder, output=str(out), max_length=32, **similarity)
-    assert f"kept in {out / 'earlier'}: 1" in capsys.readouterr().out
-    assert (
-        [row["task"] for row in results(out)["rows"]] == [row["task"] for row, _ in read_queries(out)] == ["similarity"]
-    )
+    assert [row["task"] for row in results(out)["rows"]] == [row["task"] for row, _ in read_rows(out)] == ["similarity"]
+    capsys.readouterr()
     evaluate(model_folder, output=str(out), max_length=32, **retrieval)
     assert "as before" in capsys.readouterr().out
-    assert results(out) == before
-    assert read_queries(out) == values
+    assert (results(out), read_rows(out)) == (before, values)
+    assert len(list(out.glob("rows/*.json"))) == 2
 
 
 @pytest.fixture
@@ -293,7 +393,7 @@ def pairs_folder(tmp_path):
 
 @pytest.mark.slow
 def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, collection_folder, tmp_path, capsys):
-    run = {"retrieval": [str(collection_folder)], "finetune": True, "finetune_steps": 2, "finetune_batch_size": 4}
+    run = {"retrieval": [str(collection_folder)], "finetune": True, "finetune_epochs": 0.5, "finetune_batch_size": 4}
     run |= {
         "finetune_learning_rate": 3e-3,
         "train_sizes": ["5", "all"],
@@ -313,8 +413,8 @@ def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, 
     ]
     assert len({json.dumps([row[metric] for metric in search.METRICS]) for row in rows}) > len(rows) / 2
     shown = capsys.readouterr().out
-    assert shown.count(" ± ") == 8 * len(search.METRICS)
-    kept = read_queries(tmp_path / "out")
+    assert shown.count(" ± ") == 8 * len(Retrieval.metrics)
+    kept = read_rows(tmp_path / "out")
     assert len(kept) == len(rows)
     for row, values in kept:
         assert row in rows
@@ -325,7 +425,7 @@ def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, 
 def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(model_folder, tmp_path):
     farm, town = (write_collection(tmp_path / name) for name in ("farm", "town"))
     (town / "qrels/train.tsv").unlink()
-    run = {"finetune": True, "finetune_steps": 2, "finetune_batch_size": 4, "max_length": 32}
+    run = {"finetune": True, "finetune_epochs": 0.5, "finetune_batch_size": 4, "max_length": 32}
     evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(farm), str(town)], **run)
     rows = results(tmp_path / "out")["rows"]
     told = [(row["collection"], row["trained_on"]) for row in rows]
@@ -333,7 +433,7 @@ def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(m
 
 
 def test_a_part_of_the_queries_is_always_the_same(collection_folder):
-    parts = [Retrieval.read(str(collection_folder), "exact", n).collection for n in (2, 2, 4, 99)]
+    parts = [Retrieval.read(str(collection_folder), n).collection for n in (2, 2, 4, 99)]
     assert [len(part.queries) for part in parts] == [2, 2, 4, 6]
     assert parts[0] == parts[1]
     assert all(part.queries.keys() == part.qrels.keys() for part in parts)
@@ -341,7 +441,7 @@ def test_a_part_of_the_queries_is_always_the_same(collection_folder):
 
 
 def test_similarity_is_measured_and_fine_tuned_for(model_folder, pairs_folder, tmp_path):
-    run = {"finetune": True, "finetune_steps": 30, "finetune_batch_size": 8, "finetune_learning_rate": 3e-3}
+    run = {"finetune": True, "finetune_epochs": 5, "finetune_batch_size": 8, "finetune_learning_rate": 3e-3}
     evaluate(model_folder, output=str(tmp_path / "out"), similarity=[str(pairs_folder)], max_length=32, **run)
     plain, tuned = results(tmp_path / "out")["rows"]
     assert tuned["spearman"] > 0.8 > 0.4 > plain["spearman"]
@@ -355,7 +455,7 @@ def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_exp
     texts = make_documents(20)  # in the words of the store
     write_rows(farm / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
     write_rows(farm / "queries.jsonl", [{"_id": f"q{i}", "text": text[:30]} for i, text in enumerate(texts)])
-    options = {"retrieval": [str(farm)], "attention": str(store), "finetune": True, "finetune_steps": 20}
+    options = {"retrieval": [str(farm)], "attention": str(store), "finetune": True, "finetune_epochs": 9}
     evaluate(str(tiny_export), output=str(tmp_path / "a"), finetune_learning_rate=3e-3, **options)
     found = results(tmp_path / "a")
     attention = [row for row in found["rows"] if row["task"] == "attention"]
@@ -384,9 +484,7 @@ def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp
     assert not path.exists()
 
 
-def test_rows_of_mteb_are_shown_computed_once_and_kept_until_the_encoder_changes(
-    model_folder, collection_folder, tmp_path, monkeypatch, capsys
-):
+def test_tasks_of_mteb_are_measured_once_for_an_encoder(model_folder, tmp_path, monkeypatch, capsys):
     asked = []
 
     def measured(encoder, tasks, **options):
@@ -394,19 +492,16 @@ def test_rows_of_mteb_are_shown_computed_once_and_kept_until_the_encoder_changes
         found = SimpleNamespace(get_score=lambda: 0.8125, dataset_revision="r1")
         return SimpleNamespace(task_results=[found])
 
-    library = SimpleNamespace(__version__="2", evaluate=measured, get_benchmark={}.__getitem__)
+    library = ModuleType("mteb")
+    library.__spec__, library.__version__ = ModuleSpec("mteb", None), "2"
+    library.evaluate, library.get_benchmark = measured, {}.__getitem__
     library.get_task = lambda name: SimpleNamespace(metadata=SimpleNamespace(name=name, main_score="ndcg_at_10"))
     monkeypatch.setitem(sys.modules, "mteb", library)
-    out, retrieval = tmp_path / "out", [str(collection_folder)]
-    kept = []
-    for tasks in ({"mteb": ["Toys"]}, {"retrieval": retrieval}, {"mteb": ["Toys", "Tools"]}):
-        evaluate(model_folder, output=str(out), max_length=32, **tasks)
+    for names, max_length in ((["Toys"], 32), (["Toys", "Tools"], 32), (["Toys"], 16)):
+        evaluate(model_folder, output=str(tmp_path / "out"), max_length=max_length, mteb=names)
         assert "0.812" in next(line for line in capsys.readouterr().out.splitlines() if "Toys" in line)
-        kept.append([row["collection"] for part in ("rows", "mteb") for row in results(out)[part]])
-    assert kept == [["Toys"], ["farm", "Toys"], ["farm", "Toys", "Tools"]]
-    assert asked == ["Toys", "Tools"]
-    evaluate(model_folder, output=str(out), max_length=16, retrieval=retrieval)
-    assert "mteb" not in results(out)
+        assert [row["collection"] for row in results(tmp_path / "out")["mteb"]] == names
+    assert asked == ["Toys", "Tools", "Toys"]
 
 
 def test_a_store_of_another_tokenizer_is_refused(model_folder, store, tmp_path):
@@ -414,18 +509,21 @@ def test_a_store_of_another_tokenizer_is_refused(model_folder, store, tmp_path):
         evaluate(model_folder, output=str(tmp_path / "out"), attention=str(store))
 
 
-def test_hard_negatives_are_what_bm25_finds_and_nobody_judged(collection_folder):
-    (collection_folder / "queries.jsonl").write_text(
-        "".join(json.dumps({"_id": i, "text": f"{text} or the seal or the frog"}) + "\n" for i, text in QUERIES.items())
-    )
+def test_hard_negatives_are_drawn_from_what_bm25_finds_and_nobody_judged(collection_folder, monkeypatch):
+    monkeypatch.setattr(finetuning, "NEGATIVES_FROM", 6)
     collection = retrieval.read_collection(collection_folder)
-    columns = question_examples(collection, Tuning(hard_negatives=2))
-    assert list(columns) == ["query", "positive", "negative_1", "negative_2"]
-    frog, seal = (DOCUMENTS[f"d{ANIMALS.index(name)}"] for name in ("frog", "seal"))
-    for query, positive, *negatives in zip(*columns.values(), strict=True):
-        assert positive.split()[1] in query.split()
+    hits = search.bm25_search(collection.documents, collection.train_queries, 6)
+    drawn = [question_examples(collection, Tuning(hard_negatives=2, seed=seed)) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1]
+    assert drawn[0]["negative_1"] != drawn[2]["negative_1"]
+    assert list(drawn[0]) == ["query", "positive", "negative_1", "negative_2"]
+    ids = {text: i for i, text in (collection.documents | collection.train_queries).items()}
+    places = set()
+    for query, positive, *negatives in zip(*drawn[0].values(), strict=True):
+        found = list(hits[ids[query]])
         assert positive not in negatives
-        assert {frog, seal} - {positive} <= set(negatives)
+        places |= {found.index(ids[text]) for text in negatives}
+    assert max(places) > 3  # beyond the first ones
 
 
 def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
@@ -433,7 +531,7 @@ def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
     drawn = [set(question_examples(collection, Tuning(train_size=n, seed=3))["query"]) for n in (4, 9)]
     assert drawn[0] < drawn[1]
     assert [len(each) for each in drawn] == [4, 9]
-    with pytest.raises(ValueError, match="--train-sizes 99: farm has 14 training questions"):
+    with pytest.raises(ValueError, match="--train-sizes 99: there are 14 training questions of farm"):
         question_examples(collection, Tuning(train_size=99))
     with pytest.raises(ValueError, match="--hard-negatives 50: BM25 finds so many for no question of farm"):
         question_examples(collection, Tuning(hard_negatives=50))
@@ -445,8 +543,8 @@ def test_gradient_caching_changes_memory_and_no_weight(model_folder):
     pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
     tuned = [encoders.load_encoder(model_folder, 32) for _ in range(2)]
     for encoder, mini_batch in zip(tuned, (0, 3), strict=True):
-        tuning = Tuning(steps=3, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
-        fine_tune(encoder, pairs, "MultipleNegativesRankingLoss", tuning)
+        tuning = Tuning(epochs=1.5, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
+        fine_tune(encoder, pairs, tuning)
     before = vector(encoders.load_encoder(model_folder, 32))
     plain, cached = map(vector, tuned)
     assert (plain - cached).norm() < 0.1 * (plain - before).norm()
@@ -466,8 +564,8 @@ def test_length_groups_save_padding_and_change_no_weight(model_folder, monkeypat
         encoder[0].register_forward_pre_hook(
             lambda _, inputs, tokens=tokens: tokens.append(inputs[0]["input_ids"].numel())
         )
-        tuning = Tuning(steps=3, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
-        fine_tune(encoder, examples, loss or "MultipleNegativesRankingLoss", tuning)
+        tuning = Tuning(epochs=1.5, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
+        fine_tune(encoder, examples, tuning)
         assert "forward" not in vars(encoder)
         tuned.append(vector(encoder))
         computed.append(sum(tokens))
@@ -482,6 +580,18 @@ def vector(encoder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"attention": "nowhere"}, "no token store at nowhere"),
+        ({"model": "RUN", "attention": "nowhere"}, "no token store at nowhere"),
+        ({"train_sizes": ["15"], "finetune": True}, "--train-sizes 15: there are 14 .* farm"),
+        ({"finetune": True, "finetune_learning_rate": "auto", "retrieval": ["FEW"]}, "too few to choose"),
+        ({"retrieval": ["BARE"], "finetune": True}, r"nothing to fine-tune on, .*qrels/train\.tsv"),
+        ({"output": "BARE"}, "no result of this command"),
+        ({"pair_losses": ["cosines"]}, "--pair-losses cosines: there are cosent and cosine"),
+        ({"finetune_epochs": 0}, "--finetune-epochs 0 must be positive"),
+        ({"whitening": [-1]}, "--whitening -1 must be at least 0"),
+        ({"whitening": [20]}, "--whitening 20: .* farm has 20 texts"),
+        ({"queries": 0}, "--queries 0 must be at least 1"),
+        ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query: give a collection"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"retrieval": ["nowhere"]}, "no retrieval collection at nowhere"),
         ({"retrieval": None}, "nothing to measure: give --retrieval"),
@@ -491,27 +601,27 @@ def vector(encoder):
         ({"finetune": True, "finetune_batch_size": 1}, "--finetune-batch-size 1 must be at least 2"),
     ],
 )
-def test_what_cannot_be_evaluated_is_refused(model_folder, collection_folder, tmp_path, changes, message):
-    call = {"model": model_folder, "retrieval": [str(collection_folder)], "max_length": 32} | changes
+def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
+    model_folder, collection_folder, pairs_folder, tmp_path, monkeypatch, changes, message
+):
+    monkeypatch.setattr("condenser.evaluation.evaluate.compute", None)
+    few, bare = (write_collection(tmp_path / name) for name in ("few", "bare"))
+    (few / "qrels/train.tsv").write_text("q7\td7\t1\nq8\td8\t1\n")
+    (bare / "qrels/train.tsv").unlink()
+    (tmp_path / "run/checkpoints").mkdir(parents=True)  # is not exported before all else is looked at
+    paths = {"FEW": few, "BARE": bare, "PAIRS": pairs_folder, "RUN": tmp_path / "run"}
+    call = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "max_length": 32} | changes
+    for name in ("retrieval", "similarity"):
+        call[name] = [str(paths.get(each, each)) for each in call.get(name) or []]
+    model, call["output"] = call.pop("model", model_folder), str(paths.get(call["output"], call["output"]))
     with pytest.raises(ValueError, match=message):
-        evaluate(call.pop("model"), output=str(tmp_path / "out"), **call)
+        evaluate(str(paths.get(model, model)), **call)
 
 
 def test_a_folder_without_a_model_is_not_looked_for_on_the_hub(collection_folder):
     for folder in (collection_folder, collection_folder / "typo"):
         with pytest.raises(ValueError, match="no model folder at"):
             encoders.load_encoder(str(folder), 32)
-
-
-def test_fine_tuning_without_train_judgements_is_refused(model_folder, collection_folder, tmp_path):
-    (collection_folder / "qrels/train.tsv").unlink()
-    with pytest.raises(ValueError, match=r"qrels/train\.tsv"):
-        evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(collection_folder)], finetune=True)
-
-
-def test_a_folder_with_other_files_is_refused(model_folder, collection_folder):
-    with pytest.raises(ValueError, match="no result of this command"):
-        evaluate(model_folder, output=str(collection_folder), retrieval=[str(collection_folder)])
 
 
 def test_missing_packages_are_named(model_folder, collection_folder, tmp_path, monkeypatch):

@@ -49,6 +49,7 @@ def expected(folder, text, name):
         "last1-cls": cls[-1],
         "last2-cls": cls[-2:].mean(0),
         "weighted-layers": cls.mean(0),  # before fine-tuning
+        "attention": last.mean(0),  # too
     }[name]
 
 
@@ -63,7 +64,17 @@ def test_poolings_follow_the_hidden_states_alone_and_in_a_batch(model_folder, na
     assert encoder.get_embedding_dimension() == reference.shape[1]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def test_attention_weighs_tokens_by_their_product_with_its_vector(bert):
+    encoder = with_pooling(load_encoder(str(bert), None), "attention")
+    encoder[1].attention_query.data = torch.linspace(-9, 9, TINY_MODEL["hidden_size"])
+    for text, vector in zip(TEXTS, encoder.encode(TEXTS, convert_to_tensor=True), strict=True):
+        inputs = AutoTokenizer.from_pretrained(bert)(text, return_tensors="pt")
+        last = AutoModel.from_pretrained(bert)(**inputs).last_hidden_state[0]
+        weights = (last @ encoder[1].attention_query / len(last[0]) ** 0.5).softmax(0)
+        torch.testing.assert_close(vector, weights @ last, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "attention"])
 def test_sentence_transformers_loads_what_was_saved(bert, name, tmp_path):
     encoder = with_pooling(load_encoder(str(bert), None), name)
     if name == "weighted-layers":
@@ -89,12 +100,15 @@ def test_a_copy_keeps_settings_and_normalisation_and_leaves_the_encoder_as_it_wa
 
 
 def test_the_weights_of_layers_are_trained_and_those_of_the_last_layers_are_not(bert):
-    for name in ("weighted-layers", "last2-cls"):
+    for name in ("weighted-layers", "last2-cls", "attention"):
         encoder = with_pooling(load_encoder(str(bert), None), name)
         features = encoder.tokenize(TEXTS)
         encoder(features)["sentence_embedding"].square().sum().backward()
-        average = next(module for module in encoder if isinstance(module, WeightedLayerPooling))
         assert backbone_gradient(encoder) > 0
+        if name == "attention":
+            assert encoder[1].attention_query.grad.abs().max() > 0
+            continue
+        average = next(module for module in encoder if isinstance(module, WeightedLayerPooling))
         if name == "weighted-layers":
             assert len(average.layer_weights) == LAYERS
             assert average.layer_weights.grad.abs().min() > 0
@@ -116,7 +130,7 @@ def test_an_untrained_twin_keeps_the_pooling(bert):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("median", r"no pooling 'median': there are cls, mean, max, mean\+max, last<k>-cls and weighted-layers"),
+        ("median", r"no pooling 'median': there are cls, mean, max, mean\+max, last<k>-cls, weighted-layers"),
         ("last0-cls", "no pooling 'last0-cls'"),
         ("last4-cls", "'last4-cls': the encoder has 3 layers"),
     ],

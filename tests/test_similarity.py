@@ -11,12 +11,13 @@ from conftest import make_documents
 from scipy.spatial.distance import pdist
 from scipy.stats import rankdata
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.evaluation import EmbeddingSimilarityEvaluator
 
 from condenser.evaluation import similarity
 from condenser.evaluation.encoders import load_encoder
 from condenser.evaluation.pairs import Pairs, read_pairs, read_similarity
 from condenser.evaluation.pooling import with_pooling
-from condenser.evaluation.similarity import cosent_examples, similarity_metrics
+from condenser.evaluation.similarity import pair_examples, similarity_metrics
 from condenser.evaluation.whitening import fit_whitening, whitened
 
 FIRST = ['A sign says "no diving".', "A man, a plan", "Where?"]
@@ -67,24 +68,6 @@ def test_compressed_files_read_the_same(tmp_path, suffix, module):
     assert read_pairs(tmp_path / f"sts-b.csv{suffix}").name == "sts-b"
 
 
-def test_semeval_files_are_one_set_and_pairs_without_a_score_are_left_out(tmp_path):
-    for name, rows in (("news", ROWS[:2]), ("web", ROWS[2:])):
-        (tmp_path / f"STS.input.{name}.txt").write_text(
-            "not scored\tat all\n" + "".join(f"{a}\t{b}\n" for _, a, b in rows)
-        )
-        (tmp_path / f"STS.gs.{name}.txt").write_text("\n" + "".join(f"{s}\n" for s, _, _ in rows))
-    (tmp_path / "STS.gs.web.txt").write_text("1\n3.25\n")
-    task = read_similarity(tmp_path)
-    assert task.test.first == [*FIRST[:2], "not scored", FIRST[2]]
-    assert task.test.scores.tolist() == [0.5, 5.0, 1.0, 3.25]
-    (tmp_path / "STS.gs.web.txt").write_text("1\n")
-    with pytest.raises(ValueError, match=r"STS\.input\.web\.txt has 2 lines, but STS\.gs\.web\.txt has 1"):
-        read_similarity(tmp_path)
-    (tmp_path / "STS.gs.web.txt").unlink()
-    with pytest.raises(ValueError, match=r"scores should be in STS\.gs\.web\.txt"):
-        read_similarity(tmp_path)
-
-
 def test_a_folder_has_test_and_train(tmp_path):
     folder = tmp_path / "sts-b"
     folder.mkdir()
@@ -123,6 +106,7 @@ def test_a_folder_has_test_and_train(tmp_path):
             "line 2: not two",
         ),
         ("a.jsonl", '{"sentence1": "a", "sentence2": 3, "score": 1}\n', "line 1: not two"),
+        ("a.tsv", b"a\tb\t1\ncaf\xe9\tb\t2\n", r"a\.tsv, line 2: not UTF-8"),
         ("a.jsonl", "[1]\n", "line 1: not a JSON object"),
         ("a.jsonl", "{\n", "line 1: not JSON"),
         ("a.parquet", "PAR1", r"\.tsv, \.csv, \.txt, \.jsonl"),
@@ -130,7 +114,7 @@ def test_a_folder_has_test_and_train(tmp_path):
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         read_pairs(tmp_path / name)
 
@@ -169,6 +153,14 @@ def test_metrics_equal_other_computations(encoder, pairs, search):
     assert (metrics["pairs"], metrics["positive_pairs"]) == (40, positive.sum())
 
 
+def test_correlations_equal_those_of_sentence_transformers(encoder, pairs):
+    spread = whitened(encoder, encoder.encode(make_documents(300)), 16)  # cosines that fp32 tells apart
+    theirs = EmbeddingSimilarityEvaluator(pairs.first, pairs.second, pairs.scores, main_similarity="cosine")(spread)
+    metrics, _ = similarity_metrics(spread, pairs)
+    for name in ("spearman", "pearson"):
+        assert metrics[name] == pytest.approx(theirs[f"{name}_cosine"], abs=1e-5)
+
+
 def test_uniformity_is_taken_in_blocks_and_of_many_by_a_sample(monkeypatch):
     vectors = np.random.default_rng(0).normal(size=(2500, 8))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -184,16 +176,15 @@ def test_uniformity_is_taken_in_blocks_and_of_many_by_a_sample(monkeypatch):
 
 
 def test_subsamples_are_nested_repeat_and_are_scaled(pairs):
-    small, large, other = (cosent_examples(pairs, size, seed) for size, seed in ((8, 0), (20, 0), (20, 1)))
-    assert large == cosent_examples(pairs, 20, 0) != other
+    small, large, other = (pair_examples(pairs, size, seed) for size, seed in ((8, 0), (20, 0), (20, 1)))
+    assert large == pair_examples(pairs, 20, 0) != other
     assert {column: values[:8] for column, values in large.items()} == small
-    whole = cosent_examples(pairs, None, 0)
+    whole = pair_examples(pairs, None, 0)
     assert sorted(whole["score"]) == pytest.approx(sorted(pairs.scores / 5))
     known = dict(zip(zip(pairs.first, pairs.second, strict=True), pairs.scores / 5, strict=True))
     assert [known[pair] for pair in zip(small["sentence1"], small["sentence2"], strict=True)] == small["score"]
-    for size in (1, 41):
-        with pytest.raises(ValueError, match=f"{size} pairs of made cannot be drawn: it has 40"):
-            cosent_examples(pairs, size, 0)
+    with pytest.raises(ValueError, match="--train-sizes 41: there are 40 pairs of made"):
+        pair_examples(pairs, 41, 0)
 
 
 def test_cosent_learns_the_examples(roberta, pairs, tmp_path):
@@ -206,7 +197,7 @@ def test_cosent_learns_the_examples(roberta, pairs, tmp_path):
         output_dir=str(tmp_path), max_steps=15, per_device_train_batch_size=20, learning_rate=3e-3, use_cpu=True,
         save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
     )  # fmt: skip
-    data = Dataset.from_dict(cosent_examples(pairs, None, 0))
+    data = Dataset.from_dict(pair_examples(pairs, None, 0))
     SentenceTransformerTrainer(model=encoder, args=arguments, train_dataset=data, loss=CoSENTLoss(encoder)).train()
     assert similarity_metrics(encoder, pairs)[0]["spearman"] > 0.8
 
@@ -217,7 +208,8 @@ def test_cosent_learns_the_examples(roberta, pairs, tmp_path):
 @pytest.mark.parametrize("dim", [None, 8])
 def test_whitened_vectors_have_mean_0_and_covariance_1_and_load_again(encoder, tmp_path, dim):
     texts = [text.split(".")[0] for text in make_documents(300)]
-    white = whitened(with_pooling(encoder, "mean"), texts, dim)
+    mean = with_pooling(encoder, "mean")
+    white = whitened(mean, mean.encode(texts), dim)
     vectors = white.encode(texts)
     kept = dim or encoder.get_embedding_dimension() - 1  # what LayerNorm returns lies in a hyperplane
     assert vectors.shape == (300, kept)

@@ -165,12 +165,13 @@ class ClsEncoder:
 
     def __init__(self, model: Objective, tokenizer: Any, max_length: int):
         self.encoder: Any = model.lm.base_model
-        self.tokenizer, self.max_length = tokenizer, max_length
+        self.transformers_model, self.device = self.encoder, self.encoder.device
+        self.tokenizer, self.max_seq_length = tokenizer, max_length
 
     @torch.no_grad()
     def encode_document(self, texts: list[str], **options: Any) -> Tensor:
         """Vectors ``[len(texts), H]``."""
-        cut = {"truncation": True, "max_length": self.max_length}
+        cut = {"truncation": True, "max_length": self.max_seq_length}
         # one by one: the library's own threads would not survive that loader workers are forked
         ids = [torch.tensor(self.tokenizer(text, **cut)["input_ids"]) for text in texts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))

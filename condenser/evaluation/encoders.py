@@ -2,11 +2,12 @@
 
 import copy
 import hashlib
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from condenser.data.store import tokenizer_hash
 from condenser.data.tokenizers import is_path
@@ -20,12 +21,18 @@ from condenser.online import ask_hub
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+    from torch import Tensor
+
+TOKENS_AT_ONCE = 65_536  # on a GPU with room for them
+ROWS_AT_ONCE = 32  # on a CPU, where more are no quicker
+Kind = Literal["query", "document", "sentence"]
 
 
 def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
     """Load a folder or a model of the hub; texts are cut to ``max_length`` tokens, or to the model's own setting.
 
     A plain Hugging Face folder gets CLS pooling, which is what Condenser trains; the library's own choice is the mean.
+    Weights are fp32 whatever the file's dtype: in bf16, fine-tuning would round most of its steps away.
     """
     import torch
     from sentence_transformers import SentenceTransformer
@@ -33,10 +40,7 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
     from sentence_transformers.util import is_sentence_transformer_model
     from transformers.utils import logging
 
-    if (is_path(name) or Path(name).exists()) and not any(
-        (Path(name) / file).is_file() for file in ("config.json", "modules.json")
-    ):
-        raise ValueError(f"no model folder at {name}: give a Hugging Face folder or what `condenser export` wrote")
+    check_folder(name)
     if not Path(name).is_dir():
         ask_hub()
     logging.set_verbosity_error()  # the MLM head, unused here, would be reported at length
@@ -48,6 +52,8 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
             parts = ("config_kwargs", "model_kwargs", "processor_kwargs")
             transformer = Transformer(name, **{part: {"trust_remote_code": False} for part in parts})
             encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
+    encoder.float()
+    encoder.similarity_fn_name = encoder.similarity_fn_name or "cosine"
     longest = longest_text(backbone(encoder).config)
     if max_length and longest and max_length > longest:
         raise ValueError(f"--max-length {max_length}: {name} takes at most {longest} tokens")
@@ -56,8 +62,72 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
     return encoder
 
 
+def check_folder(name: str) -> None:
+    if (is_path(name) or Path(name).exists()) and not any(
+        (Path(name) / file).is_file() for file in ("config.json", "modules.json")
+    ):
+        raise ValueError(f"no model folder at {name}: give a Hugging Face folder or what `condenser export` wrote")
+
+
 def backbone(encoder: "SentenceTransformer") -> Any:
     return encoder.transformers_model
+
+
+def precision(encoder: "SentenceTransformer") -> str:
+    """What it is computed in, encoding and fine-tuning: "bf16-mixed" on GPUs that have the units for it, or "fp32"."""
+    import torch
+
+    return "bf16-mixed" if encoder.device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
+
+
+def encoded(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind = "sentence") -> "Tensor":
+    """fp32 vectors ``[N, H]`` on the encoder's device, with the prompt for this kind of text.
+
+    sentence-transformers sorts the texts by length; here as many go together as there is memory for, in `precision`.
+
+    Raises:
+        ValueError: vectors that are not finite.
+    """
+    import torch
+
+    encode = getattr(encoder, {"query": "encode_query", "document": "encode_document", "sentence": "encode"}[kind])
+    options: Any = {"convert_to_tensor": True, "show_progress_bar": sys.stderr.isatty() and len(texts) > 1000}
+    with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision(encoder) == "bf16-mixed"):
+        vectors = encode(list(texts), batch_size=rows_at_once(encoder), **options).float()
+    if not vectors.isfinite().all():
+        raise ValueError("the encoder's vectors are not finite: its weights are broken")
+    return vectors
+
+
+def rows_at_once(encoder: "SentenceTransformer") -> int:
+    """Texts of the encoder's length that are computed together: on a GPU as many as take a quarter of its free memory,
+    at 64 bytes for a token and each of the hidden size's numbers."""
+    import torch
+
+    if encoder.device.type != "cuda":
+        return ROWS_AT_ONCE
+    free = torch.cuda.mem_get_info(encoder.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    tokens = min(TOKENS_AT_ONCE, free // 4 // (64 * backbone(encoder).config.hidden_size))
+    return int(max(1, tokens // (encoder.max_seq_length or 512)))
+
+
+def prompt_of(encoder: "SentenceTransformer", kind: Kind) -> str:
+    """What goes before such a text, as in `encode_query`, `encode_document` and `encode`; empty for nothing."""
+    names = {"query": ["query"], "document": ["document", "passage", "corpus"], "sentence": []}[kind]
+    name = next((name for name in names if name in encoder.prompts), encoder.default_prompt_name)
+    return (encoder.prompts.get(name) or "") if name else ""
+
+
+def tokens_read(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind) -> list[str]:
+    """The beginnings of texts that the encoder reads: up to its length, less its prompt."""
+    prompt, found = prompt_of(encoder, kind), []
+    options: Any = {"truncation": True, "max_length": encoder.max_seq_length, "return_offsets_mapping": True}
+    for start in range(0, len(texts), 1000):
+        some = [prompt + text for text in texts[start : start + 1000]]
+        offsets = encoder.tokenizer(some, **options)["offset_mapping"]
+        ends = (max((end for _, end in spans), default=0) for spans in offsets)  # special tokens are at 0
+        found += [text[len(prompt) : end] for text, end in zip(some, ends, strict=True)]
+    return found
 
 
 def reinitialised(encoder: "SentenceTransformer", seed: int) -> "SentenceTransformer":
@@ -86,6 +156,7 @@ def describe(encoder: "SentenceTransformer") -> dict[str, Any]:
         "similarity": encoder.similarity_fn_name,
         "prompts": encoder.prompts,
         "max_length": encoder.max_seq_length,
+        "precision": precision(encoder),
     }
 
 
@@ -94,10 +165,14 @@ def pooling_of(encoder: "SentenceTransformer") -> str | None:
     return modes if isinstance(modes, str) or modes is None else "+".join(modes)
 
 
+def is_run(name: str) -> bool:
+    return name.endswith(".ckpt") or (Path(name) / "checkpoints").is_dir()
+
+
 @contextmanager
 def model_folder(name: str) -> Iterator[str]:
     """A checkpoint or a run folder is exported for as long as it is needed; other models are left as they are."""
-    if not (name.endswith(".ckpt") or (Path(name) / "checkpoints").is_dir()):
+    if not is_run(name):
         yield name
         return
     with tempfile.TemporaryDirectory() as folder:

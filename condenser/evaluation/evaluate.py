@@ -3,14 +3,19 @@
     condenser evaluate runs/demo/export --output runs/demo/evaluation --retrieval data/raw/demo/beir \\
         --baselines --finetune --query "drop rows with missing values"
 
-The result is ``results.json`` in the output folder: settings, a row for each measurement, and the hits of the query;
-``queries/`` has the values of each query or pair, for `condenser evaluate compare`; ``attention.svg`` is a drawing of
-what ``--attention`` found. The file is rewritten as each row finishes, and a row is computed again only if something it
+The result is ``results.json`` in the output folder: settings, a row for each measurement that was asked for, and the
+hits of the query; ``attention.svg`` is a drawing of what ``--attention`` found. ``rows/`` has a file for each row, with
+the values of its queries or pairs, for `condenser evaluate compare`. A row is computed again only if something it
 depends on has changed: weights, tokenizer, pooling, length, collection, fine-tuning, library versions, or the query
-that it answers. Rows that a later call does not ask for wait in ``earlier/`` until one does; those of MTEB stay in the
-file until the encoder changes.
+that it answers.
+
+One table of poolings, whitening and both losses of sentence pairs, before and after fine-tuning:
+
+    condenser evaluate EXPORT --output pooling --similarity sts-b --finetune --pair-losses cosent cosine \\
+        --pooling cls mean max mean+max last2-cls weighted-layers attention --whitening 0 64
 """
 
+import itertools
 import statistics
 import sys
 import textwrap
@@ -21,11 +26,15 @@ from typing import Any, Literal
 
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
-from condenser.evaluation.finetuning import Tuning
-from condenser.evaluation.jobs import compute, plan, versions
+from condenser.evaluation.finetuning import Tuning, at_least
+from condenser.evaluation.jobs import ROWS, compute, plan, versions
+from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
+from condenser.evaluation.pooling import check_name, check_pooling
 from condenser.evaluation.search import BM25
-from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task
+from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
 from condenser.runs import ZERO_SHOT_NOTE, in_words
+
+OWN = {"results.json", "results.partial", ROWS, "choices", "attention.svg"}  # of the output folder
 
 
 def evaluate(
@@ -39,17 +48,16 @@ def evaluate(
     mteb: list[str] | None = None,
     baselines: bool = False,
     finetune: bool = False,
-    finetune_steps: int = 1000,
-    finetune_epochs: int | None = None,
+    finetune_epochs: float = 3.0,
     finetune_batch_size: int = 64,
-    finetune_learning_rate: float = 2e-5,
+    finetune_learning_rate: float | Literal["auto"] = 2e-5,
     train_sizes: list[str] | None = None,
     hard_negatives: int = 0,
+    pair_losses: list[str] | None = None,
     mini_batch: int = 0,
     pooling: list[str] | None = None,
     whitening: list[int] | None = None,
     max_length: int | None = None,
-    index: Literal["exact", "faiss"] = "exact",
     split: str = "test",
     queries: int | None = None,
     query: str | None = None,
@@ -57,8 +65,7 @@ def evaluate(
 ) -> None:
     """Measure an encoder: retrieval on BEIR folders, similarity on STS files, attention of [CLS]; also fine-tuned.
 
-    The defaults of fine-tuning suit an encoder of base size; a small one from scratch wants about 5e-4. Collections
-    that cannot be trained on are also measured with the encoders that were fine-tuned on others of their kind.
+    The default learning rate suits an encoder of base size; a small one from scratch wants about 5e-4, or auto.
 
     Args:
         model: a folder (such as `condenser export` writes), a checkpoint or run folder, or a model of the hub
@@ -67,58 +74,54 @@ def evaluate(
         similarity: files of sentence pairs with scores, or folders with a test and a train file
         attention: token store on whose validation split the entropy of [CLS] attention is taken, by layer
         mteb: tasks or benchmarks of the mteb library by name (such as "NanoBEIR"); needs the network
-        baselines: also BM25, and the same architecture with random weights
+        baselines: also BM25, on whole texts and on what the encoder reads of them, and random weights
         finetune: also fine-tune on qrels/train.tsv of each collection, the train file of each set of pairs
-        finetune_steps: optimizer steps, at most
-        finetune_epochs: passes over the training data, at most
+        finetune_epochs: passes over the training data, such as 2.5
         finetune_batch_size: pairs of query and passage; the other passages of a batch are the negatives
-        finetune_learning_rate: peak learning rate
+        finetune_learning_rate: peak learning rate; "auto" tries 2e-5, 1e-4 and 5e-4, for retrieval each with cosine
+            and dot product, and takes what scores best on a tenth of the training data, held out by a hash
         train_sizes: numbers of training questions or pairs, or "all"; each is fine-tuned on (default: all)
-        hard_negatives: passages that BM25 ranks high though they are not relevant, for each pair
+        hard_negatives: for each pair, passages drawn from BM25's first 200 that are not judged relevant
+        pair_losses: on sentence pairs: cosent, cosine; several are compared (default: cosent)
         mini_batch: pairs computed at a time, for batches that do not fit into memory (gradient caching)
-        pooling: cls, mean, max, mean+max, last<k>-cls, weighted-layers; several are compared (default: the model's)
+        pooling: cls, mean, max, mean+max, last<k>-cls, weighted-layers, attention; several are compared (default: the
+            model's)
         whitening: also with whitened vectors of so many dimensions, 0 for all; fitted on each collection's texts
         max_length: tokens of queries and passages, also in fine-tuning; the model's own setting by default
-        index: compare by torch, or by faiss
         split: which file of a collection's qrels is scored, such as dev, which is MS MARCO's
         queries: so many of each collection, drawn with a fixed seed (default: all of the split)
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
-    packages, seeds = versions(), seeds or [0]
-    sizes = [None if size == "all" else whole_number(size) for size in train_sizes or ["all"]]
+    packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
+    rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
+    told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch
     tunings = [
-        Tuning(
-            finetune_steps,
-            finetune_epochs,
-            finetune_batch_size,
-            finetune_learning_rate,
-            hard_negatives,
-            mini_batch,
-            train_size=size,
-            seed=seed,
-        )
-        for size in sizes
-        for seed in seeds
+        Tuning(*told, None if size == "all" else whole_number(size), loss, seed)
+        for loss, size, seed in itertools.product(losses, sizes, seeds)
     ]
-    path = result_path(Path(output))
-    tasks: list[Task] = [Retrieval.read(folder, index, queries, split) for folder in retrieval or []]
-    tasks += [Similarity.read(file) for file in similarity or []]
-    tasks += [Attention(Path(attention))] if attention else []
-    if not tasks and not mteb:
+    at_least("max-length", max_length, 3)  # two are special tokens
+    at_least("queries", queries, 1)
+    for dimensions in whitening or []:
+        at_least("whitening", dimensions, 0)
+    for name in pooling or []:
+        check_name(name)
+    if query and not retrieval:
+        raise ValueError("--query: give a collection to answer it from, --retrieval")
+    if not encoders.is_run(model):
+        encoders.check_folder(model)
+    path, of_mteb = result_path(Path(output)), find_tasks(mteb or [])
+    tasks = read_tasks(retrieval or [], similarity or [], attention, queries, split)
+    if not tasks and not of_mteb:
         raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
-    if finetune and not any(task.trains for task in tasks):
-        raise ValueError(
-            f"{', '.join(task.name for task in tasks)}: nothing to fine-tune on, such as relevant pairs in "
-            "qrels/train.tsv or a train file of sentence pairs"
-        )
+    if finetune:
+        check_training(tasks, tunings)
     with encoders.model_folder(model) as folder:
         encoder = encoders.load_encoder(folder, max_length)
-        for task in tasks:
-            if isinstance(task, Attention):
-                task.check_tokenizer(encoder)
-        several = tunings if finetune else [], pooling or [], whitening or [], seeds
-        jobs = plan(tasks, encoder, *several, baselines, query)
+        check_encoder(encoder, tasks, pooling or [], whitening or [])
+        poolings: list[Any] = pooling or [None]
+        drawn = seeds[0] if baselines else None
+        jobs = plan(tasks, encoder, tunings if finetune else [], poolings, whitening or [], drawn, query)
         settings = {
             "model": model,
             **encoders.describe(encoder),
@@ -128,18 +131,14 @@ def evaluate(
             "bm25": BM25,
             "versions": packages,
         }
+        path.parent.mkdir(parents=True, exist_ok=True)
         found = compute(jobs, settings, path)
-        if mteb:
-            from condenser.evaluation.mteb_tasks import run_mteb
-
-            found["mteb"] = run_mteb(encoder, mteb, found.get("mteb", []))
-            write_json(path, found)
+        if of_mteb:
+            found["mteb"] = run_mteb(encoder, of_mteb, path.parent / ROWS)
+        write_json(path, found)
     draw_attention([row for row in found["rows"] if row["task"] == "attention"], path.with_name("attention.svg"))
     show(found)
-    earlier = len(list(path.parent.glob("earlier/*.json")))
-    print(
-        f"wrote {path}" + (f"; rows of earlier calls, kept in {path.parent / 'earlier'}: {earlier}" if earlier else "")
-    )
+    print(f"wrote {path}")
 
 
 def whole_number(size: str) -> int:
@@ -148,15 +147,33 @@ def whole_number(size: str) -> int:
     return int(size)
 
 
+def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], whitening: Sequence[int]) -> None:
+    """
+    Raises:
+        ValueError: what the encoder cannot be measured on, pooled or whitened to.
+    """
+    own = encoder.get_embedding_dimension()
+    hidden = [encoders.backbone(encoder).config.hidden_size * (2 if name == "mean+max" else 1) for name in poolings]
+    for name in poolings:
+        check_pooling(encoder, name)
+    for task in tasks:
+        if isinstance(task, Attention):
+            task.check_tokenizer(encoder)
+            continue
+        for size, dimensions in itertools.product(hidden or [own], whitening):
+            n = len(task.texts())
+            if dimensions > size or n <= (dimensions or size):
+                raise ValueError(
+                    f"--whitening {dimensions}: vectors have {size} dimensions, and {task.name} has {n} texts to fit "
+                    "it on, of which it needs more than dimensions"
+                )
+
+
 def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
-    path = folder / "results.json"
-    own = {path.name, path.with_suffix(".partial").name, "queries", "earlier", "attention.svg"}
-    others = {file.name for file in folder.glob("*")} - own
-    if others:
+    if others := {file.name for file in folder.glob("*")} - OWN:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")
-    folder.mkdir(parents=True, exist_ok=True)
-    return path
+    return folder / "results.json"
 
 
 def show(found: dict[str, Any]) -> None:
@@ -172,6 +189,10 @@ def show(found: dict[str, Any]) -> None:
             for row in rows:
                 table.add_row(row["collection"], in_words(row), *(row[metric] for metric in metrics))
             console.print(table)
+            unseen = {row["collection"]: row["queries_unseen"] for row in found["rows"] if row.get("queries_unseen")}
+            if kind == Retrieval.kind and unseen:
+                counts = ", ".join(f"{name} {n:,}" for name, n in unseen.items())
+                print(f"unseen: queries whose relevant documents are none of the training split's: {counts}")
     if tasks := found.get("mteb"):
         table = Table("MTEB's task", "metric", Column("score", justify="right"), box=None, padding=(0, 1, 0, 0))
         for task in tasks:
@@ -196,17 +217,20 @@ def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:
 def averaged(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
     """One row for all seeds: which it is, and of each metric the mean and, of several, the standard deviation."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    names = ("collection", "model", "pooling", "whitening", "trained_on", "train_size")
+    names = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")
     for row in rows:
         size = "all" if row["fine_tuned"] and row["train_size"] is None else row["train_size"]
         groups.setdefault(tuple(({**row, "train_size": size})[name] for name in names), []).append(row)
     found = []
     for key, some in groups.items():
-        means = {metric: mean_and_spread([row[metric] for row in some]) for metric in metrics}
+        values = {metric: [row[metric] for row in some if row.get(metric) is not None] for metric in metrics}
+        means = {metric: mean_and_spread(of_seeds) for metric, of_seeds in values.items()}
         found.append(dict(zip(names, key, strict=True)) | means)
     return found
 
 
 def mean_and_spread(values: list[float]) -> str:
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.3f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"

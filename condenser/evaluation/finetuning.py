@@ -1,8 +1,12 @@
 """Fine-tuning an encoder before it is evaluated, by sentence-transformers' trainer: AdamW, 10 % warm-up, linear decay,
-gradient norm 1, fp32. On a CPU the result is a function of the arguments."""
+gradient norm 1, weights in fp32, computed in fp32 or on GPUs in bf16. On a CPU it repeats bit for bit.
+"""
 
 import contextlib
+import math
 import os
+import random
+import re
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -12,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from condenser.data.hashing import permuted
-from condenser.evaluation.encoders import backbone
+from condenser.evaluation.encoders import backbone, precision, prompt_of
 from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import bm25_search
 
@@ -22,7 +26,17 @@ if TYPE_CHECKING:
 
 
 LENGTH_GROUPS = 4  # with 8, the products of small matrices cost as much as the padding that is saved
-LAYER_WEIGHTS_RATE = 1e-2  # of the pooling's few weights of layers, which hardly move at an encoder's rate
+POOLING_RATE = 1e-2  # of a pooling's few weights, which hardly move at an encoder's rate
+POOLING_WEIGHTS = "layer_weights|attention_query"
+NEGATIVES_FROM = 200  # first hits of BM25, as for MS MARCO: the very first are often relevant, and not judged
+SCALE = 20.0  # of cosines in the ranking losses: sentence-transformers' own
+RANKING = "MultipleNegativesRankingLoss"
+PAIR_LOSSES = {"cosent": "CoSENTLoss", "cosine": "CosineSimilarityLoss"}
+
+
+def at_least(option: str, given: int | None, least: int) -> None:
+    if given is not None and given < least:
+        raise ValueError(f"--{option} {given} must be at least {least}")
 
 
 @dataclass(frozen=True)
@@ -30,39 +44,39 @@ class Tuning:
     """Settings of fine-tuning.
 
     Args:
-        steps: optimizer steps, at most.
-        epochs: at most so many passes over the examples; None sets no limit.
+        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps.
         batch_size: examples; a question's other negatives are the passages of the batch.
-        learning_rate: its peak.
-        hard_negatives: passages beside each relevant one, the best of BM25 that are not judged relevant.
+        learning_rate: its peak; None to choose it, and for retrieval the similarity, see `Candidate.chosen`.
+        hard_negatives: passages beside each relevant one, drawn from BM25's first that are not judged.
         mini_batch: examples computed at a time, by gradient caching: large batches in little memory; 0 is all.
         train_size: questions, or scored pairs, drawn from the training split; None is all.
-        seed: of the draw and the order.
+        pair_loss: of scored pairs: cosent or cosine; None for retrieval.
+        seed: of the draws and the order.
     """
 
-    steps: int = 1000
-    epochs: int | None = None
+    epochs: float = 3.0
     batch_size: int = 64
-    learning_rate: float = 2e-5
+    learning_rate: float | None = 2e-5
     hard_negatives: int = 0
     mini_batch: int = 0
     train_size: int | None = None
+    pair_loss: str | None = "cosent"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        least = {"finetune-steps": 1, "finetune-epochs": 1, "finetune-batch-size": 2}
-        least |= {"hard-negatives": 0, "mini-batch": 0, "train-size": 1}
-        for option, value in least.items():
-            given = getattr(self, option.removeprefix("finetune-").replace("-", "_"))
-            if given is not None and given < value:
-                raise ValueError(f"--{option}{'s' * (option == 'train-size')} {given} must be at least {value}")
-        if not self.learning_rate > 0:
-            raise ValueError(f"--finetune-learning-rate {self.learning_rate} must be positive")
+        at_least("finetune-batch-size", self.batch_size, 2)
+        at_least("hard-negatives", self.hard_negatives, 0)
+        at_least("mini-batch", self.mini_batch, 0)
+        at_least("train-sizes", self.train_size, 2)
+        at_least("seeds", self.seed, 0)
+        for option, rate in {"epochs": self.epochs, "learning-rate": self.learning_rate}.items():
+            if rate is not None and not 0 < rate < math.inf:
+                raise ValueError(f"--finetune-{option} {rate} must be positive")
+        if self.pair_loss not in (*PAIR_LOSSES, None):
+            raise ValueError(f"--pair-losses {self.pair_loss}: there are {' and '.join(PAIR_LOSSES)}")
 
     def n_steps(self, n_examples: int) -> int:
-        if self.epochs is None:
-            return self.steps
-        return min(self.steps, self.epochs * max(1, round(n_examples / self.batch_size)))
+        return math.ceil(round(self.epochs * math.ceil(n_examples / self.batch_size), 6))
 
 
 def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[str]]:
@@ -72,37 +86,38 @@ def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[
         ValueError: fewer training questions than ``train_size``, or none with so many hard negatives.
     """
     judged = sorted(collection.train_qrels)
-    size = tuning.train_size or len(judged)
-    if size > len(judged):
-        raise ValueError(f"--train-sizes {size}: {collection.name} has {len(judged):,} training questions")
-    drawn = permuted(np.arange(size), len(judged), tuning.seed)  # of two sizes the smaller one's are in the larger's
+    check_size(tuning.train_size, len(judged), f"training questions of {collection.name}")
+    drawn = permuted(np.arange(tuning.train_size or len(judged)), len(judged), tuning.seed)  # a smaller draw is nested
     questions = {judged[i]: collection.train_queries[judged[i]] for i in drawn}
-    hits = bm25_search(collection.documents, questions) if tuning.hard_negatives else {}
-    names = ["query", "positive", *(f"negative_{n}" for n in range(1, tuning.hard_negatives + 1))]
+    n = tuning.hard_negatives
+    hits = bm25_search(collection.documents, questions, NEGATIVES_FROM) if n else {}
     rows = []
     for query, question in questions.items():
-        relevant = [i for i, grade in collection.train_qrels[query].items() if grade > 0 and i in collection.documents]
-        others = [i for i in hits.get(query, {}) if i not in collection.train_qrels[query]][: tuning.hard_negatives]
-        if len(others) == tuning.hard_negatives:
-            texts = [collection.documents[i] for i in others]
-            rows += [(question, collection.documents[i], *texts) for i in relevant]
+        relevant = [collection.documents[i] for i in collection.relevant(query, collection.train_qrels)]
+        others = [collection.documents[i] for i in hits.get(query, ()) if i not in collection.train_qrels[query]]
+        others = [text for text in dict.fromkeys(others) if text not in relevant]
+        if len(others) >= n:
+            negatives = random.Random(f"{tuning.seed} {query}").sample(others, n)
+            rows += [(question, text, *negatives) for text in relevant]
     if not rows:
-        raise ValueError(
-            f"--hard-negatives {tuning.hard_negatives}: BM25 finds so many for no question of {collection.name}"
-        )
+        raise ValueError(f"--hard-negatives {n}: BM25 finds so many for no question of {collection.name}")
+    names = ["query", "positive", *(f"negative_{k}" for k in range(1, n + 1))]
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
 
-def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss: str, tuning: Tuning) -> None:
-    """Train in place.
+def check_size(size: int | None, n: int, what: str) -> None:
+    if size is not None and size > n:
+        raise ValueError(f"--train-sizes {size}: there are {n:,} {what}")
+
+
+def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], tuning: Tuning) -> dict[str, Any]:
+    """Train in place. -> what the row of a table says of it
 
     Args:
-        examples: columns as the loss wants them.
-        loss: MultipleNegativesRankingLoss or CoSENTLoss.
+        examples: questions, passages and negatives, for the ranking loss; or two sentences and their score.
     """
     from datasets import Dataset
-    from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+    from sentence_transformers import SentenceTransformerTrainer
     from torch.nn import Dropout
     from transformers import PrinterCallback
 
@@ -111,53 +126,75 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], loss
     for module in encoder.modules():
         if isinstance(module, Dropout):
             module.p = 0.0
-    ranking = loss == "MultipleNegativesRankingLoss"
-    weighted = any("layer_weights" in name and weight.requires_grad for name, weight in encoder.named_parameters())
+    encoder.model_card_data.widget = [{}]  # else the trainer draws examples for a model card
+    name = PAIR_LOSSES[tuning.pair_loss or "cosent"] if "score" in examples else RANKING
     steps = tuning.n_steps(len(next(iter(examples.values()))))
+    loss, scale = loss_module(encoder, name, tuning.mini_batch)
     # the trainer wants a folder; nothing is kept of it
     with in_length_groups(encoder), one_process(), tempfile.TemporaryDirectory() as folder:
-        arguments = SentenceTransformerTrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=tuning.batch_size,
-            learning_rate=tuning.learning_rate,
-            lr_scheduler_type="linear",
-            warmup_steps=steps // 10,
-            seed=tuning.seed,
-            learning_rate_mapping={"layer_weights": LAYER_WEIGHTS_RATE} if weighted else {},
-            # a passage would be its own negative
-            batch_sampler=BatchSamplers.NO_DUPLICATES if ranking else BatchSamplers.BATCH_SAMPLER,
-            prompts={column: prompt for column, prompt in encoder.prompts.items() if prompt and ranking},
-            use_cpu=encoder.device.type == "cpu",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=not sys.stderr.isatty(),
-        )
-        arguments._n_gpu = 1  # it has no setting; on several GPUs the trainer would multiply the batch
         trainer = SentenceTransformerTrainer(
             model=encoder,
-            args=arguments,
+            args=arguments(encoder, examples, tuning, steps, folder),
             train_dataset=Dataset.from_dict(dict(examples)),
-            loss=loss_module(encoder, loss, tuning.mini_batch),
+            loss=loss,
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         assert trainer.state.global_step == steps
     encoder.eval()
+    return {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
 
 
-def loss_module(encoder: "SentenceTransformer", name: str, mini_batch: int) -> "Module":
+def arguments(
+    encoder: "SentenceTransformer", examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str
+) -> Any:
+    from sentence_transformers import SentenceTransformerTrainingArguments
+    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
+
+    assert tuning.learning_rate is not None
+    ranking = "score" not in examples
+    kinds: Any = dict.fromkeys(examples, "document" if ranking else "sentence") | {"query": "query"}
+    prompts = {
+        column: prompt for column in examples if column != "score" and (prompt := prompt_of(encoder, kinds[column]))
+    }
+    weighted = any(re.search(POOLING_WEIGHTS, name) and each.requires_grad for name, each in encoder.named_parameters())
+    found = SentenceTransformerTrainingArguments(
+        output_dir=folder,
+        max_steps=steps,
+        per_device_train_batch_size=tuning.batch_size,
+        learning_rate=tuning.learning_rate,
+        lr_scheduler_type="linear",
+        warmup_steps=steps // 10,
+        seed=tuning.seed,
+        learning_rate_mapping={POOLING_WEIGHTS: POOLING_RATE} if weighted else {},
+        # a passage would be its own negative
+        batch_sampler=BatchSamplers.NO_DUPLICATES if ranking else BatchSamplers.BATCH_SAMPLER,
+        prompts=prompts,
+        bf16=precision(encoder) == "bf16-mixed",
+        use_cpu=encoder.device.type == "cpu",
+        save_strategy="no",
+        logging_strategy="no",
+        report_to="none",
+        disable_tqdm=not sys.stderr.isatty(),
+    )
+    found._n_gpu = 1  # on several GPUs the trainer would multiply the batch
+    return found
+
+
+def loss_module(encoder: "SentenceTransformer", name: str, mini_batch: int) -> "tuple[Module, float | None]":
+    """-> the loss, and by how much it multiplies similarities before the softmax (None where there is none)"""
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.util import SimilarityFunction
 
-    options: dict[str, Any] = {}
-    if name == "MultipleNegativesRankingLoss":
+    if name == "CosineSimilarityLoss":
+        return losses.CosineSimilarityLoss(encoder), None
+    scale = SCALE if name == "CoSENTLoss" or encoder.similarity_fn_name == "cosine" else 1.0
+    options: dict[str, Any] = {"scale": scale}
+    if name == RANKING:
         options["similarity_fct"] = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
-        options["scale"] = 20.0 if encoder.similarity_fn_name == "cosine" else 1.0
         if mini_batch:
             name, options["mini_batch_size"] = f"Cached{name}", mini_batch
-    return getattr(losses, name)(encoder, **options)
+    return getattr(losses, name)(encoder, **options), scale
 
 
 @contextlib.contextmanager

@@ -1,22 +1,24 @@
-"""The cells of an evaluation: which encoder, fine-tuned how, is measured on what. Each is computed once."""
+"""The rows of an evaluation: which encoder, fine-tuned how, is measured on what. Each is computed once."""
 
 import copy
 import hashlib
 import importlib.metadata
+import itertools
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
-from condenser.evaluation.comparison import write_queries
 from condenser.evaluation.finetuning import Tuning, fine_tune
 from condenser.evaluation.pooling import with_pooling
 from condenser.evaluation.search import BM25
-from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task
+from condenser.evaluation.tasks import UNSEEN, Attention, Retrieval, Task, Trainable
 from condenser.evaluation.whitening import whitened
 from condenser.runs import in_words
 
@@ -25,7 +27,15 @@ if TYPE_CHECKING:
 
 PACKAGES = ("accelerate", "bm25s", "PyStemmer", "pytrec-eval-terrier", "sentence-transformers", "torch", "transformers")
 RANDOM = "random initialisation"
-OF_A_CALL = ("model", "head_loss", "finetune")  # settings that say nothing about the encoder as it is
+ROWS = "rows"  # folder of a file for each row: the row, the values of its queries or pairs, and hits of --query
+LEARNING_RATES = (2e-5, 1e-4, 5e-4)  # tried where one is to be chosen,
+SIMILARITIES = ("cosine", "dot")  # for retrieval with each of these
+
+
+class Ready(NamedTuple):
+    encoder: "SentenceTransformer"
+    about: dict[str, Any]  # how it computes, compares and was fine-tuned
+    to_whiten: dict[str, np.ndarray]  # by a task's fingerprint the vectors that whitening is fitted on, once needed
 
 
 @dataclass(frozen=True)
@@ -33,69 +43,131 @@ class Candidate:
     """An encoder to measure; fine-tuned, if it is, once for all measurements."""
 
     model: str
-    start: "SentenceTransformer | None" = None  # None for BM25
+    base: "SentenceTransformer"
+    base_mark: str  # what identifies `base`
     pooling: str | None = None  # None is the encoder's own
+    drawn: int | None = None  # seed of random weights
     tuning: Tuning | None = None
-    trained_on: Retrieval | Similarity | None = None
+    trained_on: Trainable | None = None
 
     @cached_property
     def fingerprint(self) -> str:
-        about = encoders.describe(self.start) if self.start else BM25
         trained = self.trained_on and (self.trained_on.kind, self.trained_on.fingerprint)
-        return fingerprint(self.model, about, self.pooling, self.tuning and asdict(self.tuning), trained)
+        grid = (LEARNING_RATES, SIMILARITIES) if self.tuning and self.tuning.learning_rate is None else ()
+        tuning = self.tuning and asdict(self.tuning)
+        return fingerprint(self.base_mark, self.pooling, self.drawn, tuning, trained, grid)
 
-    @cached_property
+    @property
     def about(self) -> dict[str, Any]:
         """The columns of the table that say which it is."""
         return {
             "model": self.model,
-            "pooling": self.pooling or (self.start and encoders.pooling_of(self.start)),
+            "pooling": self.pooling or encoders.pooling_of(self.base),
             "fine_tuned": self.tuning is not None,
             "trained_on": self.trained_on and self.trained_on.name,
             "train_size": self.tuning and self.tuning.train_size,
+            "pair_loss": self.tuning and self.tuning.pair_loss,
             "seed": self.tuning and self.tuning.seed,
         }
 
-    def prepared(self) -> "SentenceTransformer | None":
-        if self.start is None:
-            return None
-        encoder = copy.deepcopy(self.start)
+    def start(self) -> "SentenceTransformer":
+        start = with_pooling(self.base, self.pooling) if self.pooling else copy.deepcopy(self.base)
+        return start if self.drawn is None else encoders.reinitialised(start, self.drawn)
+
+    def prepared(self, folder: Path) -> Ready:
+        encoder, tuned = self.start(), dict[str, Any]()
         if self.tuning:
             assert self.trained_on is not None
-            fine_tune(encoder, self.trained_on.examples(self.tuning), self.trained_on.loss, self.tuning)
-        return encoder
+            tuning = self.tuning
+            if tuning.learning_rate is None:
+                choice = self.chosen(folder)
+                tuning = replace(tuning, learning_rate=choice["learning_rate"])
+                encoder.similarity_fn_name = choice["similarity"]
+            tuned = fine_tune(encoder, self.trained_on.examples(tuning), tuning) | {"epochs": tuning.epochs}
+        about = {"similarity": encoder.similarity_fn_name, "max_length": encoder.max_seq_length}
+        return Ready(encoder, about | {"dtype": encoders.precision(encoder)} | tuned, {})
+
+    def chosen(self, folder: Path) -> dict[str, Any]:
+        """The learning rate, and for retrieval the similarity, that score best on held-out training questions or pairs.
+
+        Chosen once for all seeds of an encoder, pooling, collection and size, and kept in the output folder.
+        """
+        assert self.tuning is not None
+        assert self.trained_on is not None
+        part = self.trained_on.held_out()
+        size = self.tuning.train_size and min(self.tuning.train_size, part.n_train)
+        once = replace(self, tuning=replace(self.tuning, seed=0), drawn=None if self.drawn is None else 0)
+        path = folder / "choices" / f"{fingerprint(once.fingerprint, versions())}.json"
+        if path.exists():
+            return json.loads(path.read_text())
+        ranks = isinstance(part, Retrieval)
+        similarities: Any = SIMILARITIES if ranks else [self.base.similarity_fn_name]
+        tried = []
+        for rate, similarity in itertools.product(LEARNING_RATES, similarities):
+            encoder, tuning = once.start(), replace(self.tuning, learning_rate=rate, train_size=size, seed=0)
+            encoder.similarity_fn_name = similarity
+            fine_tune(encoder, part.examples(tuning), tuning)
+            found = part.measure(encoder).metrics
+            metric = (UNSEEN if found["queries_unseen"] else "ndcg@10") if ranks else "spearman"
+            tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": found[metric]})
+            setting = f"{rate:g}, {similarity}" if ranks else f"{rate:g}"
+            print(f"  tried {setting}: {metric} {found[metric]:.4f} on what was held out of training")
+        best = max(tried, key=lambda each: each["score"])
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, best | {"tried": tried})
+        return best
 
 
 @dataclass(frozen=True)
 class Job:
     """One row of the table."""
 
-    candidate: Candidate
+    candidate: Candidate | None  # None for BM25
     task: Task
     whitening: int | None = None  # dimensions, 0 for all
     query: str | None = None  # of --query, in the one job that answers it
+    reader: "tuple[SentenceTransformer, str] | None" = None  # whose length BM25 keeps to; what identifies it
+
+    @property
+    def about(self) -> dict[str, Any]:
+        if self.candidate:
+            return self.candidate.about | {"whitening": self.whitening}
+        read = f"first {self.reader[0].max_seq_length} tokens" if self.reader else "whole texts"
+        return dict.fromkeys(("pooling", "trained_on", "train_size", "pair_loss", "seed", "whitening")) | {
+            "model": f"BM25, {read}",
+            "fine_tuned": False,
+        }
 
     def __str__(self) -> str:
-        about = self.candidate.about | {"whitening": self.whitening}
+        about = self.about
         seed = "" if about["seed"] is None else f", seed {about['seed']}"
         return f"{self.task.name}: {in_words(about)}{seed}"
 
     @cached_property
     def fingerprint(self) -> str:
-        task = (self.task.kind, self.task.fingerprint)
-        return fingerprint(self.candidate.fingerprint, task, self.whitening, self.query, versions())
+        model = self.candidate.fingerprint if self.candidate else (BM25, self.reader and self.reader[1])
+        return fingerprint(model, self.task.kind, self.task.fingerprint, self.whitening, self.query, versions())
 
-    def run(self, encoder: "SentenceTransformer | None", folder: Path) -> tuple[dict[str, Any], Sequence[Any]]:
-        """-> the row, and the first hits for the query if there is one"""
-        if self.whitening is not None:
-            assert encoder is not None
-            assert not isinstance(self.task, Attention)
-            encoder = whitened(encoder, self.task.texts(), self.whitening or None)
-        measured = self.task.measure(encoder, self.query)
-        row = {"task": self.task.kind, "collection": self.task.name, **self.candidate.about}
-        row |= {"whitening": self.whitening, **measured.metrics}
-        write_queries(folder, self.fingerprint, row, measured.values)
-        return row, measured.hits
+    def run(self, ready: Ready | None) -> dict[str, Any]:
+        """-> the file of the row
+
+        Args:
+            ready: what `Candidate.prepared` gave; None for BM25
+        """
+        if ready is None:
+            assert isinstance(self.task, Retrieval)
+            measured, how = self.task.measure_bm25(self.reader and self.reader[0]), dict[str, Any]()
+        else:
+            encoder, how, mark = ready.encoder, ready.about, self.task.fingerprint
+            if self.whitening is not None:
+                assert not isinstance(self.task, Attention)
+                if mark not in ready.to_whiten:
+                    vectors = encoders.encoded(encoder, self.task.texts(), self.task.texts_are)
+                    ready.to_whiten[mark] = vectors.cpu().numpy()
+                encoder = whitened(encoder, ready.to_whiten[mark], self.whitening or None)
+            measured = self.task.measure(encoder, self.query)
+        row = {"task": self.task.kind, "collection": self.task.name, **self.about, **how, **measured.metrics}
+        return {"row": row, "values": measured.values, "hits": measured.hits}
 
 
 def fingerprint(*parts: Any) -> str:
@@ -104,34 +176,33 @@ def fingerprint(*parts: Any) -> str:
 
 def plan(
     tasks: Sequence[Task],
-    encoder: "SentenceTransformer",
+    base: "SentenceTransformer",
     tunings: Sequence[Tuning],
-    poolings: Sequence[str],
+    poolings: Sequence[str | None],
     whitenings: Sequence[int],
-    seeds: Sequence[int],
-    baselines: bool,
+    drawn: int | None,
     query: str | None,
 ) -> list[Job]:
-    """The rows of the table, in order; the last encoder that searches the first collection answers the query."""
-    jobs = []
-    starts: dict[str | None, SentenceTransformer] = {name: with_pooling(encoder, name) for name in poolings}
-    starts = starts or {None: encoder}
-    drawn = [(name, seed) for name in starts for seed in seeds] if baselines else []
-    twins = {(name, seed): encoders.reinitialised(starts[name], seed) for name, seed in drawn}
+    """The rows of the table, in order; the last encoder that searches the first collection answers the query.
+
+    Args:
+        drawn: with BM25 and random weights: of this seed, or of fine-tuning's
+    """
+    mark, jobs = fingerprint(encoders.describe(base)), []
     for task in tasks:
-        if baselines and task.kind == "retrieval":
-            jobs.append(Job(Candidate("BM25"), task))
-        for tuning in (None, *(tunings if task.trains else [])):
+        if drawn is not None and isinstance(task, Retrieval):
+            jobs.append(Job(None, task))
+            jobs += [Job(None, task, reader=(base, mark))] if base.max_seq_length and base.tokenizer.is_fast else []
+        for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), poolings):
             trained_on = task if tuning and not isinstance(task, Attention) else None
-            for name, start in starts.items():
-                both = {"pre-trained": start}
-                if baselines:
-                    both = {RANDOM: twins[name, tuning.seed if tuning else seeds[0]]} | both
-                for model, weights in both.items():
-                    candidate = Candidate(model, weights, name, tuning, trained_on)
-                    jobs += measurements(candidate, task, tasks, whitenings)
-    answering = max((n for n, job in enumerate(jobs) if job.task == tasks[0] and job.candidate.start), default=None)
-    if query and answering is not None and tasks[0].kind == "retrieval":
+            if tuning and isinstance(trained_on, Retrieval):
+                tuning = replace(tuning, pair_loss=None)
+            seeds = {} if drawn is None else {RANDOM: tuning.seed if tuning else drawn}
+            for model, seed in {**seeds, "pre-trained": None}.items():
+                candidate = Candidate(model, base, mark, pooling, seed, tuning, trained_on)
+                jobs += measurements(candidate, task, tasks, whitenings)
+    answering = max((n for n, job in enumerate(jobs) if job.task is tasks[0] and job.candidate), default=None)
+    if query and answering is not None and isinstance(tasks[0], Retrieval):
         jobs[answering] = replace(jobs[answering], query=query)
     return jobs
 
@@ -142,52 +213,39 @@ def measurements(candidate: Candidate, task: Task, tasks: Sequence[Task], whiten
     if candidate.tuning:
         measured += [other for other in tasks if not other.trains and other.kind in (task.kind, "attention")]
     for each in measured:
-        for dimensions in (None, *(whitenings if each.kind != "attention" else [])):
+        for dimensions in (None, *(whitenings if not isinstance(each, Attention) else [])):
             yield Job(candidate, each, dimensions)
 
 
-def compute(plan: list[Job], settings: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Run the jobs whose row the file lacks, rewriting it after each. -> what it is to hold
-
-    The encoder's rows of MTEB stay in it, and all others too if there are no jobs; else what is not among these is kept
-    in ``earlier/`` beside the file.
-    """
-    jobs = {job.fingerprint: job for job in plan}
+def compute(jobs: list[Job], settings: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Run the jobs that have no file in ``rows/`` beside ``path``, which is rewritten after each. -> what it holds"""
     found: dict[str, Any] = {"settings": settings, "rows": [], "fingerprints": []}
-    before = json.loads(path.read_text()) if path.exists() else found | {"settings": {}}
-    same = all(before["settings"].get(name) == value for name, value in settings.items() if name not in OF_A_CALL)
-    if same and not jobs:
-        return before
-    kept = {"mteb": before["mteb"]} if same and "mteb" in before else {}
-    back = set_aside(path.parent, jobs.keys())
-    back = {mark: row for mark, row in back.items() if not jobs[mark].query}  # its hits were not kept
-    known = back | dict(zip(before["fingerprints"], before["rows"], strict=True))
-    rows = {mark: known[mark] for mark in jobs if mark in known}
-    example = before.get("example") if any(jobs[mark].query for mark in rows) else None
-    ready: tuple[str, Any] = ("", None)  # a candidate's fingerprint, the encoder
-    for number, (mark, job) in enumerate(jobs.items(), start=1):
-        print(f"{number}/{len(jobs)} {job}{': as before' if mark in rows else ''}")
-        if mark not in rows:
-            if ready[0] != job.candidate.fingerprint:
-                ready = job.candidate.fingerprint, job.candidate.prepared()
-            rows[mark], hits = job.run(ready[1], path.parent)
-            example = {"query": job.query, "answered_by": str(job), "hits": hits} if hits else example
-        marks = [mark for mark in jobs if mark in rows]
-        found |= {"rows": [rows[mark] for mark in marks], "fingerprints": marks, **kept}
-        found |= {"example": example} if example else {}
+    jobs = list({job.fingerprint: job for job in jobs}.values())
+    ready: tuple[str, Any] = ("", None)  # a candidate's fingerprint, what it has prepared
+    for number, job in enumerate(jobs, start=1):
+        file = path.parent / ROWS / f"{job.fingerprint}.json"
+        print(f"{number}/{len(jobs)} {job}{': as before' if file.exists() else ''}")
+        if not file.exists():
+            mark = job.candidate.fingerprint if job.candidate else ""
+            if ready[0] != mark:
+                ready = mark, job.candidate.prepared(path.parent) if job.candidate else None
+            file.parent.mkdir(exist_ok=True)
+            write_json(file, job.run(ready[1] if job.candidate else None))
+        kept = json.loads(file.read_text())
+        found["rows"].append(kept["row"])
+        found["fingerprints"].append(job.fingerprint)
+        if job.query:
+            found["example"] = {"query": job.query, "answered_by": str(job), "hits": kept["hits"]}
         write_json(path, found)
     return found
 
 
-def set_aside(folder: Path, asked: Collection[str]) -> dict[str, Any]:
-    """Files of ``queries/`` that are not asked for go to ``earlier/``. -> by fingerprint the rows that come back"""
-    queries, earlier = folder / "queries", folder / "earlier"
-    for source, target, here in (queries, earlier, False), (earlier, queries, True):
-        for file in source.glob("*.json"):
-            if (file.stem in asked) == here:
-                target.mkdir(exist_ok=True)
-                file.rename(target / file.name)
-    return {file.stem: json.loads(file.read_text())["row"] for file in queries.glob("*.json")}
+def read_rows(folder: Path) -> list[tuple[dict[str, Any], dict[str, dict[str, float]]]]:
+    """Of the last call that wrote there: rows, and the values of each one's queries or pairs."""
+    path = folder / "results.json"
+    marks = json.loads(path.read_text(encoding="utf-8")).get("fingerprints", []) if path.is_file() else []
+    files = [json.loads((folder / ROWS / f"{mark}.json").read_text(encoding="utf-8")) for mark in marks]
+    return [(file["row"], file["values"]) for file in files]
 
 
 def versions() -> dict[str, str]:

@@ -4,50 +4,64 @@ It brings data, metrics and protocol (prompts, splits, subsets), so that numbers
 leaderboard. Data come from the Hugging Face hub when a task runs.
 """
 
+import importlib.util
+import json
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from condenser.data.store import write_json
+from condenser.evaluation.encoders import describe
+from condenser.evaluation.jobs import fingerprint
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 
-def run_mteb(encoder: "SentenceTransformer", names: list[str], known: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Evaluate on tasks, or on all tasks of benchmarks, that are not among the rows ``known``. -> these and the new
-    rows, one for each task with its main score, over splits and subsets
+def find_tasks(names: Sequence[str]) -> list[Any]:
+    """Tasks by name, and all tasks of benchmarks.
 
     Raises:
-        ValueError: a name that mteb does not know, before anything runs; data that cannot be had.
+        ValueError: a name that mteb does not know.
     """
-    try:
+    if names and importlib.util.find_spec("mteb") is None:
+        raise ImportError("MTEB's tasks need mteb: pip install 'condenser[mteb]'")
+    found: list[Any] = []
+    for name in names:
         import mteb
-    except ImportError:
-        raise ImportError("MTEB's tasks need mteb: pip install 'condenser[mteb]'") from None
-    rows = {row["collection"]: row for row in known}
-    for task in [task for name in names for task in tasks(name)]:
-        name = task.metadata.name
-        if rows.get(name, {}).get("mteb") == mteb.__version__:
-            continue
+
         try:
-            found = mteb.evaluate(
-                encoder, [task], cache=None, co2_tracker=False, show_progress_bar=sys.stderr.isatty()
-            ).task_results[0]
-        except OSError as error:
-            raise ValueError(f"MTEB's {name} could not be loaded from the Hugging Face hub: {error}") from error
-        row = {"collection": name, "metric": task.metadata.main_score, "score": float(found.get_score())}
-        rows[name] = row | {"revision": found.dataset_revision, "mteb": mteb.__version__}
-    return list(rows.values())
+            found += mteb.get_benchmark(name).tasks
+        except KeyError:
+            try:
+                found.append(mteb.get_task(name))
+            except KeyError as error:
+                hint = error.args[0].removeprefix("KeyError: ")
+                raise ValueError(f"MTEB has no task or benchmark of the name {name!r}: {hint}") from None
+    return found
 
 
-def tasks(name: str) -> list[Any]:
-    """A task by its name, or those of the benchmark."""
+def run_mteb(encoder: "SentenceTransformer", tasks: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+    """-> a row for each task with its main score, over splits and subsets; kept in ``folder``, a file for each
+
+    Raises:
+        ValueError: data that cannot be had.
+    """
     import mteb
 
-    try:
-        return list(mteb.get_benchmark(name).tasks)
-    except KeyError:
-        pass
-    try:
-        return [mteb.get_task(name)]
-    except KeyError as error:
-        hint = error.args[0].removeprefix("KeyError: ")
-        raise ValueError(f"MTEB has no task or benchmark of the name {name!r}: {hint}") from None
+    rows, mark = [], describe(encoder)
+    options: Any = {"cache": None, "co2_tracker": False, "show_progress_bar": sys.stderr.isatty()}
+    for task in tasks:
+        name = task.metadata.name
+        file = folder / f"mteb-{fingerprint(mark, name, mteb.__version__)}.json"
+        if not file.exists():
+            try:
+                (found,) = mteb.evaluate(encoder, [task], **options).task_results
+            except OSError as error:
+                raise ValueError(f"MTEB's {name} could not be loaded from the Hugging Face hub: {error}") from error
+            row = {"collection": name, "metric": task.metadata.main_score, "score": float(found.get_score())}
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(file, row | {"revision": found.dataset_revision, "mteb": mteb.__version__})
+        rows.append(json.loads(file.read_text()))
+    return rows

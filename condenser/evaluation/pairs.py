@@ -5,7 +5,6 @@ Files are tab- or comma-separated or JSON lines, plain or compressed, with one o
     named columns         score (similarity, relatedness_score, label, ...), sentence1, sentence2 (sentence_A, ...)
     the STS benchmark's   no header; the score is the 5th column, the sentences are the 6th and the 7th
     three columns         no header; the score is the first or the last
-    STS.input.NAME.txt    SemEval 2012-2016: two sentences; the scores are the lines of STS.gs.NAME.txt, empty for none
 
 The first line tells what separates columns, not the file's name: the STS benchmark's .csv files have tabs. Beside tabs
 quotes have no meaning, as in the published STS files.
@@ -13,20 +12,20 @@ quotes have no meaning, as in the published STS files.
 
 import csv
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from condenser.corpus.readers import COMPRESSED, opened
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".json")
-SEMEVAL = "STS.input."
 SCORES = ("relatednessscore", "relatedness", "similarityscore", "similarity", "score", "goldscore", "gold", "label")
 SENTENCES = [(word + a, word + b) for word in ("sentence", "sent", "text", "s") for a, b in ("12", "ab")]
 NUMBER = re.compile(r"\s*-?\d+(\.\d*)?\s*")
@@ -46,17 +45,20 @@ class Pairs:
         content = (self.name, self.first, self.second, self.scores.tolist())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+    def part(self, chosen: np.ndarray) -> "Pairs":
+        """Those that a mask [N] chooses."""
+        first, second = (list(itertools.compress(side, chosen)) for side in (self.first, self.second))
+        return Pairs(self.name, first, second, self.scores[chosen])
 
-@dataclass(frozen=True)
-class SimilarityTask:
+
+class SimilarityTask(NamedTuple):
     name: str
     test: Pairs
     train: Pairs | None
 
 
 def read_similarity(path: Path) -> SimilarityTask:
-    """A file; or a folder where one file has "test" in its name and at most one "train"; or one of STS.input files,
-    which together are the test set (for STS12-16 as in SimCSE's tables, "all").
+    """A file; or a folder where one file has "test" in its name and at most one "train".
 
     Raises:
         ValueError: no test set or several, or a file that `read_pairs` refuses.
@@ -66,9 +68,6 @@ def read_similarity(path: Path) -> SimilarityTask:
         return SimilarityTask(test.name, test, None)
     name = path.resolve().name
     files = sorted(file for file in path.glob("[!.]*") if kind(file) in SUFFIXES)
-    if parts := [read_pairs(file) for file in files if file.name.startswith(SEMEVAL)]:
-        first, second = ([text for part in parts for text in getattr(part, side)] for side in ("first", "second"))
-        return SimilarityTask(name, Pairs(name, first, second, np.concatenate([part.scores for part in parts])), None)
     tests, trains = ([file for file in files if split in file.name.lower()] for split in ("test", "train"))
     if len(tests) != 1 or len(trains) > 1:
         raise ValueError(
@@ -87,7 +86,7 @@ def read_pairs(path: Path) -> Pairs:
     if kind(path) not in SUFFIXES or not path.is_file():
         formats = f"{', '.join(SUFFIXES)}, or {', '.join(COMPRESSED)} of it"
         raise ValueError(f"no sentence pairs at {path}: a file is needed ({formats}), or a folder of them")
-    rows = list(semeval_rows(path) if path.name.startswith(SEMEVAL) else table_rows(path))
+    rows = list(table_rows(path))
     columns, width, header = layout(path, rows[0][1] if rows else [])
     first, second, scores = [], [], []
     for number, row in rows[header:]:
@@ -130,26 +129,15 @@ def layout(path: Path, row: list[Any]) -> tuple[tuple[int, int, int], int | None
     )
 
 
-def read_lines(path: Path) -> list[str]:
-    with opened(path) as (file, _):
-        text = file.read().decode("utf-8-sig", errors="replace")
-    return [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
-
-
-def semeval_rows(path: Path) -> Rows:
-    gold = path.with_name(path.name.replace(".input.", ".gs.", 1))
-    if not gold.is_file():
-        raise ValueError(f"{path}: its scores should be in {gold.name} beside it")
-    texts, scores = read_lines(path), read_lines(gold)
-    if len(texts) != len(scores):
-        raise ValueError(f"{path} has {len(texts)} lines, but {gold.name} has {len(scores)}")
-    for number, (text, score) in enumerate(zip(texts, scores, strict=True), start=1):
-        if score.strip():
-            yield number, [score, *text.split("\t")[:2]]
-
-
 def table_rows(path: Path) -> Rows:
-    lines = read_lines(path)
+    with opened(path) as (file, _):
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = 1 + content[: error.start].count(b"\n")
+        raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from None
+    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
     filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if kind(path) in (".jsonl", ".json"):
         yield from json_rows(path, filled)

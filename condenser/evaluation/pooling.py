@@ -4,14 +4,19 @@
     mean+max            both, the maximum first: twice the dimensions
     last<k>-cls         mean of the [CLS] vectors of the last k layers
     weighted-layers     weighted mean of the [CLS] vectors of all layers; the weights start equal and are fine-tuned
+    attention           mean of the last layer weighted by softmax of a product with one vector, which is fine-tuned
 
 The mean over layers is `WeightedLayerPooling` before CLS pooling, which is the same as the mean of [CLS] vectors. A
-module of our own would not load: sentence-transformers 6 refuses foreign classes without ``trust_remote_code``.
+module of our own would not load: sentence-transformers 6 refuses foreign classes without ``trust_remote_code``; so an
+encoder with attention pooling can be measured, but not saved.
 """
 
 import copy
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
 
 from condenser.evaluation.encoders import backbone
 
@@ -19,7 +24,27 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 MODES = {"cls": "cls", "mean": "mean", "max": "max", "mean+max": ("max", "mean")}
-POOLINGS = (*MODES, "last4-cls", "weighted-layers")  # for a study; any k for last<k>-cls
+LAST = r"last([1-9]\d*)-cls"
+POOLINGS = (*MODES, "last4-cls", "weighted-layers", "attention")  # for a study; any k for last<k>-cls
+
+
+class AttentionPooling(nn.Module):
+    """Weights of the tokens are the softmax of their products with ``attention_query`` ``[H]``: at first all alike."""
+
+    pooling_mode = "attention"
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.attention_query = nn.Parameter(torch.zeros(size))
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        tokens = features["token_embeddings"]  # [B, L, H]
+        scores = tokens @ self.attention_query.to(tokens.dtype) / tokens.shape[-1] ** 0.5
+        weights = scores.masked_fill(features["attention_mask"] == 0, float("-inf")).softmax(dim=1)
+        return features | {"sentence_embedding": (weights.unsqueeze(1) @ tokens).squeeze(1)}
+
+    def get_embedding_dimension(self) -> int:
+        return len(self.attention_query)
 
 
 def with_pooling(encoder: "SentenceTransformer", name: str) -> "SentenceTransformer":
@@ -28,36 +53,46 @@ def with_pooling(encoder: "SentenceTransformer", name: str) -> "SentenceTransfor
     Raises:
         ValueError: an unknown pooling, more layers than there are, or an encoder with other modules.
     """
-    from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
 
+    averaged = check_pooling(encoder, name)
     layers = backbone(encoder).config.num_hidden_layers
-    averaged = layers_averaged(name, layers)
     twin = copy.deepcopy(encoder)
-    transformer, *rest = (module for module in twin if not isinstance(module, Pooling | WeightedLayerPooling))
-    if not (isinstance(transformer, Transformer) and all(isinstance(module, Normalize) for module in rest)):
-        modules = ", ".join(type(module).__name__ for module in encoder)
-        raise ValueError(f"another pooling needs an encoder of Transformer, Pooling and Normalize, not of {modules}")
-    size = transformer.get_embedding_dimension()
+    parts = (Pooling, WeightedLayerPooling, AttentionPooling)
+    transformer, *rest = (module for module in twin if not isinstance(module, parts))
+    size: Any = transformer.get_embedding_dimension()  # type: ignore[operator]
     backbone(twin).config.output_hidden_states = averaged > 0  # hands all layers to the module that averages them
     del twin[1:]
     if averaged:
         average = WeightedLayerPooling(size, num_hidden_layers=layers, layer_start=layers + 1 - averaged)
         twin.append(average.requires_grad_(name == "weighted-layers"))
-    for module in (Pooling(size, MODES.get(name, "cls")), *rest):
+    pooling = AttentionPooling(size) if name == "attention" else Pooling(size, MODES.get(name, "cls"))
+    for module in (pooling, *rest):
         twin.append(module)
     return twin.to(encoder.device)
 
 
-def layers_averaged(name: str, layers: int) -> int:
-    """How many of the last layers a pooling averages, 0 if it takes the last one as it is."""
-    if name in MODES:
-        return 0
+def check_pooling(encoder: "SentenceTransformer", name: str) -> int:
+    """-> how many of the last layers a pooling averages, 0 if it takes the last one as it is; errors as above"""
+    from sentence_transformers.base.modules import Normalize, Transformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
+
+    known = (Pooling, WeightedLayerPooling, AttentionPooling, Normalize)
+    if not isinstance(encoder[0], Transformer) or not all(isinstance(module, known) for module in list(encoder)[1:]):
+        modules = ", ".join(type(module).__name__ for module in encoder)
+        raise ValueError(f"another pooling needs an encoder of Transformer, Pooling and Normalize, not of {modules}")
+    check_name(name)
+    layers, last = backbone(encoder).config.num_hidden_layers, re.fullmatch(LAST, name)
     if name == "weighted-layers":
         return layers
-    last = re.fullmatch(r"last([1-9]\d*)-cls", name)
-    if not last:
-        raise ValueError(f"no pooling {name!r}: there are {', '.join(MODES)}, last<k>-cls and weighted-layers")
-    if int(last[1]) > layers:
-        raise ValueError(f"pooling {name!r}: the encoder has {layers} layers")
-    return int(last[1])
+    if last:
+        if int(last[1]) > layers:
+            raise ValueError(f"pooling {name!r}: the encoder has {layers} layers")
+        return int(last[1])
+    return 0
+
+
+def check_name(name: str) -> None:
+    if name not in (*MODES, "weighted-layers", "attention") and not re.fullmatch(LAST, name):
+        others = "last<k>-cls, weighted-layers and attention"
+        raise ValueError(f"no pooling {name!r}: there are {', '.join(MODES)}, {others}")

@@ -2,7 +2,7 @@
 
     corpus.jsonl {_id, title, text}   queries.jsonl {_id, text}   qrels/test.tsv or another, qrels/train.tsv (optional)
 
-each plain or compressed (.gz, .xz, .zst). A title goes before its text, as in BEIR.
+each plain or compressed (.gz, .xz, .zst). A title goes before its text, as in BEIR. Other files are not looked at.
 """
 
 import hashlib
@@ -27,17 +27,36 @@ class Collection:
 
     @cached_property
     def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(vars(self)).encode()).hexdigest()[:16]
+        """Of all that it holds, a part at a time."""
+        digest = hashlib.sha256(self.name.encode())
+        for part in (self.documents, self.queries, self.qrels, self.train_queries, self.train_qrels):
+            digest.update(b"\n")
+            for item in part.items():
+                digest.update(json.dumps(item).encode())
+        return digest.hexdigest()[:16]
 
     @property
     def train_pairs(self) -> list[tuple[str, str]]:
         """Texts of a query and a relevant document."""
         return [
             (self.train_queries[query], self.documents[i])
-            for query, judged in self.train_qrels.items()
-            for i, grade in judged.items()
-            if grade > 0 and i in self.documents
+            for query in self.train_qrels
+            for i in self.relevant(query, self.train_qrels)
         ]
+
+    def relevant(self, query: str, qrels: Qrels) -> list[str]:
+        """Ids of what is relevant to a query and in the corpus."""
+        return [i for i, grade in qrels[query].items() if grade > 0 and i in self.documents]
+
+    @cached_property
+    def unseen(self) -> set[str]:
+        """The queries that are scored none of whose relevant documents, by their text, is one of training's."""
+        seen = {text for _, text in self.train_pairs}
+        return {
+            query
+            for query in self.qrels
+            if not any(self.documents[i] in seen for i in self.relevant(query, self.qrels))
+        }
 
 
 def read_collection(folder: Path, split: str = "test") -> Collection:
@@ -48,11 +67,14 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     """
     if not folder.is_dir():
         raise ValueError(f"no retrieval collection at {folder}: --retrieval takes a folder in BEIR's layout")
-    splits = sorted({path.name.partition(".tsv")[0] for path in folder.glob("qrels/[!.]*.tsv*")})
+    suffixes = tuple(f".tsv{suffix}" for suffix in ("", *COMPRESSED))
+    files = [path.name for path in folder.glob("qrels/[!.]*") if path.name.endswith(suffixes)]
+    splits = sorted({name.rpartition(".tsv")[0] for name in files})
     if split not in splits:
         raise ValueError(f"{folder} has no qrels/{split}.tsv: --split can be {', '.join(splits) or 'nothing there'}")
-    documents = {i: f"{row.get('title') or ''} {row['text']}".strip() for i, row in read_rows(folder, "corpus.jsonl")}
-    queries = {i: row["text"] for i, row in read_rows(folder, "queries.jsonl")}
+    rows = read_rows(folder, "corpus.jsonl")
+    documents = {i: f"{row.get('title') or ''} {row['text']}".strip() for i, row in rows.items()}
+    queries = {i: row["text"] for i, row in read_rows(folder, "queries.jsonl").items()}
     qrels = read_qrels(folder, f"qrels/{split}.tsv", queries)
     train = read_qrels(folder, "qrels/train.tsv", queries) if "train" in splits else {}
     if not any(judged.keys() & documents.keys() for judged in qrels.values()):
@@ -69,17 +91,25 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
 
 
 def read_lines(folder: Path, name: str) -> Iterator[tuple[str, str]]:
-    """-> (where, line) of those that are not empty"""
+    """-> (where, line) of those that are not empty, without byte order marks"""
     path = next((p for suffix in ("", *COMPRESSED) if (p := folder / (name + suffix)).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has no {name} (plain or {', '.join(COMPRESSED)}), which this needs")
+    empty = True
     with opened(path) as (file, _):
         for number, line in enumerate(file, start=1):
             if line.strip():
-                yield f"{path}, line {number}", line.decode("utf-8-sig", errors="replace").rstrip("\r\n")
+                empty = False
+                try:
+                    yield f"{path}, line {number}", line.decode("utf-8-sig").rstrip("\r\n")
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from None
+    if empty:
+        raise ValueError(f"{path} is empty")
 
 
-def read_rows(folder: Path, name: str) -> Iterator[tuple[str, dict]]:
+def read_rows(folder: Path, name: str) -> dict[str, dict]:
+    rows: dict[str, dict] = {}
     for where, line in read_lines(folder, name):
         try:
             row = json.loads(line)
@@ -87,20 +117,29 @@ def read_rows(folder: Path, name: str) -> Iterator[tuple[str, dict]]:
             raise ValueError(f"{where}: not JSON: {error}") from None
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("_id", "text")):
             raise ValueError(f"{where}: not an object with the strings _id and text")
-        yield row["_id"], row
+        if rows.setdefault(row["_id"], row) != row:
+            raise ValueError(f"{where}: another text of the _id {row['_id']!r}, which an earlier line has too")
+    return rows
 
 
 def read_qrels(folder: Path, name: str, queries: Texts) -> Qrels:
-    """Queries with at least one relevant document. A first line that is no judgement is the header."""
+    """Queries with at least one relevant document. A first line whose score is no number is the header."""
     qrels: Qrels = {}
     for number, (where, line) in enumerate(read_lines(folder, name)):
+        columns = line.split("\t")
         try:
-            query, document, grade = line.split("\t")
-            qrels.setdefault(query, {})[document] = int(grade)
+            query, document, score = columns
+            grade = float(score)
+            if not grade.is_integer():
+                raise ValueError
         except ValueError:
-            if number > 0:
-                raise ValueError(f"{where}: not 'query-id<TAB>corpus-id<TAB>score'") from None
+            if number == 0 and len(columns) == 3 and not any(map(str.isdigit, columns[2])):
+                continue
+            raise ValueError(f"{where}: not 'query-id<TAB>corpus-id<TAB>score' with a whole score") from None
+        qrels.setdefault(query, {})[document] = int(grade)
     qrels = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
+    if not qrels:
+        raise ValueError(f"{folder}: {name} judges no document relevant")
     if missing := qrels.keys() - queries.keys():
         raise ValueError(f"{folder}: {name} judges query {min(missing)!r}, which queries.jsonl lacks")
     return qrels

@@ -6,28 +6,34 @@ and the hits that are kept, whatever the size of the corpus.
 Shapes: Q queries, C documents of a chunk, K hits that are kept, H width of a vector.
 """
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Literal
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice, pairwise
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from condenser.evaluation.encoders import encoded, tokens_read
+
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-    from torch import Tensor
 
 Texts = dict[str, str]  # by id
 Qrels = dict[str, dict[str, int]]
 Values = dict[str, dict[str, float]]  # query id -> metric -> value
-Index = Literal["exact", "faiss"]
 
 TOP_K = 1000  # hits of a query that are scored, as trec_eval's users have it
 KEPT = TOP_K + 1  # by a search: scoring may leave out one, see `score_queries`
 CHUNK = 10_000  # documents
 QUERY_BLOCK = 256  # queries that are compared with a chunk at once
-LOW_BITS = 0xFFFFFFFF
-BM25 = "bm25s: k1 0.9, b 0.4 (Anserini's defaults), English stop words, Snowball's English stemmer"
+BM25 = (
+    "bm25s: k1 0.9, b 0.4 (Anserini's defaults), English stop words, Snowball's English stemmer; pairs of characters "
+    "in scripts without spaces"
+)
+UNSPACED = (  # Thai and Lao, Burmese, Khmer, kana, Han
+    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+)
+WORDS = rf"[{UNSPACED}]+|\b\w\w+\b"
 METRICS = {  # trec_eval's names; its reciprocal rank has no cut-off
     "ndcg@10": "ndcg_cut_10",
     "mrr@10": "recip_rank",
@@ -62,97 +68,62 @@ class Run(Mapping[str, dict[str, float]]):
         return len(self.places)
 
 
-def bm25_search(documents: Texts, queries: Texts) -> Run:
-    """With the settings in ``BM25``. Documents without a match stay out."""
+def bm25_search(documents: Texts, queries: Texts, kept: int = KEPT, reader: "SentenceTransformer | None" = None) -> Run:
+    """With the settings in ``BM25``. Documents without a match stay out.
+
+    Args:
+        reader: an encoder, of whose tokens of each text, up to its length, BM25 reads no more than it does
+    """
     import bm25s
     from Stemmer import Stemmer
 
-    words = {"stopwords": "en", "stemmer": Stemmer("english"), "show_progress": False}
+    words = {"token_pattern": WORDS, "stopwords": "en", "stemmer": Stemmer("english"), "show_progress": False}
+    passages, questions = list(documents.values()), list(queries.values())
+    if reader is not None:
+        passages, questions = tokens_read(reader, passages, "document"), tokens_read(reader, questions, "query")
+    tokens = bm25s.tokenize([spaced(text) for text in passages], **words)
+    if not any(tokens.ids):  # nothing that could be found
+        return Run(queries, documents, np.empty((len(queries), 0), int), np.empty((len(queries), 0)))
     index = bm25s.BM25(k1=0.9, b=0.4)
-    index.index(bm25s.tokenize(list(documents.values()), **words), show_progress=False)
-    tokens = bm25s.tokenize(list(queries.values()), **words)
-    rows, scores = index.retrieve(tokens, k=min(KEPT, len(documents)), show_progress=False)
+    index.index(tokens, show_progress=False)
+    asked = bm25s.tokenize([spaced(text) for text in questions], **words)
+    rows, scores = index.retrieve(asked, k=min(kept, len(documents)), show_progress=False)
     return Run(queries, documents, np.where(scores > 0, rows, -1), scores)
 
 
-def dense_search(
-    encoder: "SentenceTransformer", documents: Texts, queries: Texts, *, index: Index = "exact", chunk: int = CHUNK
-) -> Run:
+def spaced(text: str) -> str:
+    """Text whose runs of characters without spaces are pairs of neighbours, each a word, as in Lucene's CJK analyser.
+
+    >>> spaced("去北京 by rail")
+    ' 去北 北京  by rail'
+    """
+    return re.sub(f"[{UNSPACED}]+", lambda run: f" {' '.join(map(''.join, pairwise(run[0]))) or run[0]} ", text)
+
+
+def dense_search(encoder: "SentenceTransformer", documents: Texts, queries: Texts, chunk: int = CHUNK) -> Run:
     """All documents compared with all queries in fp32, by the encoder's own similarity function.
 
-    Equal scores are in the order of the documents, except that faiss may choose others among those at the end.
-
     Args:
-        index: "exact" compares with torch, on the encoder's device; "faiss" by a flat index, for cosine or dot product
         chunk: documents that are encoded, sorted by length, and compared at a time
     """
     import torch
-    from tqdm import tqdm
+    from sentence_transformers.util import SimilarityFunction
 
-    nearest = nearest_by(index, encoder.similarity_fn_name or "cosine")
-    one_chunk, terminal = len(documents) <= chunk, sys.stderr.isatty()
-    options: Any = {"convert_to_tensor": True, "show_progress_bar": one_chunk and terminal}
-    questions = encoder.encode_query(list(queries.values()), **options).float().split(QUERY_BLOCK)
+    similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name or "cosine")
     texts = list(documents.values())
-    best = [torch.empty(len(block), 0, dtype=torch.int64, device=block.device) for block in questions]
-    starts = range(0, len(texts), chunk)
-    for start in tqdm(starts, f"chunks of {chunk:,} documents", leave=False, disable=one_chunk or not terminal):
-        passages = encoder.encode_document(texts[start : start + chunk], **options).float()
-        if not passages.isfinite().all():
-            raise ValueError("the encoder's vectors are not finite: its weights are broken, or too large for its dtype")
-        for number, block in enumerate(questions):
-            scores, rows = nearest(block, passages)
-            keys = torch.cat([best[number], sortable(scores, rows + start)], dim=1)
-            best[number] = keys.topk(min(KEPT, keys.shape[1])).values
-    scores, rows = unsorted(torch.cat(best).cpu())
-    return Run(queries, documents, rows.numpy(), scores.numpy())
-
-
-def nearest_by(index: Index, similarity: str) -> "Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]":
-    """-> a function of questions ``[Q, H]`` and passages ``[C, H]`` that gives scores ``[Q, C]`` and rows ``[C]``, or
-    those of the best with faiss, both ``[Q, K]``"""
-    import torch
-    from sentence_transformers.util import SimilarityFunction, normalize_embeddings
-
-    def exact(questions: "Tensor", passages: "Tensor") -> "tuple[Tensor, Tensor]":
-        scores = SimilarityFunction.to_similarity_fn(similarity)(questions, passages)
-        return scores, torch.arange(len(passages), device=scores.device)
-
-    def flat(questions: "Tensor", passages: "Tensor") -> "tuple[Tensor, Tensor]":
-        device = questions.device
-        if similarity == "cosine":
-            questions, passages = normalize_embeddings(questions), normalize_embeddings(passages)
-        vectors = faiss.IndexFlatIP(passages.shape[1])
-        vectors.add(passages.cpu().numpy())
-        scores, rows = vectors.search(questions.cpu().numpy(), min(KEPT, len(passages)))
-        return torch.from_numpy(scores).to(device), torch.from_numpy(rows).to(device)
-
-    if index == "exact":
-        return exact
-    if similarity not in ("cosine", "dot"):
-        raise ValueError(f"index 'faiss' compares by cosine or dot product, the encoder by {similarity}: use 'exact'")
-    try:
-        import faiss
-    except ImportError:
-        raise ImportError("index 'faiss' needs faiss: pip install 'condenser[faiss]'") from None
-    return flat
-
-
-def sortable(scores: "Tensor", rows: "Tensor") -> "Tensor":
-    """fp32 scores and rows -> int64 in whose order higher scores come first and, among equals, lower rows."""
-    import torch
-
-    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # of negative numbers, higher bits are lower numbers
-    return (ordered.long() << 32) | (LOW_BITS - rows)
-
-
-def unsorted(keys: "Tensor") -> "tuple[Tensor, Tensor]":
-    """The scores and rows that `sortable` was given."""
-    import torch
-
-    ordered = (keys >> 32).int()
-    return (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).view(torch.float32), LOW_BITS - (keys & LOW_BITS)
+    blocks = encoded(encoder, list(queries.values()), "query").split(QUERY_BLOCK)
+    best = [(block.new_empty(len(block), 0), block.new_empty(len(block), 0, dtype=torch.int64)) for block in blocks]
+    for start in range(0, len(texts), chunk):
+        passages = encoded(encoder, texts[start : start + chunk], "document")
+        for number, block in enumerate(blocks):
+            found = similarity(block, passages)
+            found = found.topk(min(KEPT, found.shape[1]))
+            scores = torch.cat([best[number][0], found.values], dim=1)
+            rows = torch.cat([best[number][1], found.indices + start], dim=1)
+            kept = scores.topk(min(KEPT, scores.shape[1]))
+            best[number] = kept.values, rows.gather(1, kept.indices)
+    found_scores, found_rows = (torch.cat(parts).cpu().numpy() for parts in zip(*best, strict=True))
+    return Run(queries, documents, found_rows, found_scores)
 
 
 def score_queries(run: Mapping[str, dict[str, float]], qrels: Qrels) -> Values:

@@ -5,20 +5,20 @@ published ones. Alignment and uniformity are those of Wang & Isola, "Understandi
 through Alignment and Uniformity on the Hypersphere" (2020), taken on STS as in SimCSE; lower is better for both.
 """
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from condenser.data.hashing import permuted
+from condenser.evaluation.encoders import encoded
+from condenser.evaluation.finetuning import check_size
 from condenser.evaluation.pairs import Pairs
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 POSITIVE = 0.8  # of the range of the scores, from where on a pair counts as positive: 4 on STS's 0 to 5
-UNIFORMITY_SENTENCES = 20_000  # compared with each other in some seconds
-BLOCK = 1024  # rows of the matrix of all similarities that are in memory at a time
+UNIFORMITY_SENTENCES = 5_000  # compared with each other in 100 MB
 
 
 def similarity_metrics(encoder: "SentenceTransformer", pairs: Pairs) -> tuple[dict[str, Any], np.ndarray]:
@@ -29,7 +29,7 @@ def similarity_metrics(encoder: "SentenceTransformer", pairs: Pairs) -> tuple[di
     from scipy.stats import pearsonr, spearmanr
 
     sentences = list(dict.fromkeys(pairs.first + pairs.second))
-    vectors = encoder.encode(sentences, show_progress_bar=sys.stderr.isatty()).astype(np.float64)
+    vectors = encoded(encoder, sentences).cpu().numpy().astype(np.float64)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     row = {sentence: number for number, sentence in enumerate(sentences)}
     first, second = (vectors[[row[sentence] for sentence in side]] for side in (pairs.first, pairs.second))
@@ -49,27 +49,22 @@ def similarity_metrics(encoder: "SentenceTransformer", pairs: Pairs) -> tuple[di
 
 def uniformity(vectors: np.ndarray) -> float:
     """log of the mean of exp(-2 |x - y|^2) over all pairs of unit vectors [N, D]; of many, over a fixed sample's."""
+    from scipy.spatial.distance import pdist
+
     n = len(vectors)
     if n > UNIFORMITY_SENTENCES:
         vectors = vectors[permuted(np.arange(UNIFORMITY_SENTENCES), n, 0)]
-        n = UNIFORMITY_SENTENCES
-    vectors = vectors.astype(np.float32)
-    total = sum(
-        float(np.exp(4 * (vectors[start : start + BLOCK] @ vectors.T - 1)).sum(dtype=np.float64))
-        for start in range(0, n, BLOCK)
-    )
-    return float(np.log((total - n) / (n * (n - 1))))  # a vector is no pair with itself
+    return float(np.log(np.exp(-2 * pdist(vectors, "sqeuclidean")).mean()))
 
 
-def cosent_examples(pairs: Pairs, size: int | None, seed: int) -> dict[str, list[Any]]:
-    """The columns that sentence-transformers' ``CoSENTLoss`` trains on: sentences, and scores scaled to 0 to 1.
+def pair_examples(pairs: Pairs, size: int | None, seed: int) -> dict[str, list[Any]]:
+    """The columns that sentence-transformers' losses of pairs train on: sentences, and scores scaled to 0 to 1.
 
     Args:
         size: number of pairs, drawn by ``seed``; of two sizes the smaller one's pairs are among the larger one's
     """
     n = len(pairs.scores)
-    if size is not None and not 2 <= size <= n:
-        raise ValueError(f"{size} pairs of {pairs.name} cannot be drawn: it has {n}, and CoSENT compares two or more")
+    check_size(size, n, f"pairs of {pairs.name} to train on")
     chosen = permuted(np.arange(size or n), n, seed)
     lowest, highest = pairs.scores.min(), pairs.scores.max()
     return {

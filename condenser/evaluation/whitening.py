@@ -5,7 +5,6 @@ labels. [CLS] and mean vectors of masked LMs lie in a narrow cone, where all cos
 """
 
 import copy
-import sys
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,8 +50,7 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> "Dense":
     return Dense(size, kept, activation_function=None, init_weight=weight, init_bias=bias.float())
 
 
-def whitened(encoder: "SentenceTransformer", texts: list[str], dim: int | None = None) -> "SentenceTransformer":
-    """A copy of the encoder that whitens its vectors, fitted on the texts (several times as many as dimensions)."""
-    twin = copy.deepcopy(encoder)
-    vectors = twin.encode(texts, show_progress_bar=sys.stderr.isatty())
-    return twin.append(fit_whitening(vectors, dim)).to(encoder.device)
+def whitened(encoder: "SentenceTransformer", vectors: np.ndarray, dim: int | None = None) -> "SentenceTransformer":
+    """A copy of the encoder that whitens its vectors, fitted on those of some texts (several times as many as
+    dimensions)."""
+    return copy.deepcopy(encoder).append(fit_whitening(vectors, dim)).to(encoder.device)

@@ -181,7 +181,8 @@ def evaluation(found: dict[str, Any]) -> dict[str, Any]:
     attention = by_task.pop("attention", [])
     tables = []
     for rows in by_task.values():
-        told = [key for key in rows[0] if key != "task" and any(row.get(key) is not None for row in rows)]
+        keys = dict.fromkeys(key for row in rows for key in row if key != "task")
+        told = [key for key in keys if any(row.get(key) is not None for row in rows)]
         tables.append([told, *([row.get(key) for key in told] for row in rows)])
     settings = " · ".join(f"{key} {value}" for key, value in flatten(found.get("settings", {})))
     return {

@@ -36,17 +36,18 @@ ARMS = {  # overlays of study.yaml, which itself is the second; most telling fir
     "one-head-layer": (1,),
 }
 TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-size", "64"]
-TUNING += ["--finetune-steps", "200"]
+TUNING += ["--finetune-epochs", "10"]
 FLOOR = ("mlm", 1)  # beside this run's rows: BM25, and the same model with random weights
 ABOUT = ("task", "collection", "model", "pooling", "whitening", "trained_on", "seed", "train_size")  # of a row
-METRICS_KEPT = ("ndcg@10", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
-FOUND = "metric == 'ndcg@10' and (model == 'BM25' or"
+METRICS_KEPT = ("ndcg@10", "ndcg@10_unseen", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
+FOUND = "metric == 'ndcg@10' and (model.str.startswith('BM25') or"
 COLUMNS = {  # of the table
     "MLM loss": "metric == 'val/mlm_loss_at_mask'",
     "head's": "metric == 'val/head_mlm_loss_at_mask'",
     "SQuAD, 1,000": f"{FOUND} size == '1000') and collection == 'squad'",
     "10,000": f"{FOUND} size == '10000') and collection == 'squad'",
     "SciFact": f"{FOUND} trained_on == 'scifact') and collection == 'scifact'",
+    "unseen": f"{FOUND} trained_on == 'scifact') and collection == 'scifact'".replace("ndcg@10", "ndcg@10_unseen"),
     "Cranfield": f"{FOUND} trained_on == 'scifact') and collection == 'cranfield'",
     "STS-B, 500": "metric == 'spearman' and size == '500'",
     "STS-B, 1,000": "metric == 'spearman' and size == '1000'",
@@ -70,6 +71,9 @@ def study() -> None:
         for seed in ARMS[arm]:
             evaluated(arm, seed, options, end)
     collect()
+    for name, metric in {"scifact": "ndcg@10", "squad": "ndcg@10", "sts": "spearman"}.items():
+        mlm, condenser = (str(RUNS / f"{arm}-seed=*" / f"evaluation-{name}") for arm in ("mlm", "condenser"))
+        main(["evaluate", "compare", mlm, condenser, "--metric", metric])  # paired by query and seeds, with intervals
 
 
 def evaluated(arm: str, seed: int, options: argparse.Namespace, end: float) -> None:
@@ -134,13 +138,13 @@ def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
             size = row["train_size"] or ("all" if row["fine_tuned"] else None)
             entropies = enumerate(row.get("cls_entropy", ()), start=1)
             found = {f"cls_entropy_layer_{layer}": value for layer, value in entropies}
-            found |= {name: row[name] for name in METRICS_KEPT if name in row}
+            found |= {name: row[name] for name in METRICS_KEPT if row.get(name) is not None}
             yield from ((*about, size, name, value) for name, value in found.items())
 
 
 def table(results: pd.DataFrame) -> str:
     """Markdown: mean and standard deviation over the seeds of pre-training and of fine-tuning."""
-    random = results["model"].isin(["BM25", "random initialisation"])
+    random = results["model"].str.startswith(("BM25", "random"), na=False)
     results = results.assign(row=results["model"].where(random, results["arm"]), size=results["train_size"].astype(str))
     measured = {name: found for name, condition in COLUMNS.items() if not (found := results.query(condition)).empty}
     lines = ["| | " + " | ".join(measured) + " |", "| --- |" + " --- |" * len(measured)]
