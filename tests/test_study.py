@@ -1,35 +1,58 @@
-"""The study's script: it goes on where it was stopped, and its table is made of what the cells wrote."""
+"""The studies' script: plans that hold together, pieces that go on, tables of what was measured."""
 
 import importlib.util
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
+from test_model import tiny_batch
+from test_pretraining import MODELS
 
+from condenser.data.lock import locked
+from condenser.models.condenser import Condenser
 from condenser.reports.reference import read_reference
+from condenser.runs import checkpoints
 
 FOLDER = Path(__file__).parents[1] / "configs" / "study"
+PLANS = sorted([*FOLDER.glob("*/plan.yaml"), *FOLDER.glob("*/[cg]pu.yaml")])
+WORDS = ["--wikipedia", "a", "--beir", "b", "--sts", "c"]
+TOY = {"num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 @pytest.fixture
-def study(tmp_path, monkeypatch):
-    """The script, writing into a temporary folder."""
+def study(monkeypatch):
     spec = importlib.util.spec_from_file_location("study", FOLDER / "study.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(module, "HERE", tmp_path)
-    monkeypatch.setattr(module.reference, "STUDY", tmp_path / "reference.csv")
+    monkeypatch.setitem(sys.modules, "study", module)
+    monkeypatch.syspath_prepend(str(FOLDER / "warm"))
     return module
 
 
-def cell(study, arm, seed, name, rows):
-    folder = study.RUNS / f"{arm}-seed={seed}" / f"evaluation-{name}"
+def written(folder, plan=FOLDER / "scratch" / "plan.yaml", **changes):
+    """A plan of its own folder, with the overlays of that one."""
+    shutil.copytree(plan.parent, folder, dirs_exist_ok=True)
+    settings = yaml.safe_load(plan.read_text()) | {"runs_dir": str(folder / "runs"), "store": str(folder / "store")}
+    (folder / "plan.yaml").write_text(yaml.safe_dump(settings | changes, sort_keys=False))
+    return folder / "plan.yaml"
+
+
+def opened(study, path, minutes=100.0):
+    return study.Study(path, {"BEIR": "beir", "STS": "sts"}, minutes)
+
+
+def cell(plan, arm, seed, name, rows):
+    folder = plan.run_of(arm, seed) / f"evaluation-{name}"
     folder.mkdir(parents=True)
-    blank = dict.fromkeys((*study.ABOUT, "fine_tuned")) | {"model": "pre-trained"}
+    blank = dict.fromkeys(
+        (*("task", "collection", "model", "pooling", "whitening", "trained_on", "seed", "train_size"),)
+    )
+    blank |= {"fine_tuned": None, "model": "pre-trained"}
     (folder / "results.json").write_text(json.dumps({"rows": [blank | row for row in rows]}))
 
 
@@ -38,15 +61,18 @@ def found(collection, value, **about):
     return {"task": "retrieval", "collection": collection, "ndcg@10": value, "fine_tuned": tuned} | about
 
 
-def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run, capsys):
+def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study.reference, "STUDY", tmp_path / "reference.csv")
+    plan = opened(study, written(tmp_path, intervals={}))
     for seed in (1, 2):
-        shutil.copytree(run, study.RUNS / f"mlm-seed={seed}")
+        shutil.copytree(run, plan.run_of("mlm", seed))
         rows = [found("scifact", seed + tuning / 10, trained_on="scifact", seed=tuning) for tuning in (0, 1)]
-        cell(study, "mlm", seed, "scifact", [*rows, found("scifact", 0.3), found("scifact", 0.68, model="BM25")])
-    cell(study, "mlm", 1, "squad", [found("squad", 0.25, trained_on="squad", train_size=1000, seed=0)])
-    cell(study, "condenser", 1, "squad", [found("squad", 0.9, trained_on="squad", train_size=1000)])  # not trained
-    study.collect()
+        cell(plan, "mlm", seed, "scifact", [*rows, found("scifact", 0.3), found("scifact", 0.68, model="BM25")])
+    cell(plan, "mlm", 1, "squad", [found("squad", 0.25, trained_on="squad", train_size=1000, seed=0)])
+    cell(plan, "condenser", 1, "squad", [found("squad", 0.9, trained_on="squad", train_size=1000)])  # not trained
+    study.collect(plan)
     lines = capsys.readouterr().out.split("\n\n")[-1].strip().split("\n")
+    lines = [line for line in lines if line.startswith("|")]
     header, _, bm25, mlm = ([cell.strip() for cell in line.split("|")] for line in lines)
     assert bm25[header.index("SciFact")] == "0.680 ± 0.000"
     assert mlm[header.index("SciFact")] == "1.550 ± 0.580"
@@ -55,25 +81,53 @@ def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run,
     loss = json.loads((run / "summary.json").read_text())["final"]["val/mlm_loss_at_mask"]
     assert mlm[header.index("MLM loss")] == f"{loss:.3f} ± 0.000"
     assert set(read_reference(study.reference.STUDY)) == {"mlm, seed 1", "mlm, seed 2"}
-    kept = pd.read_csv(study.HERE / "results.csv", dtype={"train_size": str})
-    assert study.table(kept).split("\n") == lines
+    kept = pd.read_csv(plan.results, dtype={"train_size": str})
+    assert study.table(kept, plan.plan["columns"]).split("\n") == lines
 
 
-def test_without_time_nothing_is_started_and_what_there_is_is_told(study, monkeypatch):
+def test_without_time_nothing_is_started_and_what_there_is_is_told(study, tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(study, "run", lambda *command: started.append(command[0]))
-    monkeypatch.setattr(study, "STORE", study.HERE)
-    (study.HERE / "manifest.json").touch()
-    monkeypatch.setattr("sys.argv", ["study.py", *["--wikipedia", "a", "--beir", "b", "--sts", "c", "--minutes", "0"]])
+    path = written(tmp_path)
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "manifest.json").touch()
+    monkeypatch.setattr("sys.argv", ["study.py", str(path), *WORDS, "--minutes", "0"])
     with pytest.raises(SystemExit, match="no arm is trained yet"):
         study.study()
     assert not started
 
 
-def test_an_arm_differs_from_the_first_in_what_its_name_says_and_nothing_else(study):
-    changed = {
-        name: yaml.safe_load((FOLDER / f"{name}.yaml").read_text()) for name in study.ARMS if name != "condenser"
-    }
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_plan_holds_together(path, study):
+    """Overlays are there, a start comes before what starts from it, commands parse, columns are questions."""
+    from condenser.cli import COMMANDS, function_parser, load
+
+    plan = opened(study, path)
+    names = list(plan.arms)
+    assert (path.parent / plan.plan["recipe"]).is_file()
+    for number, (name, arm) in enumerate(plan.arms.items()):
+        assert all((path.parent / overlay).is_file() for overlay in arm.overlays)
+        assert arm.start is None or names.index(arm.start) < number, name
+    assert set(plan.plan["compared"]) <= {name for name, arm in plan.arms.items() if arm.evaluated}
+    assert {*plan.plan["baselines"], *plan.plan["intervals"]} <= plan.plan["cells"].keys()
+    parser = function_parser(load(COMMANDS["evaluate"][0]), "condenser evaluate")
+    known = {option for action in parser._actions for option in action.option_strings}
+    for command in plan.plan["cells"].values():
+        options = [word for part in command for word in part.split() if word.startswith("--")]
+        assert {option.replace("-", "_").replace("__", "--", 1) for option in options} <= known
+    nothing = pd.DataFrame(columns=["arm", *study.ABOUT, "metric", "value"], dtype=object)
+    assert study.table(nothing, plan.plan["columns"]).startswith("| |")
+
+
+def test_words_stand_for_folders(study):
+    places = {"BEIR": "/data/beir", "STORE": "tokens"}
+    words = ["--retrieval", "BEIR/squad", "STORE", "cls"]
+    assert [study.replaced(word, places) for word in words] == ["--retrieval", "/data/beir/squad", "tokens", "cls"]
+
+
+def test_an_arm_differs_from_the_first_in_what_its_name_says_and_nothing_else():
+    arms = ("mlm", "no-late-mlm", "early-skip", "frozen-early", "late-skip", "one-head-layer")
+    changed = {name: yaml.safe_load((FOLDER / "scratch" / f"{name}.yaml").read_text()) for name in arms}
     assert {name: config.pop("model") for name, config in changed.items()} == {
         "mlm": {"n_head_layers": 0},
         "no-late-mlm": {"late_mlm": False},
@@ -83,3 +137,79 @@ def test_an_arm_differs_from_the_first_in_what_its_name_says_and_nothing_else(st
         "one-head-layer": {"n_head_layers": 1},
     }
     assert all(config == {"name": name} for name, config in changed.items())
+
+
+@pytest.mark.parametrize("read", ["cls", "zeros", "mean"])
+def test_the_gate_s_head_reads_what_it_says(read, study):
+    from gate import Gate
+
+    lm = MODELS["bert"](0.0).eval()
+    torch.manual_seed(0)
+    gate = Gate.from_masked_lm(lm, read=read, skip_from=2, n_head_layers=1).eval()
+    plain = Condenser.from_masked_lm(lm, skip_from=2, n_head_layers=1, pruned=False).eval()
+    plain.c_head.load_state_dict(gate.c_head.state_dict())
+    batch = tiny_batch()
+    states = plain(**batch).last_hidden_state
+    mask = batch["attention_mask"][..., None]
+    plain.condensed = {
+        "cls": lambda cls: cls,
+        "zeros": torch.zeros_like,
+        "mean": lambda cls: (states * mask).sum(1) / mask.sum(1),
+    }[read]
+    torch.testing.assert_close(gate(**batch).head_mlm_loss, plain(**batch).head_mlm_loss)
+    torch.testing.assert_close(gate(**batch).mlm_loss, plain(**batch).mlm_loss)
+    assert gate.settings["read"] == read
+
+
+def toy(folder, corpus):
+    """All arms of the warm starts, with models and steps of a toy."""
+    sizes = {
+        "data": {"store": str(folder / "store"), "batch_size": 16, "micro_batches_per_step": 1, "num_workers": 0},
+        "model": {"skip_from": 2},
+        "checkpoint": {"every_n_steps": 2},
+        "trainer": {"accelerator": "cpu", "precision": "32-true", "max_steps": 4, "log_every_n_steps": 2},
+    }
+    sizes["trainer"] |= {"val_check_interval": 2, "callbacks": None}
+    arms = yaml.safe_load((FOLDER / "warm" / "gpu.yaml").read_text())["arms"]
+    for arm in arms.values():
+        arm["overlays"] = [*arm.get("overlays", ()), "toy.yaml"]
+        arm["seeds"] = [1]
+        arm["evaluated"] = False
+    arms["backbone"]["overlays"].append("toy-backbone.yaml")
+    arms["mlm"]["evaluated"] = arms["condenser"]["evaluated"] = True
+    prepare = ["--tokenizer", "train:200", "--max-length", "32", "--kind", "spans", "--workers", "1"]
+    path = written(
+        folder, FOLDER / "warm" / "gpu.yaml", arms=arms, cells={}, intervals={}, baselines=[], prepare=prepare
+    )
+    (folder / "toy.yaml").write_text(yaml.safe_dump(sizes))
+    backbone = {"model": {"backbone_config": TOY | {"max_position_embeddings": 40}}}
+    (folder / "toy-backbone.yaml").write_text(yaml.safe_dump(backbone))
+    return path
+
+
+@pytest.mark.slow
+def test_all_arms_of_the_warm_starts_train_from_the_backbone_in_pieces(study, corpus, tmp_path, monkeypatch, capsys):
+    path = toy(tmp_path, corpus)
+    argv = ["study.py", str(path), "--wikipedia", str(corpus), "--beir", "b", "--sts", "s"]
+    monkeypatch.setattr("sys.argv", [*argv, "--arms", "mlm"])
+    with pytest.raises(SystemExit, match="no arm is trained yet"):
+        study.study()
+    assert "mlm-seed=1 waits for backbone-seed=1" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", argv)
+    study.study()
+    plan = opened(study, path)
+    said = capsys.readouterr().out
+    assert "of 11 runs, 0 runs to go" in said, said[-3000:]
+    states = {
+        name: torch.load(checkpoints(plan.run_of(name, 1))[0], weights_only=True)["state_dict"] for name in plan.arms
+    }
+    first = "model.lm.bert.encoder.layer.0.attention.self.query.weight"
+    as_it_was = {name for name, state in states.items() if torch.equal(state[first], states["backbone"][first])}
+    heads_alone = {"gate-cls", "gate-zeros", "gate-mean", "condenser", "condenser-shallow", "cocondenser", "retromae"}
+    assert as_it_was == {"backbone"} | heads_alone  # in the first 4 steps
+    for name in heads_alone:
+        for key, weight in states["backbone"].items():
+            assert torch.equal(states[name][key], weight)
+    with locked(plan.runs / "locks" / "mlm-seed=1", "{holder}"):
+        study.study()
+    assert "mlm-seed=1: at work: process" in capsys.readouterr().out

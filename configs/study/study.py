@@ -1,130 +1,215 @@
-"""The study, cell by cell: pre-train each arm, export it, fine-tune and evaluate it. Started again, it goes on.
+"""A study, piece by piece: pre-train each arm, export it, fine-tune and evaluate it. Started again, it goes on.
 
-    python configs/study/study.py --wikipedia good.jsonl.xz featured.jsonl.xz --beir FOLDER --sts FOLDER [--minutes 10]
+    python configs/study/study.py configs/study/scratch/plan.yaml --wikipedia good.jsonl.xz featured.jsonl.xz \\
+        --beir FOLDER --sts FOLDER [--minutes 8]
 
-FOLDER of --beir holds squad, scifact and cranfield. Every cell's rows are in runs/study/ARM-seed=S/evaluation-*; at the
-end the rows of all cells go to results.csv beside this file, the curves to condenser/reports/reference.csv and
-runs/study/report.html, and the table of docs/study.md is printed. Arms may run side by side (--arms mlm, --arms
-condenser).
+A plan says how text is prepared, which arms there are with their overlays and seeds, what each starts from, and how all
+are evaluated. FOLDER of --beir holds squad, scifact and cranfield. A piece is what fits into --minutes: training stops
+at a checkpoint, an evaluation after the rows that are done. Any number of processes, one for each GPU say, work on one
+study side by side, each at another cell. At the end the rows of all cells go to a CSV beside the plan, curves to a
+report (and to condenser/reports/reference.csv where the plan says so), and a table is printed.
 """
 
 import argparse
+import contextlib
 import json
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import yaml
 
 from condenser.cli import main
 from condenser.cluster import signals
+from condenser.data.lock import locked
 from condenser.reports import reference
-from condenser.runs import METRICS, read_metrics
+from condenser.runs import METRICS, SUMMARY, read_metrics
 
-HERE = Path(__file__).parent
-RUNS, STORE = Path("runs/study"), Path("data/tokens/study")
-ARMS = {  # overlays of study.yaml, which itself is the second; most telling first, with the seeds of pre-training
-    "mlm": (1, 2),
-    "condenser": (1, 2),
-    "no-late-mlm": (1,),
-    "early-skip": (1,),
-    "frozen-early": (1,),
-    "late-skip": (1,),
-    "one-head-layer": (1,),
-}
-TUNING = ["--finetune", "--finetune-learning-rate", "5e-4", "--finetune-batch-size", "64"]
-TUNING += ["--finetune-epochs", "10"]
-FLOOR = ("mlm", 1)  # beside this run's rows: BM25, and the same model with random weights
 ABOUT = ("task", "collection", "model", "pooling", "whitening", "trained_on", "seed", "train_size")  # of a row
 METRICS_KEPT = ("ndcg@10", "ndcg@10_unseen", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
-FOUND = "metric == 'ndcg@10' and (model.str.startswith('BM25') or"
-COLUMNS = {  # of the table
-    "MLM loss": "metric == 'val/mlm_loss_at_mask'",
-    "head's": "metric == 'val/head_mlm_loss_at_mask'",
-    "SQuAD, 1,000": f"{FOUND} size == '1000') and collection == 'squad'",
-    "10,000": f"{FOUND} size == '10000') and collection == 'squad'",
-    "SciFact": f"{FOUND} trained_on == 'scifact') and collection == 'scifact'",
-    "unseen": f"{FOUND} trained_on == 'scifact') and collection == 'scifact'".replace("ndcg@10", "ndcg@10_unseen"),
-    "Cranfield": f"{FOUND} trained_on == 'scifact') and collection == 'cranfield'",
-    "STS-B, 500": "metric == 'spearman' and size == '500'",
-    "STS-B, 1,000": "metric == 'spearman' and size == '1000'",
-    "STS-B, all": "metric == 'spearman' and size == 'all'",
-}
+INTERRUPTED = 130  # what a command ends with
+
+
+@dataclass
+class Arm:
+    """A kind of run: the plan's recipe with ``overlays``, files beside it."""
+
+    overlays: list[str] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=lambda: [1])
+    start: str | None = None  # the arm whose export it starts from, of the same seed or of the only one
+    evaluated: bool = True
+
+
+class Study:
+    """A plan, where its runs are, and how much time is left.
+
+    Args:
+        path: of the plan.
+        places: what the words BEIR, STS and STORE of its commands stand for.
+        minutes: of this piece.
+    """
+
+    def __init__(self, path: Path, places: dict[str, str], minutes: float):
+        self.folder = path.parent
+        self.plan: dict[str, Any] = yaml.safe_load(path.read_text())
+        self.results = self.folder / self.plan["results"]
+        self.arms = {name: Arm(**(settings or {})) for name, settings in self.plan["arms"].items()}
+        self.runs = Path(self.plan["runs_dir"])
+        self.store = Path(self.plan["store"])
+        self.places = places | {"STORE": str(self.store)}
+        self.end = time.monotonic() + 60 * minutes
+
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.end
+
+    def run_of(self, arm: str, seed: int) -> Path:
+        return self.runs / f"{arm}-seed={seed}"
+
+    def started_from(self, arm: str, seed: int) -> Path | None:
+        """The run whose export an arm starts from."""
+        start = self.arms[arm].start
+        if start is None:
+            return None
+        seeds = self.arms[start].seeds
+        return self.run_of(start, seed if seed in seeds else seeds[0])
 
 
 def study() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--wikipedia", nargs="+", type=Path, required=True, help="text to pre-train on")
-    parser.add_argument("--beir", type=Path, required=True, help="folder of squad, scifact and cranfield")
-    parser.add_argument("--sts", type=Path, required=True, help="folder of the STS benchmark")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("plan", type=Path, help="configs/study/scratch/plan.yaml, configs/study/warm/gpu.yaml, ...")
+    parser.add_argument("--wikipedia", nargs="+", required=True, help="text to pre-train on")
+    parser.add_argument("--beir", required=True, help="folder of squad, scifact and cranfield")
+    parser.add_argument("--sts", required=True, help="folder of the STS benchmark")
+    parser.add_argument("--arms", nargs="+", help="some of the plan's; all by default")
     parser.add_argument("--minutes", type=float, default=1e5, help="stop after about so long")
     options = parser.parse_args()
-    end = time.monotonic() + 60 * options.minutes
-    if not (STORE / "manifest.json").is_file():
-        settings = ["--tokenizer", "train:8192", "--max-length", "64", "--output", str(STORE)]
-        run("prepare", "--input", *map(str, options.wikipedia), *settings)
-    for arm in options.arms:
-        for seed in ARMS[arm]:
-            evaluated(arm, seed, options, end)
-    collect()
-    for name, metric in {"scifact": "ndcg@10", "squad": "ndcg@10", "sts": "spearman"}.items():
-        mlm, condenser = (str(RUNS / f"{arm}-seed=*" / f"evaluation-{name}") for arm in ("mlm", "condenser"))
-        main(["evaluate", "compare", mlm, condenser, "--metric", metric])  # paired by query and seeds, with intervals
+    sys.path.insert(0, str(options.plan.parent))  # for objectives of the study's own
+    plan = Study(options.plan, {"BEIR": options.beir, "STS": options.sts}, options.minutes)
+    if unknown := set(options.arms or ()) - plan.arms.keys():
+        parser.error(f"no arms {', '.join(sorted(unknown))}; there are {', '.join(plan.arms)}")
+    with at_work(plan, "store") as free:
+        if free and not (plan.store / "manifest.json").is_file():
+            run("prepare", "--input", *options.wikipedia, *plan.plan["prepare"], "--output", str(plan.store))
+    for arm in options.arms or plan.arms:
+        for seed in plan.arms[arm].seeds:
+            work_on(plan, arm, seed)
+    collect(plan)
 
 
-def evaluated(arm: str, seed: int, options: argparse.Namespace, end: float) -> None:
+@contextlib.contextmanager
+def at_work(plan: Study, cell: str) -> Iterator[bool]:
+    """Whether this process has a cell to itself; else another is at it."""
+    (plan.runs / "locks").mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(locked(plan.runs / "locks" / cell, "at work: {holder}"))
+        except ValueError as error:
+            print(f"{cell}: {error}")
+            yield False
+        else:
+            yield True
+
+
+def work_on(plan: Study, arm: str, seed: int) -> None:
     """Pre-train and evaluate, as far as the time allows."""
-    folder = RUNS / f"{arm}-seed={seed}"
-    if not pre_trained(arm, seed, folder, end):
-        return
-    run("export", str(folder), "--output", str(folder / "export"))
-    for name, cell in cells(options.beir, options.sts).items():
-        if time.monotonic() < end:
-            floor = ["--baselines"] if (arm, seed) == FLOOR and name != "sts" else []
-            output = ["--output", str(folder / f"evaluation-{name}")]
-            run("evaluate", str(folder / "export"), *output, *cell, "--max-length", "64", *floor)
+    folder = plan.run_of(arm, seed)
+    with at_work(plan, folder.name) as free:
+        if not free or not pre_trained(plan, arm, seed):
+            return
+        run("export", str(folder), "--output", str(folder / "export"))
+    cells = plan.plan["cells"] if plan.arms[arm].evaluated else {}
+    for name, command in cells.items():
+        words = [word for part in command for word in str(part).split()]
+        command = [replaced(word, plan.places) for word in words]
+        if folder == first_run(plan) and name in plan.plan["baselines"]:
+            command.append("--baselines")
+        if not plan.is_over():
+            with at_work(plan, f"{folder.name}-{name}") as free:
+                if free:
+                    evaluated(plan, folder, name, command)
 
 
-def pre_trained(arm: str, seed: int, folder: Path, end: float) -> bool:
+def replaced(word: str, places: dict[str, str]) -> str:
+    """BEIR/squad -> FOLDER/squad"""
+    first, _, rest = word.partition("/")
+    return "/".join([places[first], rest]).rstrip("/") if first in places else word
+
+
+def first_run(plan: Study) -> Path:
+    """Beside its rows stand BM25's, and those of the same model with random weights."""
+    arm = next(name for name, each in plan.arms.items() if each.evaluated)
+    return plan.run_of(arm, plan.arms[arm].seeds[0])
+
+
+def pre_trained(plan: Study, arm: str, seed: int) -> bool:
     """Whether the arm has been trained to its end; at the end of the time it is asked to stop, and goes on later."""
-    overlay = [] if arm == "condenser" else ["-c", str(HERE / f"{arm}.yaml")]
-    settings = ["--name", folder.name, "--seed_everything", str(seed)]
-    if not (folder / "summary.json").is_file() and time.monotonic() < end:
-        alarm = threading.Timer(end - time.monotonic(), os.kill, (os.getpid(), signals.STOP))
-        alarm.daemon = True
-        alarm.start()
-        run("fit", "--config", str(HERE / "study.yaml"), *overlay, *settings)
-        alarm.cancel()
-    return (folder / "summary.json").is_file()
+    folder, start = plan.run_of(arm, seed), plan.started_from(arm, seed)
+    command = ["--name", folder.name, "--runs_dir", str(plan.runs), "--seed_everything", str(seed)]
+    if start is not None:
+        if not (start / "export").is_dir():
+            print(f"{folder.name} waits for {start.name}")
+            return False
+        command += ["--model.backbone", str(start / "export"), "--model.backbone_config", "{}"]
+    if not (folder / SUMMARY).is_file() and not plan.is_over():
+        files = [plan.folder / name for name in (plan.plan["recipe"], *plan.arms[arm].overlays)]
+        configs = ["--config", str(files[0]), *(word for file in files[1:] for word in ("-c", str(file)))]
+        with alarm(plan.end, signals.STOP):
+            run("fit", *configs, *command)
+    return (folder / SUMMARY).is_file()
 
 
-def cells(beir: Path, sts: Path) -> dict[str, list[str]]:
-    squad, scifact, cranfield = (str(beir / name) for name in ("squad", "scifact", "cranfield"))
-    twice = [*TUNING, "--seeds", "0", "1"]
-    return {
-        "scifact": ["--retrieval", scifact, cranfield, "--attention", str(STORE), *twice],
-        "sts": ["--similarity", str(sts), "--train-sizes", "500", "1000", "all", *twice],
-        "squad": ["--retrieval", squad, "--queries", "2000", "--train-sizes", "1000", "10000", *TUNING],
-        "pooling": ["--retrieval", cranfield, "--pooling", "cls", "mean", "--whitening", "0"],
-    }
+def evaluated(plan: Study, folder: Path, name: str, command: list[str]) -> None:
+    """What is done is noted with its command; what is interrupted keeps the rows that it has."""
+    output = folder / f"evaluation-{name}"
+    note = output / "command.json"
+    if note.is_file() and json.loads(note.read_text()) == command:
+        return
+    with alarm(plan.end, signal.SIGINT):
+        code = run("evaluate", str(folder / "export"), "--output", str(output), *command)
+    if code == 0:
+        note.write_text(json.dumps(command))
 
 
-def collect() -> None:
+@contextlib.contextmanager
+def alarm(end: float, number: int) -> Iterator[None]:
+    """Sends this process a signal at the end of the time."""
+    timer = threading.Timer(max(0.0, end - time.monotonic()), os.kill, (os.getpid(), number))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def collect(plan: Study) -> None:
     """All measurements so far in one file, all curves in another and in a report."""
-    runs = {(arm, seed): RUNS / f"{arm}-seed={seed}" for arm in ARMS for seed in ARMS[arm]}
-    done = {run: folder for run, folder in runs.items() if (folder / "summary.json").is_file()}
+    runs = {(arm, seed): plan.run_of(arm, seed) for arm, each in plan.arms.items() for seed in each.seeds}
+    done = {run: folder for run, folder in runs.items() if (folder / SUMMARY).is_file()}
     if not done:
         sys.exit("no arm is trained yet: start again to go on")
     rows = [(*run, *row) for run, folder in done.items() for row in measurements(folder)]
     results = pd.DataFrame(rows, columns=["arm", "pretrain_seed", *ABOUT, "metric", "value"]).drop_duplicates()
-    results.to_csv(HERE / "results.csv", index=False, float_format="%.5g")
-    reference.write_reference(reference.STUDY, {f"{arm}, seed {seed}": folder for (arm, seed), folder in done.items()})
-    run("report", *map(str, done.values()), "--output", str(RUNS / "report.html"))
-    print(f"\nwrote {HERE / 'results.csv'}: {len(rows)} rows of {len(done)} runs\n\n{table(results)}")
+    results.to_csv(plan.results, index=False, float_format="%.5g")
+    if plan.plan.get("reference"):
+        named = {f"{arm}, seed {seed}": folder for (arm, seed), folder in done.items()}
+        reference.write_reference(reference.STUDY, named)
+    run("report", *map(str, done.values()), "--output", str(plan.runs / "report.html"))
+    left = len(runs) - len(done)
+    print(f"\nwrote {plan.folder / 'results.csv'}: {len(rows)} rows of {len(done)} runs, {left} runs to go\n")
+    print(table(results, plan.plan["columns"]))
+    first, second = plan.plan["compared"]
+    for name, metric in plan.plan["intervals"].items():  # paired by query and seeds
+        patterns = [str(plan.runs / f"{arm}-seed=*" / f"evaluation-{name}") for arm in (first, second)]
+        if all(any(plan.runs.glob(f"{arm}-seed=*/evaluation-{name}")) for arm in (first, second)):
+            run("evaluate", "compare", *patterns, "--metric", metric)
 
 
 def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
@@ -142,11 +227,15 @@ def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
             yield from ((*about, size, name, value) for name, value in found.items())
 
 
-def table(results: pd.DataFrame) -> str:
-    """Markdown: mean and standard deviation over the seeds of pre-training and of fine-tuning."""
+def table(results: pd.DataFrame, columns: dict[str, str]) -> str:
+    """Markdown: mean and standard deviation over the seeds of pre-training and of fine-tuning.
+
+    Args:
+        columns: by name, which measurements are of it, as `pandas.DataFrame.query` takes it.
+    """
     random = results["model"].str.startswith(("BM25", "random"), na=False)
     results = results.assign(row=results["model"].where(random, results["arm"]), size=results["train_size"].astype(str))
-    measured = {name: found for name, condition in COLUMNS.items() if not (found := results.query(condition)).empty}
+    measured = {name: found for name, condition in columns.items() if not (found := results.query(condition)).empty}
     lines = ["| | " + " | ".join(measured) + " |", "| --- |" + " --- |" * len(measured)]
     for row in dict.fromkeys([*results["row"][random], *results["row"][~random]]):
         cells = (spread(found["value"][found["row"] == row]) for found in measured.values())
@@ -160,10 +249,12 @@ def spread(values: pd.Series) -> str:
     return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
-def run(*command: str) -> None:
+def run(*command: str) -> int:
+    """A command that may be stopped, at the end of the time, but not fail."""
     print(f"\n$ condenser {' '.join(command)}", flush=True)
-    if (code := main(command)) not in (0, signals.STOPPED):
+    if (code := main(command)) not in (0, signals.STOPPED, INTERRUPTED):
         sys.exit(code)
+    return code
 
 
 if __name__ == "__main__":
