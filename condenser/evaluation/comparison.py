@@ -8,6 +8,8 @@ query and seed by seed. Of similarity, both correlations are computed again for 
 """
 
 import glob
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import numpy as np
 from condenser.data.store import write_json
 from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
+from condenser.runs import in_words
 
 SAME = (
     "collection",
@@ -107,15 +110,10 @@ def rows_of(pattern: str, kind: str) -> dict[tuple, Seeds]:
     return rows
 
 
-def described(keys: Any) -> str:
-    """Rows in words, such as 'scifact: pre-trained, fine-tuned, pooling cls'."""
-    words = []
-    for key in keys:
-        row = dict(zip(SAME, key, strict=True))
-        tuned = ["fine-tuned"] if row.pop("fine_tuned") else []
-        facts = [f"{name} {value}" for name, value in row.items() if name in SAME[2:] and value is not None]
-        words.append(", ".join([f"{row['collection']}: {row['model']}", *tuned, *facts]))
-    return "; ".join(words)
+def described(keys: Iterable[tuple]) -> str:
+    """Rows in words, such as 'scifact (test): pre-trained, cls, fine-tuned on scifact'."""
+    rows = [dict(zip(SAME, key, strict=True)) for key in keys]
+    return "; ".join(f"{row['collection']} ({row['split'] or 'test'}): {in_words(row)}" for row in rows)
 
 
 def paired(ours: Values, theirs: Values, metric: str, where: str) -> np.ndarray:
@@ -168,12 +166,11 @@ def show(settings: dict[str, Any], rows: list[dict[str, Any]], drawn: str) -> No
     from rich.table import Column, Table
 
     numbers = (Column(name, justify="right", no_wrap=True) for name in (drawn, "seeds", "A", "B", "B - A", "95 %"))
-    told = [name for name in SAME if name in ("collection", "model") or len({row[name] for row in rows}) > 1]
-    table = Table(*told, *numbers, box=None, padding=(0, 1, 0, 0))
+    table = Table("collection", "encoder", *numbers, box=None, padding=(0, 1, 0, 0))
     for row in rows:
         means = (f"{row[name]:.4f}" for name in ("a", "b"))
         ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
         found = (f"{row[drawn]:,}", str(row["seeds"]), *means, f"{row['difference']:+.4f}", ends)
-        table.add_row(*("" if row[name] is None else str(row[name]) for name in told), *found)
+        table.add_row(row["collection"], in_words(row), *found)
     print(f"{settings['metric']}, {settings['samples']:,} samples\nA = {settings['a']}\nB = {settings['b']}")
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
