@@ -36,8 +36,9 @@ demo: install  ## the main job on a small corpus: text, pre-training, export, re
 WIKIPEDIA ?= data/raw/wikipedia/*.jsonl.xz
 BEIR ?= data/raw/beir
 STS ?= data/raw/sts-b
-study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEIR=folder STS=folder (14 core-hours)
-	$(BIN)/python configs/study/study.py --wikipedia $(WIKIPEDIA) --beir $(BEIR) --sts $(STS)
+PLAN ?= configs/study/scratch/plan.yaml
+study: install  ## Condenser against plain MLM on Wikipedia: WIKIPEDIA=files BEIR=folder STS=folder PLAN=file (14 core-hours)
+	$(BIN)/python configs/study/study.py $(PLAN) --wikipedia $(WIKIPEDIA) --beir $(BEIR) --sts $(STS)
 
 test: install  ## the tests, in under 5 minutes on 2 cores
 	$(BIN)/python -m pytest -n 3 --dist worksteal

@@ -127,7 +127,16 @@ def test_options_in_running_text_are_known():
     known |= {"name", "runs_dir", "wandb", "wandb_artifacts", "trace_steps", "ckpt_path", "seed_everything"}
     for name in COMMANDS.keys() - OWN_PARSER:
         known |= {parameter.replace("_", "-") for parameter in inspect.signature(load(COMMANDS[name][0])).parameters}
-    known |= {"extra", "arms", "dataset", "normalize", "fp16", "bf16", "untie_encoder"}  # uv, scripts, Tevatron
+    known |= {
+        "extra",
+        "arms",
+        "minutes",
+        "dataset",
+        "normalize",
+        "fp16",
+        "bf16",
+        "untie_encoder",
+    }  # uv, scripts, Tevatron
     for page, text in TEXTS.items():
         text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for code in re.findall(r"`([^`]+)`", text):
@@ -186,8 +195,9 @@ def test_the_studys_tables_are_of_its_measurements():
     spec = importlib.util.spec_from_file_location("study", ROOT / "configs" / "study" / "study.py")
     study = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(study)
-    kept = pd.read_csv(ROOT / "configs" / "study" / "results.csv", dtype={"train_size": str})
-    measured = tables(study.table(kept))
+    kept = pd.read_csv(ROOT / "configs" / "study" / "scratch" / "results.csv", dtype={"train_size": str})
+    columns = yaml.safe_load((ROOT / "configs" / "study" / "scratch" / "plan.yaml").read_text())["columns"]
+    measured = tables(study.table(kept, columns))
     page = tables(TEXTS["docs/study.md"])
     assert page == measured
     heading = next(row for row in tables(README) if "MLM loss" in row)

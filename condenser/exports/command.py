@@ -100,6 +100,8 @@ def check_options(changed: dict[str, Any], two_choices: bool, dry_alone: bool) -
         raise ValueError("--dimensions is of --whitening: give the texts to whiten by")
     if changed.get("layout") == "authors" and len(changed) > 1:
         raise ValueError(f"--layout authors is for the authors' code, which knows no {', '.join(sorted(changed))}")
+    if changed.get("pooling") == "attention":
+        raise ValueError("--pooling attention: it is learnt by fine-tuning, and sentence-transformers cannot save it")
     if "onnx" in changed:
         check_installed()
     if "whitening" in changed:

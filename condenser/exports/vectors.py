@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,8 @@ def write_vectors(
 
     encoder = with_pooling(SentenceTransformer(str(folder), device="cpu"), pooling)
     if whitening is not None:
-        encoder = whitened(encoder, some_texts(whitening), dimensions)
+        vectors = encoder.encode(some_texts(whitening), show_progress_bar=sys.stderr.isatty())
+        encoder = whitened(encoder, vectors, dimensions)
     if normalize:
         encoder.append(Normalize())
     encoder.prompts.update(prompts or {})
