@@ -12,7 +12,7 @@ HELP = "a YAML file, or the name of a recipe; several are laid over each other, 
 
 def recipes() -> dict[str, Path]:
     """The recipes, and the overlays for them, by name."""
-    folders = (FOLDER, FOLDER / "hardware", FOLDER / "ablations")
+    folders = (FOLDER, *(FOLDER / name for name in ("hardware", "languages", "ablations")))
     return {path.stem: path for folder in folders for path in sorted(folder.glob("*.yaml"))}
 
 
