@@ -495,11 +495,15 @@ def test_tasks_of_mteb_are_measured_once_for_an_encoder(model_folder, tmp_path, 
     library = ModuleType("mteb")
     library.__spec__, library.__version__ = ModuleSpec("mteb", None), "2"
     library.evaluate, library.get_benchmark = measured, {}.__getitem__
-    library.get_task = lambda name: SimpleNamespace(metadata=SimpleNamespace(name=name, main_score="ndcg_at_10"))
+    about = {"main_score": "ndcg_at_10", "dataset": {"path": "of/tasks"}}
+    about["descriptive_stats"] = {"test": {"num_samples": 1200, "number_of_characters": 3_400_000}}
+    library.get_task = lambda name: SimpleNamespace(metadata=SimpleNamespace(name=name, **about))
     monkeypatch.setitem(sys.modules, "mteb", library)
     for names, max_length in ((["Toys"], 32), (["Toys", "Tools"], 32), (["Toys"], 16)):
         evaluate(model_folder, output=str(tmp_path / "out"), max_length=max_length, mteb=names)
-        assert "0.812" in next(line for line in capsys.readouterr().out.splitlines() if "Toys" in line)
+        _, _, table = capsys.readouterr().out.rpartition("MTEB: ")
+        assert "takes of/tasks from the hub, or its cache: 1,200 texts, 3.4 M characters" in table
+        assert "0.812" in next(line for line in table.splitlines() if "Toys" in line and "0." in line)
         assert [row["collection"] for row in results(tmp_path / "out")["mteb"]] == names
     assert asked == ["Toys", "Tools", "Toys"]
 

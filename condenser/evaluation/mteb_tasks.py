@@ -42,6 +42,16 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
     return found
 
 
+def to_load(task: Any) -> str:
+    """Which data a task takes from the hub, where they are not in its cache, and how much, as far as mteb says."""
+    about, statistics = task.metadata.dataset, task.metadata.descriptive_stats or {}
+    of_splits = [each for each in statistics.values() if isinstance(each, dict)]
+    texts = sum(each.get("num_samples") or 0 for each in of_splits)
+    characters = sum(each.get("number_of_characters") or 0 for each in of_splits)
+    size = f"{texts:,} texts, {characters / 1e6:,.1f} M characters" if texts else "of a size that mteb does not say"
+    return f"{task.metadata.name} takes {about['path']} from the hub, or its cache: {size}"
+
+
 def run_mteb(encoder: "SentenceTransformer", tasks: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     """-> a row for each task with its main score, over splits and subsets; kept in ``folder``, a file for each
 
@@ -56,6 +66,7 @@ def run_mteb(encoder: "SentenceTransformer", tasks: Sequence[Any], folder: Path)
         name = task.metadata.name
         file = folder / f"mteb-{fingerprint(mark, name, mteb.__version__)}.json"
         if not file.exists():
+            print(f"MTEB: {to_load(task)}")
             try:
                 (found,) = mteb.evaluate(encoder, [task], **options).task_results
             except OSError as error:
