@@ -333,6 +333,7 @@ PROSE = st.lists(
 
 @settings(max_examples=400, deadline=None)
 @given(TEXT | PROSE)
+@pytest.mark.slow
 def test_sentence_by_sentence_gives_what_the_whole_text_gives(bert, text):
     encoder = Encoder(bert)
     assert encoder.by_sentence

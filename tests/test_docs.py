@@ -164,6 +164,7 @@ def test_another_masking_is_a_file_and_a_yaml(recipe, store, tmp_path, example):
     assert 0.2 < n_masked.sum() / fields["n_ordinary"] < 0.4
 
 
+@pytest.mark.slow
 def test_another_backbone_is_a_file_and_a_yaml(recipe, store, tmp_path, example, monkeypatch):
     overlay = example("change-backbone.md")
     ernie = ErnieForMaskedLM(ErnieConfig(**TINY_MODEL, vocab_size=200, use_task_id=True))

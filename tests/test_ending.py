@@ -70,7 +70,7 @@ def seen():
 # --- its length
 
 
-@pytest.mark.parametrize(("limit", "per_epoch"), [("3", 3), ("0.5", 2), ("1.0", 4), ("100", 4)])
+@pytest.mark.parametrize(("limit", "per_epoch"), [("3", 3), ("0.5", 2), slow("1.0", 4), slow("100", 4)])
 def test_an_epoch_has_the_steps_that_it_is_limited_to_for_the_schedule_and_for_the_end(
     limit, per_epoch, recipe, tmp_path, capsys, seen
 ):
@@ -108,6 +108,7 @@ def test_a_run_of_no_steps_is_refused(end, recipe, tmp_path, capsys):
     assert "a run of no steps" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_loaders_that_are_made_anew_each_epoch_change_nothing(recipe, tmp_path, seen):
     options = [*WIDE, *EPOCHS, "3"]
     assert fit(recipe, tmp_path, "plain", *options, *READS) == 0

@@ -288,6 +288,7 @@ def test_every_way_to_compute_a_step_draws_the_same_dropout_and_gives_the_same_g
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_with_dropout_the_losses_of_pruned_layers_have_the_mean_and_spread_of_whole_ones():
     """200 draws each; a difference of means beyond 4 standard errors would be a fault."""
     found = {}

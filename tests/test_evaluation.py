@@ -293,6 +293,7 @@ def test_two_collections_or_files_of_one_name_are_two_rows(model_folder, pairs_f
     assert [row["collection"] for row in results(tmp_path / "out")["rows"]] == [*folders, *files]
 
 
+@pytest.mark.slow
 def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     model_folder, pairs_folder, tmp_path, monkeypatch, capsys
 ):

@@ -62,6 +62,7 @@ def test_a_vocabulary_that_is_filled_up_and_cut_back_is_what_it_was(family):
     assert tied == lm.config.tie_word_embeddings
 
 
+@pytest.mark.slow
 def test_a_run_with_a_filled_vocabulary_is_resumed_and_exported_without_it(recipe, store, tmp_path):
     options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a", "--model.vocabulary_multiple", "64"]
     options += ["--model.truncated_normal", "true", "--model.objective_options", "{}"]

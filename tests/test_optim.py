@@ -157,6 +157,7 @@ class Counting(torch.optim.SGD):
         return super().step(closure)
 
 
+@pytest.mark.slow
 def test_what_an_optimizer_keeps_beside_its_weights_is_saved_and_goes_on(recipe, tmp_path):
     options = ["--model.optimizer.optimizer", f"{__name__}.Counting"]
     stop = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps", "3"]
@@ -190,6 +191,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
         Optimization(**settings)
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_is_a_callback_of_lightnings(recipe, tmp_path):
     ema = ["--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.5"]
     assert fit(recipe, tmp_path, "ema", *ema) == 0

@@ -177,6 +177,7 @@ def test_an_unknown_name_is_one_line_with_those_that_there_are(command, capsys):
     assert all(name in err for name in recipes())
 
 
+@pytest.mark.slow
 def test_estimate_takes_a_recipe_by_name(capsys):
     assert main(["estimate", "--config", "demo", "-c", "no-head"]) == 0
     assert "Million parameters" in capsys.readouterr().out

@@ -116,6 +116,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(corpus, store, tmp_pat
     assert len(list((tmp_path / "1" / "train").glob("*.arrow"))) > 4
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_goes_on_to_the_same_bytes(corpus, store, tmp_path):
     small_units = (
         "import sys, condenser.corpus.prepare as p, condenser.cli as c; p.UNIT_BYTES = 3000, 3000; c.main(sys.argv[1:])"
@@ -161,6 +162,7 @@ def test_a_finished_store_is_left_alone(store, corpus, tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*")} == before
 
 
+@pytest.mark.slow
 def test_training_the_tokenizer_in_another_process_gives_the_same(corpus, store, tmp_path):
     command = [sys.executable, "-m", "condenser", "prepare", "--input", str(corpus), "--tokenizer", "train:200"]
     subprocess.run([*command, "--output", str(tmp_path / "again")], check=True, capture_output=True)

@@ -302,6 +302,7 @@ def test_what_is_compared_does_not_depend_on_the_vocabulary(tmp_path):
     np.testing.assert_allclose(entropy, [0.8, 0.6, 0.6, 0.6])
 
 
+@pytest.mark.slow
 def test_runs_are_drawn_over_reference_runs_where_both_measured_the_same(tmp_path):
     runs = {f"arm {n}, seed {seed}": make_curves(tmp_path / f"{n}{seed}", n) for n in range(6) for seed in range(2)}
     write_reference(tmp_path / "known.csv", runs)

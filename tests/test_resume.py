@@ -305,6 +305,7 @@ def test_with_averaged_weights_resumed_equals_uninterrupted(recipe, tmp_path):
     assert any(not torch.equal(value, averaged[name]) for name, value in states[0]["current_model_state"].items())
 
 
+@pytest.mark.slow
 def test_a_run_of_some_epochs_that_was_stopped_within_one_still_takes_all_its_steps(recipe, samples, tmp_path):
     run = Run(recipe, tmp_path, "stopped", trainer__max_steps=-1, trainer__max_epochs=2)
     run.here(n_steps=3)

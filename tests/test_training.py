@@ -523,8 +523,17 @@ class AskedToStop(Callback):
             os.kill(os.getpid(), self.number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-@pytest.mark.parametrize("num_workers", ["0", "2"])
+@pytest.mark.parametrize(
+    ("number", "num_workers"),
+    [
+        (signal.SIGTERM, "2"),
+        (signal.SIGUSR1, "0"),
+        (signal.SIGINT, "2"),
+        pytest.param(signal.SIGTERM, "0", marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, "2", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, "0", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_a_signal_stops_saves_says_so_and_goes_on_without_losing_a_step(
     number, num_workers, recipe, tmp_path, capsys
 ):

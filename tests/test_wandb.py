@@ -234,6 +234,7 @@ def test_a_key_that_is_no_longer_valid_does_not_stop_a_run(recipe, tmp_path, to_
         assert list((tmp_path / "a" / "wandb").glob("offline-run-*"))
 
 
+@pytest.mark.slow
 def test_no_secret_is_found_in_the_run_folder(recipe, tmp_path, to_server, monkeypatch):
     """Of the environment, of the remote repository's address, of a netrc."""
     secrets = {"HF_TOKEN": "hf_1111planted", "AWS_SECRET_ACCESS_KEY": "2222planted", "GITHUB_TOKEN": "ghp_3333planted"}
