@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from condenser.card import model_card
@@ -52,6 +53,8 @@ def export(
         print(f"{target} already holds this checkpoint's export: nothing to do")
         return
     model, content = load_checkpoint(path)
+    if not is_intact(path):  # though it can be read
+        raise ValueError(f"{path} is damaged: its bytes are not those that were written; export another step")
     check_finite(model, path)
     cut_vocabulary(model.lm)
     partial = target.with_name(target.name + ".partial")
@@ -62,9 +65,12 @@ def export(
         write_export(partial, model, content["condenser"], source, measured(path.parent.parent, source["step"]))
         compare_with_live(partial, model)
         finish(partial, model)
+        note_files(partial)
         partial.rename(target)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # of a full disk, for one
+            raise OSError(f"{partial} cannot be written: {error}") from error
         raise
     print(f"{target}: step {content['global_step']:,} of {path}, reloaded and compared")
 
@@ -72,6 +78,7 @@ def export(
 def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> Path:
     """A .ckpt file, or one of a run folder's: its last that is whole, its best, or that of a ``step``."""
     path = Path(name)
+    path = path.parent if path.name == "checkpoints" and path.is_dir() else path
     if best and step is not None:
         raise ValueError("--best and --step: give one of them")
     if path.is_file():
@@ -81,6 +88,11 @@ def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> P
     if not path.is_dir():
         raise ValueError(f"no such checkpoint or run folder: {name}")
     found = checkpoints(path)
+    if not found and (path / "config.json").is_file():
+        raise ValueError(
+            f"{name} is a model and no run: CondenserForPreTraining.from_pretrained reads it, and its "
+            "model.lm.save_pretrained writes the encoder"
+        )
     if not found:
         raise ValueError(f"{name} has no checkpoints/*.ckpt: is it a run folder, and has it saved one yet?")
     wanted = [path for path in found if (not best or path.name.startswith("best")) and step in (None, step_of(path))]
@@ -91,21 +103,40 @@ def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> P
         if is_intact(path):
             return path
         print(f"{path} is damaged and is passed over")
-    return wanted[0]
+    raise ValueError(
+        f"{name}: {', '.join(path.name for path in wanted)}: damaged; export another step, or go on training"
+    )
 
 
 def already_exported(target: Path, source: dict[str, Any]) -> bool:
     if not target.exists():
         return False
+    if target.is_dir() and not any(target.iterdir()):
+        target.rmdir()
+        return False
     about = target / ABOUT_FILE
     if about.is_file():
-        there = json.loads(about.read_text())["source"]
+        content = json.loads(about.read_text())
+        there = content["source"]
         if (there["sha256"], there.get("options", {})) == (source["sha256"], source["options"]):
+            for name, digest in content.get("files", {}).items():
+                if not (target / name).is_file() or sha256(target / name) != digest:
+                    raise ValueError(
+                        f"{target / name} is missing or has changed since the export: remove {target} first"
+                    )
             return True
     raise ValueError(
         f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "
         "another folder"
     )
+
+
+def note_files(folder: Path) -> None:
+    """By their checksums, so that the same command later sees whether they are still what was written."""
+    about = json.loads((folder / ABOUT_FILE).read_text())
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ABOUT_FILE)
+    about["files"] = {str(path.relative_to(folder)): sha256(path) for path in files}
+    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n")
 
 
 def check_finite(model: Objective, path: Path) -> None:

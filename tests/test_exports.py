@@ -174,6 +174,11 @@ BAD = {
     "authors and more": (["--layout", "authors", "--normalize"], "--layout authors is for the authors' code"),
     "no such texts": (["--whitening", "nowhere.jsonl"], "nowhere.jsonl"),
     "no such pooling": (["--pooling", "middle"], "no pooling 'middle'"),
+    "pooling that is learnt": (["--pooling", "attention"], "it is learnt by fine-tuning"),
+    "layers that are not written": (["--pooling", "last2-cls", "--onnx"], "--onnx writes the last"),
+    "no dimensions": (["--whitening", "CORPUS", "--dimensions", "0"], "--dimensions 0 must be at least 1"),
+    "no repository": (["--push", "me", "--dry-run"], "--push me: give OWNER/NAME"),
+    "no place in it": (["--push", "me/..", "--dry-run"], "--push me/..: give OWNER/NAME"),
     "too many dimensions": (["--whitening", "CORPUS", "--dimensions", "64"], "the encoder's vectors have 32"),
 }
 
@@ -184,6 +189,53 @@ def test_options_that_cannot_be_are_one_line_and_leave_nothing(case, run, corpus
     assert export(run, tmp_path / "out", *(str(corpus) if each == "CORPUS" else each for each in options)) == 1
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def damaged(run, folder, byte=2000):
+    """A copy of the run whose newest checkpoints have one byte changed."""
+    shutil.copytree(run, folder)
+    newest = step_of(checkpoints(folder)[0])
+    for path in [path for path in checkpoints(folder) if step_of(path) == newest]:
+        content = bytearray(path.read_bytes())
+        content[byte] ^= 1
+        path.write_bytes(content)
+    return path
+
+
+def test_a_damaged_checkpoint_is_not_exported_however_it_is_named(run, tmp_path, capsys):
+    path = damaged(run, tmp_path / "run")
+    out = tmp_path / "out"
+    for named in ([path], [tmp_path / "run", "--step", str(step_of(path))]):
+        assert export(named[0], out, *named[1:]) == 1
+        assert "damaged" in capsys.readouterr().err
+        assert not out.exists()
+    assert export(tmp_path / "run", out) == 0
+    for other in checkpoints(tmp_path / "run"):
+        other.write_bytes(other.read_bytes()[:-50])
+    for options in ([], ["--all-steps"]):
+        assert export(tmp_path / "run", tmp_path / "none", *options) == 1
+        assert "damaged; export another step" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("how", ["gone", "changed"])
+def test_an_export_that_has_lost_something_is_not_called_done(how, run, tmp_path, capsys):
+    (tmp_path / "out").mkdir()  # which may be there, and empty
+    assert export(run, tmp_path / "out") == 0
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.unlink() if how == "gone" else weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    assert export(run, tmp_path / "out") == 1
+    assert "model.safetensors is missing or has changed since the export: remove" in capsys.readouterr().err
+
+
+def test_a_model_that_is_no_run_is_told_apart(tiny_export, tmp_path, capsys):
+    assert export(tiny_export, tmp_path / "out") == 1
+    assert "is a model and no run: CondenserForPreTraining.from_pretrained reads it" in capsys.readouterr().err
+
+
+def test_a_folder_of_checkpoints_is_its_run(run, tmp_path):
+    assert export(run / "checkpoints", tmp_path / "out") == 0
+    assert load_export(tmp_path / "out") is not None
 
 
 def test_other_options_are_another_export(run, tiny_export, tmp_path, capsys):

@@ -98,6 +98,7 @@ def test_the_model_card_says_what_a_reader_of_the_hub_needs(run, tmp_path):
 def test_exporting_again_does_nothing_and_another_checkpoint_is_refused(tiny_export, run, tmp_path, capsys):
     assert main(["export", str(run), "--output", str(tiny_export)]) == 0
     assert "nothing to do" in capsys.readouterr().out
+    (tmp_path / "notes.txt").touch()
     assert main(["export", str(checkpoints(run)[0]), "--output", str(tmp_path)]) == 1
     assert "is not this checkpoint's export" in capsys.readouterr().err
 

@@ -138,8 +138,26 @@ def test_a_model_without_a_head_is_shown_without_one(roberta, capsys):
     assert "mask 2" in said
 
 
+def test_a_text_that_is_too_long_is_cut(tiny_export, capsys):
+    assert main(["inspect", str(tiny_export), "--attend", "masking heads " * 300]) == 0
+    assert "[CLS] attends to" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("size", "message"), [(250, None), (100, "smaller than its tokenizer's")])
+def test_a_vocabulary_of_another_size_than_the_tokenizer_s(size, message, tiny_export, tmp_path, capsys):
+    model = AutoModelForMaskedLM.from_pretrained(tiny_export)
+    model.resize_token_embeddings(size)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_export).save_pretrained(tmp_path)
+    code = main(["inspect", str(tmp_path), "--fill", "a [MASK]", "--top", str(size)])
+    said = capsys.readouterr()
+    assert code == (1 if message else 0)
+    assert message in said.err if message else "(no token)" in said.out
+
+
 BAD = {
-    "no mask": ("MODEL", ["--fill", "the encoder"], "there is no [MASK] in it"),
+    "no mask": ("MODEL", ["--fill", "the encoder"], "there is no [MASK] in what the model reads"),
+    "a mask too far": ("MODEL", ["--fill", "masking " * 300 + "[MASK]"], "there is no [MASK] in what the model reads"),
     "a store": ("STORE", ["--fill", TEXT], "--fill is for a model, and"),
     "a picture of nothing": ("MODEL", ["--picture", "a.svg"], "--picture is of --attend"),
     "no predictions": ("MODEL", ["--fill", TEXT, "--top", "0"], "--top 0 must be at least 1"),
@@ -148,7 +166,7 @@ BAD = {
     "too long": ("MODEL", ["--generate", "1", "--length", "400"], "--length 400: the model takes texts of 40 tokens"),
     "an unknown picture": ("MODEL", ["--attend", "a", "--picture", "a.xyz"], "--picture a.xyz"),
     "more than there are": ("MODEL", ["--fill", TEXT, "--top", "100000"], "--top 100000"),
-    "nothing there": ("nowhere", [], "nowhere"),
+    "nothing there": ("nowhere", [], "no token store or model at nowhere"),
 }
 
 

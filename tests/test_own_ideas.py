@@ -151,7 +151,7 @@ def test_inspect_shows_what_a_masking_does(store, capsys):
 
 
 def test_every_recipe_has_a_name_and_no_two_the_same():
-    folders = (CLONED, CLONED / "hardware", CLONED / "ablations")
+    folders = (CLONED, CLONED / "hardware", CLONED / "languages", CLONED / "ablations")
     files = [path for folder in folders for path in folder.glob("*.yaml")]
     assert sorted(recipes().values()) == sorted(files)
     assert len(recipes()) == len(files) > 10

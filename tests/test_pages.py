@@ -267,5 +267,5 @@ def test_the_lock_has_the_versions_of_the_constraints_and_names_pypi_alone():
 def test_the_wheel_has_every_package_and_every_recipe():
     tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     folders = {path.parent.relative_to(ROOT) for path in (ROOT / "condenser").rglob("*.py")}
-    recipes = {Path("condenser/configs") / sub for sub in (".", "ablations", "cluster", "hardware")}
+    recipes = {Path("condenser/configs") / sub for sub in (".", "ablations", "cluster", "hardware", "languages")}
     assert {name.replace(".", "/") for name in tool["packages"]} == {str(path) for path in folders | recipes}

@@ -12,6 +12,7 @@ from test_backbones import FAMILIES
 from test_model import tiny_batch, tiny_config
 from transformers import (
     AutoConfig,
+    AutoModelForMaskedLM,
     AutoModelForPreTraining,
     BertConfig,
     BertForMaskedLM,
@@ -162,17 +163,80 @@ def test_files_in_several_parts_or_half_precision_load(how, tiny_export, tmp_pat
     assert equal_state(model, again)
 
 
-def test_a_masked_lm_gets_a_fresh_head_and_hears_of_it(tmp_path, caplog, monkeypatch):
+@pytest.fixture
+def said(monkeypatch):
+    """What is said by warnings."""
+    lines = []
+    monkeypatch.setattr("condenser.models.pretraining.warn", lines.append)
+    return lines
+
+
+def test_a_masked_lm_gets_a_fresh_head_and_hears_of_it(tmp_path, said):
     MODELS["bert"](0.0).save_pretrained(tmp_path)
-    monkeypatch.setattr("transformers.utils.logging.get_logger", lambda name: type("", (), {"warning": said.append}))
-    said = []
     model = CondenserForPreTraining.from_pretrained(tmp_path, skip_from=2, n_head_layers=1)
     assert len(model.model.c_head) == 1
     assert said == [f"c_head of {tmp_path} begins with random weights"]
     decoder = CondenserForPreTraining.from_pretrained(tmp_path, objective=RetroMAE, decoder_mask_rate=0.6)
     assert decoder.config.objective == "condenser.models.retromae.RetroMAE"
-    with pytest.raises(ValueError, match=r"settings of Condenser: .*heads"):
+    with pytest.raises(ValueError, match="Condenser has no setting heads; it has skip_from"):
         CondenserForPreTraining.from_pretrained(tmp_path, heads=3)
+
+
+def test_the_backbone_inside_masks_padding_as_ever(tiny_export, tmp_path):
+    rows = {name: value[:, :16] for name, value in tiny_batch(rows=3).items() if name != "labels"}
+    expected = AutoModelForMaskedLM.from_pretrained(tiny_export)(**rows).logits
+    model = CondenserForPreTraining.from_pretrained(tiny_export)
+    model.save_pretrained(tmp_path)
+    real = rows["attention_mask"].bool()
+    for each in (model, CondenserForPreTraining.from_pretrained(tmp_path)):
+        torch.testing.assert_close(each.model.lm(**rows).logits[real], expected[real])
+
+
+def test_a_saved_model_goes_on_as_another_objective_with_its_head(tmp_path, said):
+    model = CondenserForPreTraining.of(Condenser.from_masked_lm(MODELS["bert"](0.0), skip_from=2, n_head_layers=1))
+    model.save_pretrained(tmp_path)
+    co = CondenserForPreTraining.from_pretrained(tmp_path, objective="CoCondenser", temperature=0.5)
+    assert type(co.model) is CoCondenser
+    assert equal_state(model, co)
+    assert (co.model.skip_from, co.model.temperature) == (2, 0.5)
+    other = CondenserForPreTraining.from_pretrained(tmp_path, skip_from=3, late_mlm=False)
+    assert (other.model.skip_from, other.model.late_mlm) == (3, False)
+    assert not said
+    CondenserForPreTraining.from_pretrained(tmp_path, n_head_layers=0)
+    assert said == [f"c_head of {tmp_path} is left out: a Condenser like this has none"]
+    with pytest.raises(ValueError, match="3 rows: a contrast takes pairs"):
+        co(**tiny_batch(rows=3))
+
+
+def test_a_vocabulary_is_resized_in_the_whole_model(tmp_path):
+    model = CondenserForPreTraining.of(Condenser.from_masked_lm(MODELS["bert"](0.0), skip_from=2))
+    model.resize_token_embeddings(96)
+    assert model.config.vocab_size == 96
+    model.save_pretrained(tmp_path)
+    assert equal_state(CondenserForPreTraining.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"objective": "Nothing"}, "objective='Nothing' is not known: Condenser, CoCondenser"),
+        ({"dtype": "float7"}, "dtype='float7' is no type of torch's"),
+        ({"device_map": "auto"}, "Condenser has no setting device_map"),
+    ],
+)
+def test_options_that_are_not_known_are_named(options, message, tiny_export):
+    with pytest.raises(ValueError, match=message):
+        CondenserForPreTraining.from_pretrained(tiny_export, **options)
+    assert CondenserForPreTraining.from_pretrained(tiny_export, dtype="float16").dtype is torch.float16
+    assert CondenserForPreTraining.from_pretrained(tiny_export, dtype="auto").dtype is torch.float32
+
+
+def test_a_run_and_rows_that_are_too_long_are_refused_by_what_to_do(run, tiny_export):
+    with pytest.raises(ValueError, match="`condenser export` makes a folder of it"):
+        CondenserForPreTraining.from_pretrained(run)
+    model, ids = CondenserForPreTraining.from_pretrained(tiny_export), torch.ones(1, 41, dtype=torch.long)
+    with pytest.raises(ValueError, match="a row of 41 tokens, and a backbone that takes 40"):
+        model(input_ids=ids, labels=ids)
 
 
 def test_what_is_damaged_or_nowhere_is_refused_in_one_line(tiny_export, tmp_path):
@@ -191,7 +255,7 @@ class OnesOwn(Condenser):
         self.strength = strength
 
 
-def test_an_objective_of_one_s_own_is_saved_and_one_that_is_not_imported_is_read_as_a_condenser(tmp_path):
+def test_an_objective_of_one_s_own_is_saved_and_one_that_is_not_imported_is_read_as_a_condenser(tmp_path, said):
     model = CondenserForPreTraining.of(OnesOwn.from_masked_lm(MODELS["bert"](0.0), strength=3.0, skip_from=2))
     model.save_pretrained(tmp_path)
     again = CondenserForPreTraining.from_pretrained(tmp_path)
@@ -202,6 +266,7 @@ def test_an_objective_of_one_s_own_is_saved_and_one_that_is_not_imported_is_read
     other = CondenserForPreTraining.from_pretrained(tmp_path)
     assert type(other.model) is Condenser
     assert equal_state(other, model)
+    assert any("the objective os.system is not imported" in line for line in said)
 
 
 def test_training_starts_from_a_saved_model_with_its_head(recipe, tiny_export, tmp_path, capsys):

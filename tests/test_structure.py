@@ -98,6 +98,7 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
 
 PRIVATE = {  # names that libraries keep to themselves and are used here for want of public ones, and whose they are
     "_actions": "argparse.ArgumentParser()",
+    "_attn_implementation": "transformers.BertConfig()",
     "_broadcast_sigterm_tensor": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_data_parallel_size": "lightning.pytorch.strategies.ModelParallelStrategy()",
     "_dynamo": "torch",

@@ -8,6 +8,7 @@ Legend: N layers, A attention heads, B rows, L their length, T tokens, M masked 
 """
 
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformers.utils import logging
 
 from condenser.data.collate import Masking
 from condenser.data.masking import Unit
-from condenser.data.tokenizers import load_tokenizer
+from condenser.data.tokenizers import load_tokenizer, vocabulary_size
 from condenser.evaluation.encoders import model_folder
 from condenser.evaluation.probes import at_rest, cls_attention
 from condenser.models.backbones.base import longest_text
@@ -30,6 +31,8 @@ from condenser.models.objective import Objective, flattened
 from condenser.models.pretraining import CondenserForPreTraining, before_masking, opened
 from condenser.reports.inspection import inspect_store
 from condenser.reports.tables import table
+
+MANY = 512  # tokens, of a text for a model that takes any number
 
 
 def inspect(
@@ -85,6 +88,8 @@ def inspect(
     requested = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
     check_numbers({"top": top, "length": length, "sweeps": sweeps}, temperature, generate)
     check_picture(picture, attend)
+    if not Path(what).exists() and not requested:
+        raise ValueError(f"no token store or model at {what}")
     if (Path(what) / "manifest.json").is_file() or not (requested or is_model(what)):
         if requested:
             raise ValueError(f"--{requested[0]} is for a model, and {what} is a token store")
@@ -104,11 +109,11 @@ def inspect(
     console = Console(highlight=False)
     with model_folder(what) as folder:
         model, tokenizer = whole_model(folder), load_tokenizer(folder)
-        check_fits(model, length if generate else 0, top)
+        check_fits(model, tokenizer, length if generate else 0, top)
     console.print(table(("", ""), about(model).items(), what, justify="left"))
     for text in fill or ():
         for title, rows in predictions(model, tokenizer, text, top):
-            console.print(table(tuple(rows), zip(*rows.values(), strict=True), title, justify="left"))
+            console.print(title, table(tuple(rows), zip(*rows.values(), strict=True), justify="left"), sep="\n")
     if attend is not None:
         tokens, weights = attention(model, tokenizer, attend)
         console.print(strongest(tokens, weights, top))
@@ -139,8 +144,12 @@ def check_picture(picture: str | None, attend: str | None) -> None:
         raise ValueError(f"--picture {picture}: its name must end in one of {', '.join(sorted(known))}")
 
 
-def check_fits(model: Objective, length: int, top: int) -> None:
-    longest = longest_text(model.lm.config)
+def check_fits(model: Objective, tokenizer: Any, length: int, top: int) -> None:
+    longest, n_ids = longest_text(model.lm.config), vocabulary_size(tokenizer)
+    if n_ids > model.lm.config.vocab_size:
+        raise ValueError(
+            f"the model's vocabulary ({model.lm.config.vocab_size}) is smaller than its tokenizer's ({n_ids})"
+        )
     if longest and length + 2 > longest:
         raise ValueError(f"--length {length}: the model takes texts of {longest} tokens, two of them special")
     if top > model.lm.config.vocab_size:
@@ -179,16 +188,18 @@ def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[t
         ValueError: a text without a mask.
     """
     text_with_masks = text.replace("[MASK]", tokenizer.mask_token)
-    ids = tokenizer(text_with_masks, return_tensors="pt", truncation=True)["input_ids"]
+    ids = tokenizer(text_with_masks, return_tensors="pt", **cut(model))["input_ids"]
     masked = ids == tokenizer.mask_token_id
     if not masked.any():
-        raise ValueError(f"--fill {text!r}: there is no {tokenizer.mask_token} in it")
+        said = textwrap.shorten(text, 80)
+        raise ValueError(f"--fill {said!r}: there is no {tokenizer.mask_token} in what the model reads of it")
     by_name = {name: logits.softmax(-1).topk(top) for name, logits in logits_at_masks(model, ids, masked).items()}
     found = []
     for number in range(int(masked.sum())):
         rows = {}
         for name, (shares, tokens) in by_name.items():
-            pieces = tokenizer.convert_ids_to_tokens(tokens[number].tolist())
+            named = tokenizer.convert_ids_to_tokens(tokens[number].tolist())
+            pieces = [piece or "(no token)" for piece in named]  # of a vocabulary that is larger than the tokenizer's
             rows[name] = [
                 f"{share:6.1%}  {escape(piece)}" for share, piece in zip(shares[number].tolist(), pieces, strict=True)
             ]
@@ -221,9 +232,14 @@ def logits_at_masks(model: Objective, ids: Tensor, masked: Tensor) -> dict[str, 
         del model.scored
 
 
+def cut(model: Objective) -> dict[str, Any]:
+    """How the tokenizer is to cut a text: to what the model takes."""
+    return {"truncation": True, "max_length": longest_text(model.lm.config) or MANY}
+
+
 def attention(model: Objective, tokenizer: Any, text: str) -> tuple[list[str], Tensor]:
     """The tokens of a text, and how much of [CLS]'s attention each has, by layer ``[N, L]``, as the mean over heads."""
-    rows = tokenizer(text, return_tensors="pt", truncation=True)
+    rows = tokenizer(text, return_tensors="pt", **cut(model))
     of_layers = cls_attention(model.lm, rows["input_ids"], rows["attention_mask"])
     return tokenizer.convert_ids_to_tokens(rows["input_ids"][0].tolist()), torch.stack(
         [each[0].mean(0) for each in of_layers]

@@ -6,10 +6,12 @@ condenser export runs/my-condenser --output steps --all-steps --push me/my-conde
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 
 from condenser import export as one
+from condenser.evaluation.pooling import check_name
 from condenser.exports.authors import write_authors_layout
 from condenser.exports.onnx import check_installed, write_onnx
 from condenser.exports.upload import upload
@@ -66,17 +68,21 @@ def export(
     """
     prompts = {"query": query_prompt, "document": document_prompt}
     told = {name: text for name, text in prompts.items() if text is not None}
-    requested = {
-        "layout": layout,
-        "pooling": pooling,
-        "normalize": normalize,
-        "prompts": told,
-        "whitening": whitening,
-        "dimensions": dimensions,
-        "onnx": onnx,
+    requested: dict[str, tuple[Any, Any]] = {  # and what there is without asking
+        "layout": (layout, "huggingface"),
+        "pooling": (pooling, "cls"),
+        "normalize": (normalize, False),
+        "prompts": (told, {}),
+        "whitening": (whitening, None),
+        "dimensions": (dimensions, None),
+        "onnx": (onnx, False),
     }
-    changed = {name: value for name, value in requested.items() if value not in ("huggingface", "cls", False, {}, None)}
+    changed = {name: value for name, (value, usual) in requested.items() if value is not usual and value != usual}
+    if dimensions is not None:
+        changed["dimensions"] = dimensions  # 0 too, which is refused
     check_options(changed, all_steps and (best or step is not None), dry_run and push is None)
+    if push is not None:
+        check_repository(push)
     if all_steps:
         paths = {f"step-{step_of(path)}": path for path in all_checkpoints(checkpoint)}
         targets = {branch: (path, Path(output) / branch) for branch, path in paths.items()}
@@ -99,7 +105,15 @@ def check_options(changed: dict[str, Any], two_choices: bool, dry_alone: bool) -
     if "dimensions" in changed and "whitening" not in changed:
         raise ValueError("--dimensions is of --whitening: give the texts to whiten by")
     if changed.get("layout") == "authors" and len(changed) > 1:
-        raise ValueError(f"--layout authors is for the authors' code, which knows no {', '.join(sorted(changed))}")
+        others = ", ".join(sorted(changed.keys() - {"layout"}))
+        raise ValueError(f"--layout authors is for the authors' code, which knows no {others}")
+    check_name(changed.get("pooling", "cls"))
+    if "onnx" in changed and re.match("last|weighted", changed.get("pooling", "cls")):
+        raise ValueError(
+            f"--pooling {changed['pooling']} reads several layers, and --onnx writes the last: leave one out"
+        )
+    if changed.get("dimensions", 1) < 1:
+        raise ValueError(f"--dimensions {changed['dimensions']} must be at least 1")
     if changed.get("pooling") == "attention":
         raise ValueError("--pooling attention: it is learnt by fine-tuning, and sentence-transformers cannot save it")
     if "onnx" in changed:
@@ -108,11 +122,18 @@ def check_options(changed: dict[str, Any], two_choices: bool, dry_alone: bool) -
         check_texts(changed["whitening"])
 
 
+def check_repository(name: str) -> None:
+    """Raises ValueError for what the hub would not take for OWNER/NAME."""
+    part = r"[A-Za-z0-9]([\w.-]*[A-Za-z0-9])?"
+    if not re.fullmatch(f"{part}/{part}", name) or re.search(r"--|\.\.", name):
+        raise ValueError(f"--push {name}: give OWNER/NAME, of letters, digits, -, _ and single dots")
+
+
 def all_checkpoints(name: str) -> list[Path]:
     """One of each step, the newest first; damaged ones are passed over, and said so."""
     if not Path(name).is_dir():
         raise ValueError(f"--all-steps wants a run folder, not {name}")
-    one.find_checkpoint(name)
+    one.find_checkpoint(name)  # or there is none that can be read
     by_step: dict[int, Path] = {}
     for path in checkpoints(Path(name)):
         if step_of(path) in by_step:

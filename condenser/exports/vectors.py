@@ -53,6 +53,7 @@ def write_vectors(
     if whitening is not None:
         vectors = encoder.encode(some_texts(whitening), show_progress_bar=sys.stderr.isatty())
         encoder = whitened(encoder, vectors, dimensions)
+        print(f"whitened by {len(vectors):,} texts, to {encoder.get_embedding_dimension()} dimensions")
     if normalize:
         encoder.append(Normalize())
     encoder.prompts.update(prompts or {})

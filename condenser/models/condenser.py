@@ -70,6 +70,10 @@ class Condenser(Objective):
         n_layers = self.n_layers
         if n_head_layers < 0 or (n_head_layers == 0 and not late_mlm and self.contrast is None):
             raise ValueError(f"n_head_layers={n_head_layers}, late_mlm={late_mlm} leaves no loss to train on")
+        if n_head_layers and n_layers < 2:
+            raise ValueError(
+                "a head reads a layer below the last, and the backbone has one: n_head_layers=0 is plain MLM"
+            )
         if n_head_layers and not 1 <= skip_from < n_layers:
             raise ValueError(f"skip_from={skip_from} must be in 1..{n_layers - 1}: the backbone has {n_layers} layers")
         self.skip_from, self.n_head_layers, self.late_mlm, self.pruned = skip_from, n_head_layers, late_mlm, pruned

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from condenser.models.attention import Bounds, Sequences, sequences_of, take
-from condenser.models.backbones.base import backbone_of
+from condenser.models.backbones.base import backbone_of, longest_text
 from condenser.models.flops import Work
 from condenser.models.losses import IGNORED, token_losses
 
@@ -214,6 +214,9 @@ def flattened(
     """
     real = attention_mask.bool()
     lengths = real.sum(1)
+    longest = longest_text(backbone.lm.config)
+    if longest and len(lengths) and int(lengths.max()) > longest:
+        raise ValueError(f"a row of {int(lengths.max())} tokens, and a backbone that takes {longest}")
     if len(lengths) == 0:
         raise ValueError("a batch of no rows")
     if not bool(lengths.all()):

@@ -33,7 +33,7 @@ from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file, reading
 from condenser.models.losses import IGNORED
-from condenser.models.objective import Objective, flattened, setting_names
+from condenser.models.objective import Objective, flattened, known_options, setting_names
 from condenser.models.retromae import DupMAE, RetroMAE
 
 HEAD_FILE = "condenser_head.safetensors"  # beside a masked LM, in an export
@@ -87,13 +87,19 @@ class CondenserConfig(PretrainedConfig):
             backbone_config = AutoConfig.for_model(**backbone_config)
         self.backbone_config = backbone_config or BertConfig()
         self.objective = objective
-        names = setting_names(known_class(objective) or Condenser)
-        self.settings = {**(settings or {}), **{name: options.pop(name) for name in names if name in options}}
+        self.settings = {**(settings or {}), **{name: options.pop(name) for name in self.names if name in options}}
+        attention = self.backbone_config._attn_implementation  # which Hugging Face takes from it below
         super().__init__(**options | {"tie_word_embeddings": self.backbone_config.tie_word_embeddings})
+        self.backbone_config._attn_implementation = attention
 
     @classmethod
     def of(cls, model: Objective) -> Self:
         return cls(model.lm.config, class_path(class_of(model)), model.settings)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the objective's settings; where its class is not known, a Condenser's."""
+        return setting_names(known_class(self.objective) or Condenser)
 
     def __getattr__(self, name: str) -> Any:
         """What is not its own is the objective's, or the backbone's. (A ``temperature`` is in ``settings`` alone: as an
@@ -122,11 +128,13 @@ class CondenserForPreTraining(PreTrainedModel):
     base_model_prefix = "model"
 
     def __init__(self, config: CondenserConfig, model: Objective | None = None):
+        attention = model.lm.config._attn_implementation if model is not None else None
         super().__init__(config)
         if model is None:
             lm = AutoModelForMaskedLM.from_config(config.backbone_config, trust_remote_code=False)
             model = objective_on(lm, config.objective, config.settings)
         else:
+            model.lm.config._attn_implementation = attention  # the configuration is shared, and has lost it
             there: list[Any] = [*model.modules(), *model.parameters()]
             for each in there:
                 each._is_hf_initialized = True  # else post_init draws it anew
@@ -145,31 +153,38 @@ class CondenserForPreTraining(PreTrainedModel):
 
         Args:
             name: folder or hub name.
-            options: Hugging Face's; for a masked LM without its own configuration of a head, ``objective`` (a class)
-                and its settings.
+            options: ``dtype``, and Hugging Face's of the hub (revision, token); where they are to be other than the
+                files say, ``objective``, a class, its path, or the name of one of ours, and settings of it. What
+                `save_pretrained` wrote takes all of Hugging Face's where none of these is given.
 
         Raises:
             ValueError: nothing there, files that are damaged or would run code, or a head that does not fit.
         """
+        if str(name).endswith(".ckpt") or (Path(name) / "checkpoints").is_dir():
+            raise ValueError(f"{name} is a run or its checkpoint: `condenser export` makes a folder of it")
         hub = {key: options.pop(key) for key in OF_THE_HUB if key in options}
         config = options.pop("config", None) or config_of(str(name), hub)
-        if isinstance(config, CondenserConfig):
+        if isinstance(config, CondenserConfig) and not {"objective", *config.names} & options.keys():
             with reading(name):
                 return super().from_pretrained(str(name), *args, config=config, **hub, **options)
+        dtype = as_dtype(options.pop("dtype", None))
+        wanted = class_of_name(options.pop("objective", None))
         found = opened(str(name), {}, hub)
-        objective = options.pop("objective", None) or known_class(found.objective or class_path(Condenser))
-        dtype = options.pop("dtype", None)
-        if objective is None:
-            model = objective_on(found.lm, str(found.objective), found.settings)
+        if wanted is None and found.objective is not None and known_class(found.objective) is None:
+            model = objective_on(found.lm, found.objective, found.settings)
         else:
-            model = made(objective, found.lm, found.settings | options)
+            objective = wanted or known_class(found.objective or class_path(Condenser)) or Condenser
+            own = {key: value for key, value in found.settings.items() if key in setting_names(objective)}
+            model = made(objective, found.lm, own | options)
         fresh = load_head(model, found.head or {}, str(name))
-        if fresh and found.objective:
+        if fresh and found.objective and wanted is None and not options:
             raise ValueError(f"{Path(name) / HEAD_FILE} is damaged: it lacks {', '.join(fresh)}")
         if fresh:
-            logging.get_logger(__name__).warning(f"{', '.join(fresh)} of {name} begins with random weights")
+            warn(f"{', '.join(fresh)} of {name} begins with random weights")
+        if unused := parts(found.head or {}) - parts(model.head_state()):
+            warn(f"{', '.join(sorted(unused))} of {name} is left out: a {type(model).__name__} like this has none")
         whole: Any = cls.of(model.eval())
-        return whole.to(dtype or torch.float32)
+        return whole.to(dtype)
 
     def forward(
         self,
@@ -188,6 +203,8 @@ class CondenserForPreTraining(PreTrainedModel):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         batch = flattened(self.model.backbone, input_ids, mask, labels, token_type_ids)
         batch |= before_masking(batch)
+        if self.model.contrast is not None and len(input_ids) % 2:
+            raise ValueError(f"{len(input_ids)} rows: a contrast takes pairs, rows 2i and 2i + 1 of one document")
         if self.model.contrast is None:
             terms = self.model.losses(batch)
         else:
@@ -200,6 +217,9 @@ class CondenserForPreTraining(PreTrainedModel):
     def _init_weights(self, module: Any) -> None:
         self.model.lm._init_weights(module)
 
+    def resize_token_embeddings(self, *args: Any, **options: Any) -> Any:
+        return self.model.lm.resize_token_embeddings(*args, **options)
+
     def get_input_embeddings(self) -> Any:
         return self.model.lm.get_input_embeddings()
 
@@ -209,6 +229,39 @@ class CondenserForPreTraining(PreTrainedModel):
 
 AutoConfig.register(CondenserConfig.model_type, CondenserConfig)
 AutoModelForPreTraining.register(CondenserConfig, CondenserForPreTraining)
+
+
+def as_dtype(given: Any) -> torch.dtype:
+    """Of Hugging Face's argument: "auto" is fp32, as this is what is trained.
+
+    Raises:
+        ValueError: no type of torch's.
+    """
+    found = (
+        torch.float32 if given in (None, "auto") else getattr(torch, given, None) if isinstance(given, str) else given
+    )
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"dtype={given!r} is no type of torch's")
+    return found
+
+
+def class_of_name(given: Any) -> type[Objective] | None:
+    """An objective by its class, its path, or the name of one of ours.
+
+    Raises:
+        ValueError: a name that is not known.
+    """
+    if given is None or isinstance(given, type):
+        return given
+    found = {each.__name__: each for each in OURS}.get(given) or known_class(given)
+    if found is None:
+        names = ", ".join(each.__name__ for each in OURS)
+        raise ValueError(f"objective={given!r} is not known: {names}, or a class that is imported")
+    return found
+
+
+def warn(message: str) -> None:
+    logging.get_logger(__name__).warning(message)
 
 
 def before_masking(batch: dict[str, Any]) -> dict[str, Any]:
@@ -225,13 +278,14 @@ def objective_on(lm: PreTrainedModel, path: str, settings: dict[str, Any]) -> Ob
     known = known_class(path)
     if known is not None:
         return made(known, lm, settings)
+    warn(f"the objective {path} is not imported: its model is read as what a Condenser is of it, with another loss")
     own = {name: value for name, value in settings.items() if name in setting_names(Condenser)}
     return made(Condenser, lm, {"n_head_layers": 0} | own)
 
 
 def made(objective: type[Objective], lm: PreTrainedModel, settings: dict[str, Any]) -> Objective:
     try:
-        return objective.from_masked_lm(lm, **settings)
+        return objective.from_masked_lm(lm, **known_options(objective, {}, settings))
     except TypeError as error:
         raise ValueError(f"settings of {objective.__name__}: {error}") from None
 

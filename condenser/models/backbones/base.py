@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
@@ -188,8 +189,9 @@ def build_masked_lm(
         check_settings(settings, BertConfig())
         try:
             return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
-        except (KeyError, TypeError, RuntimeError, ZeroDivisionError) as error:
-            raise ValueError(f"backbone_config makes no model: {type(error).__name__}: {error}") from error
+        except (KeyError, TypeError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"backbone_config makes no model: {type(error).__name__}: {reason}") from error
     config = with_settings(config_of(backbone, hub), settings)
     with reading(backbone):
         lm, report = AutoModelForMaskedLM.from_pretrained(
@@ -229,8 +231,11 @@ def with_settings(config: PretrainedConfig, settings: dict[str, Any]) -> Pretrai
     names = {**config.attribute_map, **family.other_names}
     settings = {names.get(key, key): value for key, value in settings.items()}
     check_settings(settings, config)
-    for key, value in settings.items():
-        setattr(config, key, value)
+    try:
+        for key, value in settings.items():
+            setattr(config, key, value)
+    except StrictDataclassError as error:
+        raise ValueError(f"backbone_config: {' '.join(str(error).split())}") from None
     return config
 
 
