@@ -282,3 +282,9 @@ def test_a_disk_that_fills_up_while_appending_leaves_the_store_and_the_command_g
         assert not list((disk / "out").rglob("*.partial"))
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+@pytest.mark.parametrize("options", [["--trainer.max_steps", "0"], ["--model.skip_from", "9"]], ids=["length", "model"])
+def test_a_run_that_is_refused_leaves_no_folder(options, recipe, tmp_path):
+    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a", *options]) == 1
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ there; a finished run says so; a changed setting is refused by name (devices may
 
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -30,6 +31,7 @@ from condenser.models.files import load_file
 from condenser.recipes import HELP, recipes, with_files
 from condenser.runs import (
     CONFIG,
+    METRICS,
     SUMMARY,
     goes_on,
     is_intact,
@@ -143,6 +145,8 @@ class RunCLI(LightningCLI):
             if "stores" in content:
                 check_same_stores(content["stores"], [store_folder(name) for name in stores], self.checkpoint)
         if is_first_rank():
+            if not self.run.exists():
+                self.held.callback(remove_if_not_begun, self.run)
             self.run.mkdir(parents=True, exist_ok=True)
             busy = f"{self.run} is being trained by {{holder}}: wait for its end, stop it, or give another --name"
             self.held.enter_context(locked(self.run / "lock", busy))
@@ -193,6 +197,14 @@ class RunCLI(LightningCLI):
         tracker = tracking.tracker(self.run, settings.wandb, every_n_steps)
         tracking.describe(tracker, self.run, self.datamodule.weights, versions(), keep=settings.wandb_artifacts)
         return [metrics, tracker]
+
+
+def remove_if_not_begun(run: Path) -> None:
+    """A folder in which there is nothing but the settings: something was refused before training began."""
+    if {path.name for path in run.iterdir()} <= {CONFIG, METRICS} and not any(
+        path.stat().st_size for path in run.glob(METRICS)
+    ):
+        shutil.rmtree(run)
 
 
 class DryCLI(RunCLI):
