@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokeniz
 
 from condenser.cli import main
 from condenser.evaluation import encoders, finetuning, jobs, retrieval, search, tasks
+from condenser.evaluation.comparison import compare
 from condenser.evaluation.evaluate import draw_attention, evaluate
 from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
 from condenser.evaluation.jobs import read_rows
@@ -121,6 +122,8 @@ def test_qrels_without_a_header_lose_no_line(collection_folder, first):
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0 d0 1\n", r"test\.tsv, line 2"),
         ("qrels/test.tsv", "q0\td0\t0.5\n", r"test\.tsv, line 1: .* a whole score"),
         ("qrels/test.tsv", "q0\td0\t1\nq0\td1\tscore\n", r"test\.tsv, line 2"),
+        ("qrels/test.tsv", "q0\td0\t1\nq0\td0\t0\n", r"test\.tsv, line 2: an earlier line judges document 'd0'"),
+        ("qrels/test.tsv", "q0\td0\t99999999999999999999\n", r"test\.tsv, line 1: .* a whole score"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", r"test\.tsv judges no document relevant"),
         ("corpus.jsonl", "\n", r"corpus\.jsonl is empty"),
         (
@@ -154,8 +157,48 @@ def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(model_fold
     evaluate(model_folder, split="dev", **run)
     (row,) = results(tmp_path / "out")["rows"]
     assert (row["split"], row["queries"]) == ("dev", 6)
-    with pytest.raises(ValueError, match="nothing to fine-tune on"):
-        evaluate(model_folder, split="train", finetune=True, **run)  # it would be scored on what it has seen
+    with pytest.raises(ValueError, match="--split train: what farm would be trained on is what is scored"):
+        evaluate(model_folder, split="train", finetune=True, **run)
+
+
+def test_a_corpus_with_holes_is_said_and_halves_of_characters_are_read(collection_folder, capsys):
+    lines = (collection_folder / "corpus.jsonl").read_text().splitlines()
+    broken = json.dumps(json.loads(lines[1]) | {"text": "half \ud83d a character"})
+    (collection_folder / "corpus.jsonl").write_text("\n".join([broken, *lines[2:]]) + "\n")
+    found = retrieval.read_collection(collection_folder)
+    assert "1 of 6 relevant documents of qrels/test.tsv are not in corpus.jsonl" in capsys.readouterr().out
+    assert "half \ufffd a character" in found.documents.values()
+
+
+def test_random_weights_are_as_many_as_there_are_seeds(model_folder, collection_folder, tmp_path):
+    folders = {"retrieval": [str(collection_folder)], "max_length": 32}
+    evaluate(model_folder, output=str(tmp_path / "out"), baselines=True, seeds=[0, 1, 2], **folders)
+    rows = [row for row in results(tmp_path / "out")["rows"] if row["model"].startswith("random")]
+    assert [row["seed"] for row in rows] == [0, 1, 2]
+
+
+def test_a_row_that_is_damaged_is_computed_again(model_folder, collection_folder, tmp_path, capsys):
+    run = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "max_length": 32}
+    evaluate(model_folder, **run)
+    before = results(tmp_path / "out")["rows"]
+    (file,) = (tmp_path / "out" / "rows").glob("*.json")
+    file.write_text("")
+    evaluate(model_folder, **run)
+    assert results(tmp_path / "out")["rows"] == before
+    assert "as before" not in capsys.readouterr().out
+
+
+def test_rows_that_differ_otherwise_or_have_no_partner_are_said(model_folder, collection_folder, tmp_path, capsys):
+    for name, length, pooling in (("a", 32, ["cls"]), ("b", 16, ["cls", "mean"])):
+        folders = {"retrieval": [str(collection_folder)], "max_length": length, "pooling": pooling}
+        evaluate(model_folder, output=str(tmp_path / name), **folders)
+    capsys.readouterr()
+    compare(str(tmp_path / "a"), str(tmp_path / "b"), samples=10)
+    said = capsys.readouterr().out
+    assert "B alone has 1 more: farm (test): pre-trained, mean" in said
+    assert "not the same in farm (test): pre-trained, cls: max_length 32 and 16" in said
+    with pytest.raises(ValueError, match=r"there is nothing at .*nowhere"):
+        compare(str(tmp_path / "a"), str(tmp_path / "nowhere"))
 
 
 # --- encoders and fine-tuning
@@ -538,7 +581,7 @@ def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
     assert [len(each) for each in drawn] == [4, 9]
     with pytest.raises(ValueError, match="--train-sizes 99: there are 14 training questions of farm"):
         question_examples(collection, Tuning(train_size=99))
-    with pytest.raises(ValueError, match="--hard-negatives 50: BM25 finds so many for no question of farm"):
+    with pytest.raises(ValueError, match="farm: 0 training questions have 50 hard negatives, which is too few"):
         question_examples(collection, Tuning(hard_negatives=50))
     with pytest.raises(ValueError, match="--hard-negatives -1 must be at least 0"):
         Tuning(hard_negatives=-1)

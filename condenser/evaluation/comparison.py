@@ -32,6 +32,7 @@ SAME = (
     "pair_loss",
     "split",
 )
+HOW = ("max_length", "similarity", "dtype", "learning_rate", "scale", "examples")  # said where they differ
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 
@@ -67,7 +68,7 @@ def compare(
     if samples < 1:
         raise ValueError(f"--samples {samples}: at least 1 is needed; 10000 are usual")
     kind, drawn = ("similarity", "pairs") if metric in CORRELATIONS else ("retrieval", "queries")
-    ours, theirs = (rows_of(folders, kind) for folders in (a, b))
+    (ours, our_settings), (theirs, their_settings) = (rows_of(folders, kind) for folders in (a, b))
     shared = [key for key in ours if ours[key].keys() & theirs.get(key, {}).keys()]
     if not shared:
         raise ValueError(
@@ -85,29 +86,40 @@ def compare(
         rows.append(row | interval(np.stack(tables), metric, samples, seed))
     settings = {"a": a, "b": b, "metric": metric, "samples": samples, "seed": seed, "level": LEVEL}
     show(settings, rows, drawn)
+    for name, alone in (("A", ours.keys() - theirs.keys()), ("B", theirs.keys() - ours.keys())):
+        if alone:
+            print(f"{name} alone has {len(alone)} more: {described(sorted(alone, key=str))}")
+    for key in shared:
+        pairs = {name: (our_settings[key].get(name), their_settings[key].get(name)) for name in HOW}
+        if differ := [f"{name} {one} and {two}" for name, (one, two) in pairs.items() if one != two]:
+            print(f"not the same in {described([key])}: {', '.join(differ)}")
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(json), settings | {"rows": rows})
 
 
-def rows_of(pattern: str, kind: str) -> dict[tuple, Seeds]:
-    """Rows of retrieval or similarity by the fields in ``SAME``, and of each its seeds.
+def rows_of(pattern: str, kind: str) -> tuple[dict[tuple, Seeds], dict[tuple, dict[str, Any]]]:
+    """Rows of retrieval or similarity by the fields in ``SAME``: of each its seeds, and one row of them whole.
 
     Raises:
         ValueError: nothing to read.
     """
     rows: dict[tuple, Seeds] = {}
-    for place, folder in enumerate(sorted(glob.glob(pattern)) or [pattern]):
+    whole: dict[tuple, dict[str, Any]] = {}
+    if not (folders := sorted(glob.glob(pattern))):
+        raise ValueError(f"there is nothing at {pattern}: give output folders of `condenser evaluate`")
+    for place, folder in enumerate(folders):
         for row, values in read_rows(Path(folder)):
             if row.get("task", "retrieval") == kind:
                 key = tuple(row.get(name) for name in SAME)
                 rows.setdefault(key, {})[place, row.get("seed")] = values
+                whole.setdefault(key, row)
     if not rows:
         raise ValueError(
             f"{pattern} has no rows of {kind}: give what `condenser evaluate --{kind}` wrote, or another --metric "
             f"({' and '.join(CORRELATIONS)} compare similarity, the others retrieval)"
         )
-    return rows
+    return rows, whole
 
 
 def described(keys: Iterable[tuple]) -> str:

@@ -120,7 +120,7 @@ def evaluate(
         encoder = encoders.load_encoder(folder, max_length)
         check_encoder(encoder, tasks, pooling or [], whitening or [])
         poolings: list[Any] = pooling or [None]
-        drawn = seeds[0] if baselines else None
+        drawn = seeds if baselines else []
         jobs = plan(tasks, encoder, tunings if finetune else [], poolings, whitening or [], drawn, query)
         settings = {
             "model": model,
@@ -171,6 +171,8 @@ def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], 
 
 def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output {folder} is a file: give a folder")
     if others := {file.name for file in folder.glob("*")} - OWN:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")
     return folder / "results.json"
@@ -189,10 +191,14 @@ def show(found: dict[str, Any]) -> None:
             for row in rows:
                 table.add_row(row["collection"], in_words(row), *(row[metric] for metric in metrics))
             console.print(table)
-            unseen = {row["collection"]: row["queries_unseen"] for row in found["rows"] if row.get("queries_unseen")}
+            unseen = {row["collection"]: row["queries_unseen"] for row in found["rows"] if "queries_unseen" in row}
             if kind == Retrieval.kind and unseen:
                 counts = ", ".join(f"{name} {n:,}" for name, n in unseen.items())
                 print(f"unseen: queries whose relevant documents are none of the training split's: {counts}")
+    for row in found["rows"]:
+        if row["task"] == "attention":
+            shares = " ".join(f"{share:.2f}" for share in row["cls_entropy"])
+            print(f"[CLS] attends, {in_words(row)}: by layer {shares} of the most there is (all tokens alike)")
     if tasks := found.get("mteb"):
         table = Table("MTEB's task", "metric", Column("score", justify="right"), box=None, padding=(0, 1, 0, 0))
         for task in tasks:

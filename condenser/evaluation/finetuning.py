@@ -66,6 +66,10 @@ class Tuning:
     def __post_init__(self) -> None:
         at_least("finetune-batch-size", self.batch_size, 2)
         at_least("hard-negatives", self.hard_negatives, 0)
+        if self.hard_negatives > NEGATIVES_FROM:
+            raise ValueError(
+                f"--hard-negatives {self.hard_negatives}: they are drawn from BM25's first {NEGATIVES_FROM}"
+            )
         at_least("mini-batch", self.mini_batch, 0)
         at_least("train-sizes", self.train_size, 2)
         at_least("seeds", self.seed, 0)
@@ -91,7 +95,7 @@ def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[
     questions = {judged[i]: collection.train_queries[judged[i]] for i in drawn}
     n = tuning.hard_negatives
     hits = bm25_search(collection.documents, questions, NEGATIVES_FROM) if n else {}
-    rows = []
+    rows, left_out = [], 0
     for query, question in questions.items():
         relevant = [collection.documents[i] for i in collection.relevant(query, collection.train_qrels)]
         others = [collection.documents[i] for i in hits.get(query, ()) if i not in collection.train_qrels[query]]
@@ -99,8 +103,18 @@ def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[
         if len(others) >= n:
             negatives = random.Random(f"{tuning.seed} {query}").sample(others, n)
             rows += [(question, text, *negatives) for text in relevant]
-    if not rows:
-        raise ValueError(f"--hard-negatives {n}: BM25 finds so many for no question of {collection.name}")
+        else:
+            left_out += 1
+    if left_out:
+        print(
+            f"{collection.name}: {left_out:,} of {len(questions):,} training questions are left out, with fewer than "
+            f"{n} hard negatives"
+        )
+    if len({text for _, text, *_ in rows}) < 2:
+        raise ValueError(
+            f"{collection.name}: {len(rows)} training questions have {n} hard negatives, which is too few; take fewer "
+            "hard negatives, or more questions"
+        )
     names = ["query", "positive", *(f"negative_{k}" for k in range(1, n + 1))]
     return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
 
@@ -142,7 +156,8 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], tuni
         trainer.train()
         assert trainer.state.global_step == steps
     encoder.eval()
-    return {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
+    how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
+    return how | {"examples": len(next(iter(examples.values())))}
 
 
 def arguments(

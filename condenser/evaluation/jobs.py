@@ -67,7 +67,7 @@ class Candidate:
             "trained_on": self.trained_on and self.trained_on.name,
             "train_size": self.tuning and self.tuning.train_size,
             "pair_loss": self.tuning and self.tuning.pair_loss,
-            "seed": self.tuning and self.tuning.seed,
+            "seed": self.tuning.seed if self.tuning else self.drawn,
         }
 
     def start(self) -> "SentenceTransformer":
@@ -180,25 +180,25 @@ def plan(
     tunings: Sequence[Tuning],
     poolings: Sequence[str | None],
     whitenings: Sequence[int],
-    drawn: int | None,
+    drawn: Sequence[int],
     query: str | None,
 ) -> list[Job]:
     """The rows of the table, in order; the last encoder that searches the first collection answers the query.
 
     Args:
-        drawn: with BM25 and random weights: of this seed, or of fine-tuning's
+        drawn: with BM25 and random weights: of these seeds, or of fine-tuning's
     """
     mark, jobs = fingerprint(encoders.describe(base)), []
     for task in tasks:
-        if drawn is not None and isinstance(task, Retrieval):
+        if drawn and isinstance(task, Retrieval):
             jobs.append(Job(None, task))
             jobs += [Job(None, task, reader=(base, mark))] if base.max_seq_length and base.tokenizer.is_fast else []
         for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), poolings):
             trained_on = task if tuning and not isinstance(task, Attention) else None
             if tuning and isinstance(trained_on, Retrieval):
                 tuning = replace(tuning, pair_loss=None)
-            seeds = {} if drawn is None else {RANDOM: tuning.seed if tuning else drawn}
-            for model, seed in {**seeds, "pre-trained": None}.items():
+            seeds = [tuning.seed] if tuning and drawn else drawn
+            for model, seed in [*((RANDOM, seed) for seed in seeds), ("pre-trained", None)]:
                 candidate = Candidate(model, base, mark, pooling, seed, tuning, trained_on)
                 jobs += measurements(candidate, task, tasks, whitenings)
     answering = max((n for n, job in enumerate(jobs) if job.task is tasks[0] and job.candidate), default=None)
@@ -224,20 +224,28 @@ def compute(jobs: list[Job], settings: dict[str, Any], path: Path) -> dict[str, 
     ready: tuple[str, Any] = ("", None)  # a candidate's fingerprint, what it has prepared
     for number, job in enumerate(jobs, start=1):
         file = path.parent / ROWS / f"{job.fingerprint}.json"
-        print(f"{number}/{len(jobs)} {job}{': as before' if file.exists() else ''}")
-        if not file.exists():
+        kept = read_kept(file)
+        print(f"{number}/{len(jobs)} {job}{': as before' if kept else ''}")
+        if not kept:
             mark = job.candidate.fingerprint if job.candidate else ""
             if ready[0] != mark:
                 ready = mark, job.candidate.prepared(path.parent) if job.candidate else None
             file.parent.mkdir(exist_ok=True)
-            write_json(file, job.run(ready[1] if job.candidate else None))
-        kept = json.loads(file.read_text())
+            write_json(file, kept := job.run(ready[1] if job.candidate else None))
         found["rows"].append(kept["row"])
         found["fingerprints"].append(job.fingerprint)
         if job.query:
             found["example"] = {"query": job.query, "answered_by": str(job), "hits": kept["hits"]}
         write_json(path, found)
     return found
+
+
+def read_kept(file: Path) -> dict[str, Any]:
+    """The file of a row; nothing if it is not there, or damaged, and so to be computed again."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def read_rows(folder: Path) -> list[tuple[dict[str, Any], dict[str, dict[str, float]]]]:

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from condenser.corpus.readers import COMPRESSED, opened
+from condenser.evaluation.retrieval import whole_characters
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".json")
 SCORES = ("relatednessscore", "relatedness", "similarityscore", "similarity", "score", "goldscore", "gold", "label")
@@ -156,7 +157,7 @@ def json_rows(path: Path, lines: list[tuple[int, str]]) -> Rows:
     names: list[str] = []
     for number, line in lines:
         try:
-            fields = json.loads(line)
+            fields = whole_characters(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
         if not isinstance(fields, dict):

@@ -7,13 +7,17 @@ each plain or compressed (.gz, .xz, .zst). A title goes before its text, as in B
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from condenser.corpus.readers import COMPRESSED, opened
 from condenser.evaluation.search import Qrels, Texts
+
+LARGEST_GRADE = 1000  # of a judgement; trec_eval counts with small whole numbers
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,12 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     train = read_qrels(folder, "qrels/train.tsv", queries) if "train" in splits else {}
     if not any(judged.keys() & documents.keys() for judged in qrels.values()):
         raise ValueError(f"{folder}: no document of qrels/{split}.tsv is in corpus.jsonl: do they belong together?")
+    relevant = {i for judged in qrels.values() for i, grade in judged.items() if grade > 0}
+    if lost := relevant - documents.keys():
+        print(
+            f"{folder}: {len(lost):,} of {len(relevant):,} relevant documents of qrels/{split}.tsv are not in "
+            "corpus.jsonl, and count as not found"
+        )
     full = folder.resolve()
     return Collection(
         name=full.parent.name if full.name == "beir" else full.name,
@@ -88,6 +98,13 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
         train_queries={query: queries[query] for query in train},
         train_qrels=train,
     )
+
+
+def whole_characters(value: Any) -> Any:
+    """Halves of characters, which JSON can spell and no tokenizer takes, become replacement characters."""
+    if isinstance(value, str):
+        return re.sub("[\ud800-\udfff]", "\ufffd", value)
+    return {key: whole_characters(each) for key, each in value.items()} if isinstance(value, dict) else value
 
 
 def read_lines(folder: Path, name: str) -> Iterator[tuple[str, str]]:
@@ -115,6 +132,7 @@ def read_rows(folder: Path, name: str) -> dict[str, dict]:
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{where}: not JSON: {error}") from None
+        row = whole_characters(row)
         if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("_id", "text")):
             raise ValueError(f"{where}: not an object with the strings _id and text")
         if rows.setdefault(row["_id"], row) != row:
@@ -130,13 +148,15 @@ def read_qrels(folder: Path, name: str, queries: Texts) -> Qrels:
         try:
             query, document, score = columns
             grade = float(score)
-            if not grade.is_integer():
+            if not grade.is_integer() or abs(grade) > LARGEST_GRADE:
                 raise ValueError
         except ValueError:
             if number == 0 and len(columns) == 3 and not any(map(str.isdigit, columns[2])):
                 continue
             raise ValueError(f"{where}: not 'query-id<TAB>corpus-id<TAB>score' with a whole score") from None
-        qrels.setdefault(query, {})[document] = int(grade)
+        judged = qrels.setdefault(query, {})
+        if judged.setdefault(document, int(grade)) != grade:
+            raise ValueError(f"{where}: an earlier line judges document {document!r} for query {query!r} otherwise")
     qrels = {query: judged for query, judged in qrels.items() if max(judged.values()) > 0}
     if not qrels:
         raise ValueError(f"{folder}: {name} judges no document relevant")

@@ -168,7 +168,7 @@ class Similarity:
         metrics, cosines = similarity_metrics(encoder, self.test)
         scored = zip(cosines.tolist(), self.test.scores.tolist(), strict=True)
         values = {str(number): {"cosine": cosine, "score": score} for number, (cosine, score) in enumerate(scored)}
-        return Measured(metrics, values)
+        return Measured({"similarity": "cosine"} | metrics, values)
 
 
 @dataclass(frozen=True)
@@ -234,6 +234,8 @@ def check_training(tasks: Sequence[Task], tunings: Sequence[Tuning]) -> None:
         ValueError: nothing to train on, or less than is asked for.
     """
     training = [task for task in tasks if task.trains and not isinstance(task, Attention)]
+    if scored := [task.name for task in tasks if isinstance(task, Retrieval) and task.split == "train"]:
+        raise ValueError(f"--split train: what {', '.join(scored)} would be trained on is what is scored")
     if not training:
         raise ValueError(
             f"{', '.join(task.name for task in tasks)}: nothing to fine-tune on, such as relevant pairs in "
@@ -241,5 +243,9 @@ def check_training(tasks: Sequence[Task], tunings: Sequence[Tuning]) -> None:
         )
     for task, tuning in itertools.product(training, tunings):
         check_size(tuning.train_size, task.n_train, f"questions or pairs to train on in {task.name}")
+        if isinstance(task, Retrieval) and len({text for _, text in task.collection.train_pairs}) < 2:
+            raise ValueError(
+                f"{task.name}: its training questions have one passage; to be told apart there must be two"
+            )
         if tuning.learning_rate is None:
             task.held_out()

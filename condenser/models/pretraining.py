@@ -278,7 +278,11 @@ def objective_on(lm: PreTrainedModel, path: str, settings: dict[str, Any]) -> Ob
     known = known_class(path)
     if known is not None:
         return made(known, lm, settings)
-    warn(f"the objective {path} is not imported: its model is read as what a Condenser is of it, with another loss")
+    module = path.rpartition(".")[0]
+    warn(
+        f"the objective {path} is not imported (CONDENSER_IMPORT={module}): its model is read as what a Condenser is "
+        "of it, with another loss"
+    )
     own = {name: value for name, value in settings.items() if name in setting_names(Condenser)}
     return made(Condenser, lm, {"n_head_layers": 0} | own)
 

@@ -126,7 +126,8 @@ def backbone_of(lm: PreTrainedModel) -> Backbone:
         choices = ", ".join(sorted(known))
         raise ValueError(
             f"a backbone of type {model_type!r} is not supported; choose one of: {choices}; "
-            "docs/backbones.md says how a family is added"
+            "docs/backbones.md says how a family is added; one of your own is known once it is imported, by "
+            "model.backbone_family or CONDENSER_IMPORT=module"
         )
     if getattr(lm.config, "is_decoder", False):
         raise ValueError("the backbone is a decoder, which sees a text from one side: set is_decoder to false")
