@@ -69,7 +69,8 @@ def evaluate(
 
     Args:
         model: a folder (such as `condenser export` writes), a checkpoint or run folder, or a model of the hub
-        output: folder for results.json; rows that it holds already are not computed again
+        output: folder for results.json, which has the rows of this call; what the folder holds already is not computed
+            again
         retrieval: folders with corpus.jsonl, queries.jsonl and qrels/test.tsv (see --split), each plain or compressed
         similarity: files of sentence pairs with scores, or folders with a test and a train file
         attention: token store on whose validation split the entropy of [CLS] attention is taken, by layer

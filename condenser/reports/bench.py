@@ -52,8 +52,7 @@ def bench(
     rounds: int = 5,
     json: str | None = None,
 ) -> None:
-    """Measure training steps: by the authors' recipe, by ours, and by ours compiled and replayed; or what an objective
-    costs beside plain MLM.
+    """Measure training steps: by the authors' recipe, by ours, compiled and replayed; or an objective beside plain MLM.
 
     Shown are medians over the rounds, with half the range, and the ratio to the first row. GFLOP of a token are
     those done, padding included; MFU counts only those that the real tokens need, against the rate of large matrix
