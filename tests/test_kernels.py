@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from condenser.models import short_attention as short
+from condenser.models.attention import bounds_of
 from condenser.models.dropout import Seeds, drop, kept
+from condenser.models.retromae import RetroMAE
 
 BEGINS = [0, 5, 5, 133, 200, 201]  # an empty sequence, one of 128 tokens, one of a single token
 
@@ -111,6 +114,16 @@ def test_compiled_dropout_drops_the_same_forwards_and_backwards(dropouts, p):
     torch.testing.assert_close(states.grad, expected.expand_as(states))
     dropouts.eval()
     assert torch.equal(compiled(states, dropouts[0]), states)
+
+
+@pytest.mark.parametrize("longest", [24, pytest.param(128, marks=pytest.mark.slow)])
+def test_what_a_decoder_sees_is_the_same_compiled(longest):
+    """The hash's products would wrap around in 32 bits, which C++ leaves undefined: by 24 it went another way."""
+    decoder = SimpleNamespace(decoder_mask_rate=0.7)
+    rows = bounds_of(torch.arange(4) * longest, longest, 3 * longest, kernel=False)
+    keys = torch.randint(-(2**31), 2**31, (3,), generator=torch.Generator().manual_seed(0))
+    compiled = torch.compile(lambda keys: RetroMAE.seen(decoder, keys, rows), dynamic=False, fullgraph=True)
+    assert torch.equal(compiled(keys), RetroMAE.seen(decoder, keys, rows))
 
 
 def test_without_a_compiler_dropout_is_torchs(dropouts):

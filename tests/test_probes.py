@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -179,9 +180,9 @@ def marked_names(n, seed):
         rows.append(torch.tensor([1, *names[:place], 4, *names[place:], names[place] + 6, 5, 2]))
     text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     masked = (torch.rand(text.shape, generator=torch.Generator().manual_seed(seed)) < 0.15) & (text > 3)
-    found = flattened(
-        Bert.__new__(Bert), text.masked_fill(masked, 3), (text > 0).long(), text.masked_fill(~masked, -100)
-    )
+    backbone = Bert.__new__(Bert)
+    backbone.lm = SimpleNamespace(config=BertConfig())
+    found = flattened(backbone, text.masked_fill(masked, 3), (text > 0).long(), text.masked_fill(~masked, -100))
     arrays = {name: value.numpy() for name, value in found.items() if torch.is_tensor(value)}
     return StepBatch.of([arrays | {name: value for name, value in found.items() if isinstance(value, int)}])
 

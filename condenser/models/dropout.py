@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+WORD = 0xFFFFFFFF  # 32 bits
 MULTIPLIERS = 0x7FEB352D, 0x846CA68B - 2**32
 
 
@@ -43,13 +44,19 @@ def drop(states: Tensor, dropout: Any) -> Tensor:
 def kept(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     """Which of ``shape`` are not dropped, each with probability ``1 - p``."""
     place = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(shape)
-    number = mixed(mixed(place ^ seed[0]) + seed[1])
+    number = mixed(mixed(place ^ seed[0]) ^ seed[1])
     return (number >> 7 & 0xFFFFFF) >= round(p * 2**24)
 
 
 def mixed(x: Tensor) -> Tensor:
     """A bijection of int32 whose output bits each depend on all input bits (Wellons' lowbias32); products wrap around,
-    shifts bring in zeros."""
+    shifts bring in zeros. On CPUs in 64 bits, in which nothing wraps: what C++ makes of a signed product that does is
+    undefined, and compiled code was seen to differ."""
+    if not x.is_cuda:
+        wide = x.long() & WORD
+        wide = (wide ^ wide >> 16) * MULTIPLIERS[0] & WORD
+        wide = (wide ^ wide >> 15) * MULTIPLIERS[1] & WORD
+        return (wide ^ wide >> 16).int()
     x = (x ^ (x >> 16 & 0xFFFF)) * MULTIPLIERS[0]
     x = (x ^ (x >> 15 & 0x1FFFF)) * MULTIPLIERS[1]
     return x ^ (x >> 16 & 0xFFFF)

@@ -29,7 +29,6 @@ from condenser.models.flops import Sizes, Work, training_flops
 from condenser.models.losses import at_least_fp32, logits_of
 from condenser.models.objective import Objective, Term, identity
 
-WORD = 0xFFFFFFFF  # 32 bits
 LEAST = -1e4  # a logit that has no probability in fp32
 
 
@@ -96,8 +95,8 @@ class RetroMAE(Objective):
         """Which positions each position sees ``[B, 1, L, L]``: the first, and others by a hash of ``keys`` ``[B]``."""
         position = torch.arange(rows.longest, dtype=torch.int32, device=keys.device)
         of_query = mixed(keys.int()[:, None] ^ mixed(position + 1))  # [B, L]
-        drawn = mixed(of_query[:, :, None] ^ mixed(position + 0x10001)).long() & WORD  # [B, L, L]
-        chosen = drawn >= int(self.decoder_mask_rate * (WORD + 1))
+        drawn = mixed(of_query[:, :, None] ^ mixed(position + 0x10001)) >> 8 & 0xFFFFFF  # [B, L, L], of 24 bits
+        chosen = drawn >= round(self.decoder_mask_rate * 2**24)  # in 32 bits: C++ need not wrap what is made wider
         chosen = chosen & (position[:, None] != position) & rows.mask[:, 0]  # type: ignore[index]
         return (chosen | (position == 0))[:, None]
 

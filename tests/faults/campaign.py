@@ -112,7 +112,8 @@ def hit(folder, kept, store, whole, kind, seed, to_first_step):
         if not outcome.wrong:
             outcome.wrong += differences(subject.run, whole)
         outcome.lost = subject.lost()
-        if outcome.lost > (0 if kind.signals_first else EVERY):
+        # a checkpoint is saved as the next step begins, which is counted here though it is not taken
+        if outcome.lost > (0 if kind.signals_first else EVERY + 1):
             outcome.wrong.append(f"{outcome.lost} steps done again")
         return outcome
     finally:
