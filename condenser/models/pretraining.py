@@ -102,12 +102,12 @@ class CondenserConfig(PretrainedConfig):
         return setting_names(known_class(self.objective) or Condenser)
 
     def __getattr__(self, name: str) -> Any:
-        """What is not its own is the objective's, or the backbone's. (A ``temperature`` is in ``settings`` alone: as an
-        attribute Hugging Face takes it for one of text generation, and refuses to save it.)"""
+        """What is not its own is the objective's, or the backbone's; but for what Hugging Face would check as this
+        configuration's own, a ``temperature`` as one of text generation and ``rope_parameters``."""
         own = vars(self)
         if name in own.get("settings", {}) and name != "temperature":
             return own["settings"][name]
-        if "backbone_config" in own and not name.startswith("_"):
+        if "backbone_config" in own and not name.startswith(("_", "rope")):
             return getattr(own["backbone_config"], name)
         raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
