@@ -21,9 +21,9 @@ from safetensors.torch import save_file
 
 from condenser.card import model_card
 from condenser.hub import load_checkpoint, load_export
+from condenser.models.heads import HEAD_FILE
 from condenser.models.initial import cut_vocabulary
-from condenser.models.objective import Objective
-from condenser.models.pretraining import HEAD_FILE, class_path
+from condenser.models.objective import Objective, class_path
 from condenser.runs import METRICS, RESULTS, checkpoints, flatten, is_intact, read_mapping, read_metrics, step_of
 
 ABOUT_FILE = "condenser.json"  # where the export came from
@@ -53,8 +53,6 @@ def export(
         print(f"{target} already holds this checkpoint's export: nothing to do")
         return
     model, content = load_checkpoint(path)
-    if not is_intact(path):  # though it can be read
-        raise ValueError(f"{path} is damaged: its bytes are not those that were written; export another step")
     check_finite(model, path)
     cut_vocabulary(model.lm)
     partial = target.with_name(target.name + ".partial")
@@ -84,6 +82,8 @@ def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> P
     if path.is_file():
         if best or step is not None:
             raise ValueError(f"{name} is one checkpoint: --best and --step choose among those of a run folder")
+        if not is_intact(path):
+            raise ValueError(f"{name} is damaged, or no checkpoint: its bytes are not those that were written")
         return path
     if not path.is_dir():
         raise ValueError(f"no such checkpoint or run folder: {name}")

@@ -15,21 +15,11 @@ from condenser.data.tokenizers import has_tokenizer, is_path, vocabulary_size
 from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
+from condenser.models.heads import AUTHORS_FILE, HEAD_FILE, load_head, parts
 from condenser.models.initial import draw_truncated, fill_vocabulary
-from condenser.models.objective import Objective
+from condenser.models.objective import Objective, class_of, class_path
 from condenser.models.positions import Extension, with_positions
-from condenser.models.pretraining import (
-    AUTHORS_FILE,
-    HEAD_FILE,
-    CondenserConfig,
-    CondenserForPreTraining,
-    Found,
-    class_of,
-    class_path,
-    load_head,
-    opened,
-    parts,
-)
+from condenser.models.pretraining import CondenserConfig, CondenserForPreTraining, Found, opened
 
 
 def warm_start(

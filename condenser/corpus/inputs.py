@@ -11,11 +11,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from condenser.corpus.readers import COMPRESSED, READERS, Columns, Source, suffix_of
+from condenser.corpus.documents import documents
+from condenser.corpus.readers import COMPRESSED, READERS, Columns, Source, suffix_of, units
 from condenser.corpus.work import UNFINISHED
 from condenser.data.store import MANIFEST
 from condenser.data.tokenizers import is_path
 
+TEXT_BYTES = 1 << 24  # read at once
 LEFT_BEHIND = ("~", ".swp", ".swo", ".tmp", ".part", ".partial", ".crdownload")  # how names end
 SYSTEMS_OWN = ("__MACOSX", "__pycache__")  # folders
 ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "copying")  # how names of plain text begin
@@ -168,3 +170,11 @@ def hub_source(name: str) -> Source:
     if glob.has_magic(name) or is_path(name) or suffix_of(name) in (*READERS, *COMPRESSED):
         raise ValueError(f"no such file: {name}")
     return Source(name, "hub")
+
+
+def texts_of(names: list[str]) -> Iterator[str]:
+    """Of the documents of inputs; lines that cannot be read are passed over."""
+    for source in resolve(names)[0]:
+        for unit in units(source, TEXT_BYTES):
+            good, _ = documents(unit, skip_bad_lines=True)
+            yield from (document.text for document in good)

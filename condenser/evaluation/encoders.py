@@ -16,7 +16,7 @@ from condenser.export import export, find_checkpoint
 from condenser.hub import load_export
 from condenser.models.backbones.base import longest_text
 from condenser.models.files import reading
-from condenser.models.pretraining import HEAD_FILE
+from condenser.models.heads import HEAD_FILE
 from condenser.online import ask_hub
 
 if TYPE_CHECKING:

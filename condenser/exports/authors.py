@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 
 from condenser.models.condenser import Condenser
+from condenser.models.heads import AUTHORS_FILE, HEAD_FILE
 from condenser.models.objective import Objective
-from condenser.models.pretraining import AUTHORS_FILE, HEAD_FILE, CondenserForPreTraining
+from condenser.models.pretraining import CondenserForPreTraining
 
 
 def write_authors_layout(folder: Path, model: Objective) -> None:

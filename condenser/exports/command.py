@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from condenser import export as one
+from condenser.corpus.inputs import resolve
 from condenser.evaluation.pooling import check_name
 from condenser.exports.authors import write_authors_layout
 from condenser.exports.onnx import check_installed, write_onnx
 from condenser.exports.upload import upload
-from condenser.exports.vectors import check_texts, write_vectors
+from condenser.exports.vectors import write_vectors
 from condenser.models.objective import Objective
 from condenser.runs import checkpoints, step_of
 
@@ -77,9 +78,7 @@ def export(
         "dimensions": (dimensions, None),
         "onnx": (onnx, False),
     }
-    changed = {name: value for name, (value, usual) in requested.items() if value is not usual and value != usual}
-    if dimensions is not None:
-        changed["dimensions"] = dimensions  # 0 too, which is refused
+    changed = {name: value for name, (value, usual) in requested.items() if value != usual}
     check_options(changed, all_steps and (best or step is not None), dry_run and push is None)
     if push is not None:
         check_repository(push)
@@ -119,7 +118,7 @@ def check_options(changed: dict[str, Any], two_choices: bool, dry_alone: bool) -
     if "onnx" in changed:
         check_installed()
     if "whitening" in changed:
-        check_texts(changed["whitening"])
+        resolve(changed["whitening"])
 
 
 def check_repository(name: str) -> None:

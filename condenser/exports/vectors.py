@@ -10,20 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from condenser.corpus.documents import documents
-from condenser.corpus.inputs import resolve
-from condenser.corpus.work import units
+from condenser.corpus.inputs import texts_of
 from condenser.evaluation.encoders import backbone
 from condenser.evaluation.pooling import with_pooling
 from condenser.evaluation.whitening import whitened
 
 ENOUGH = 20_000  # texts to whiten by
 SAMPLE = ["a question", "A sentence of a document, and one more. So that they differ."]
-
-
-def check_texts(names: list[str]) -> None:
-    """Raises ValueError where there is nothing to read."""
-    resolve(names)
 
 
 def write_vectors(
@@ -51,7 +44,9 @@ def write_vectors(
 
     encoder = with_pooling(SentenceTransformer(str(folder), device="cpu"), pooling)
     if whitening is not None:
-        vectors = encoder.encode(some_texts(whitening), show_progress_bar=sys.stderr.isatty())
+        vectors = encoder.encode(
+            [*itertools.islice(texts_of(whitening), ENOUGH)], show_progress_bar=sys.stderr.isatty()
+        )
         encoder = whitened(encoder, vectors, dimensions)
         print(f"whitened by {len(vectors):,} texts, to {encoder.get_embedding_dimension()} dimensions")
     if normalize:
@@ -92,13 +87,3 @@ def as_before(config: Path, kind: str) -> str:
         settings = {name: value for name, value in settings.items() if not name.startswith("module_")}
         config.write_text(json.dumps(settings, indent=1) + "\n")
     return f"sentence_transformers.models.{kind}"
-
-
-def some_texts(names: list[str]) -> list[str]:
-    every = (
-        document.text
-        for source in resolve(names)[0]
-        for unit in units(source, 1 << 24)
-        for document in documents(unit, skip_bad_lines=True)[0]
-    )
-    return [*itertools.islice(every, ENOUGH)]

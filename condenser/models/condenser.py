@@ -123,14 +123,12 @@ class Condenser(Objective):
         token_type_ids: Tensor | None = None,
     ) -> CondenserOutput:
         """Losses of padded rows ``[B, L]``, in which ``labels`` are -100 where nothing is scored."""
-        if labels is None:
-            raise ValueError("labels are needed: [B, L], -100 where nothing is scored")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        batch = flattened(self.backbone, input_ids, mask, labels, token_type_ids)
+        batch = flattened(self.backbone, input_ids, attention_mask, labels, token_type_ids)
         states = self.states(batch)
         terms = self.terms_of(states, batch, score=False)
         output = CondenserOutput({name: term.sum / batch["n_masked"] for name, term in terms.items()})
         if not self.pruned:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             late, early, head = (padded(each, mask) for each in states)
             output.last_hidden_state, output.skip_hidden_state, output.head_hidden_state = late, early, head
         return output

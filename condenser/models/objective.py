@@ -180,6 +180,27 @@ def setting_names(objective: type[Objective]) -> list[str]:
     return [name for name in dict.fromkeys(names) if name not in ("self", "lm")]
 
 
+def class_path(objective: type[Objective]) -> str:
+    return f"{objective.__module__}.{objective.__qualname__}"
+
+
+def class_of(model: Objective) -> type[Objective]:
+    """Its own class: where weights are sharded torch has put one of its making before it."""
+    return next(each for each in type(model).__mro__ if not each.__module__.startswith("torch."))
+
+
+def known_class(path: str) -> type[Objective] | None:
+    """The class of this path if it is one of ours or was imported. (A path that a file holds is not imported: it could
+    run anything.)"""
+    waiting: list[type[Objective]] = [Objective]
+    while waiting:
+        known = waiting.pop()
+        if class_path(known) == path:
+            return known
+        waiting += known.__subclasses__()
+    return None
+
+
 def known_options(objective: type[Objective], usual: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
     """What a class is made with: ``options``, and of ``usual`` what it takes.
 
@@ -205,13 +226,20 @@ def read_at_cls(batch: dict[str, Any]) -> dict[str, Any]:
 
 
 def flattened(
-    backbone: Any, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, token_type_ids: Tensor | None = None
+    backbone: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+    token_type_ids: Tensor | None = None,
 ) -> dict[str, Any]:
     """Padded rows ``[B, L]`` (``labels`` -100 where nothing is scored) as a flat pass. On a GPU this waits for it.
 
     Raises:
-        ValueError: no rows, or one without a token.
+        ValueError: no labels, no rows, one without a token, or one of more than the backbone takes.
     """
+    if labels is None:
+        raise ValueError("labels are needed: [B, L], -100 where nothing is scored")
+    attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
     real = attention_mask.bool()
     lengths = real.sum(1)
     longest = longest_text(backbone.lm.config)

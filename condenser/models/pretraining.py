@@ -1,4 +1,4 @@
-"""An objective as a Hugging Face model, with its head; and every form in which a model with a head is found.
+"""An objective as a Hugging Face model, with its head.
 
     from condenser import CondenserForPreTraining
 
@@ -10,13 +10,11 @@
 (give it ``skip_from``, which is not in the file), and any masked LM, which gets a fresh head. Folders or hub names.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
@@ -26,41 +24,27 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput, cached_file, logging
+from transformers.utils import ModelOutput, logging
 
 from condenser.models.backbones.base import build_masked_lm, check_complete, config_of, with_settings
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
-from condenser.models.files import load_file, reading
+from condenser.models.files import reading
+from condenser.models.heads import HEAD_FILE, head_beside, load_head, parts
 from condenser.models.losses import IGNORED
-from condenser.models.objective import Objective, flattened, known_options, setting_names
+from condenser.models.objective import (
+    Objective,
+    class_of,
+    class_path,
+    flattened,
+    known_class,
+    known_options,
+    setting_names,
+)
 from condenser.models.retromae import DupMAE, RetroMAE
 
-HEAD_FILE = "condenser_head.safetensors"  # beside a masked LM, in an export
-AUTHORS_FILE = "model.pt"
 OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # arguments of from_pretrained
 OURS = (Condenser, CoCondenser, RetroMAE, DupMAE)
-
-
-def class_path(objective: type[Objective]) -> str:
-    return f"{objective.__module__}.{objective.__qualname__}"
-
-
-def class_of(model: Objective) -> type[Objective]:
-    """Its own class: where weights are sharded torch has put one of its making before it."""
-    return next(each for each in type(model).__mro__ if not each.__module__.startswith("torch."))
-
-
-def known_class(path: str) -> type[Objective] | None:
-    """The class of this path if it is one of ours or was imported. (A path that a file holds is not imported: it could
-    run anything.)"""
-    waiting: list[type[Objective]] = [Objective]
-    while waiting:
-        known = waiting.pop()
-        if class_path(known) == path:
-            return known
-        waiting += known.__subclasses__()
-    return None
 
 
 class CondenserConfig(PretrainedConfig):
@@ -198,10 +182,7 @@ class CondenserForPreTraining(PreTrainedModel):
         ``labels`` are -100 where nothing is predicted. What an objective asks for beside them is made of the rows: the
         text before it was masked of ``labels``; for a contrast rows 2i and 2i + 1 are spans of one document.
         """
-        if labels is None:
-            raise ValueError("labels are needed: [B, L], -100 where nothing is predicted")
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        batch = flattened(self.model.backbone, input_ids, mask, labels, token_type_ids)
+        batch = flattened(self.model.backbone, input_ids, attention_mask, labels, token_type_ids)
         batch |= before_masking(batch)
         if self.model.contrast is not None and len(input_ids) % 2:
             raise ValueError(f"{len(input_ids)} rows: a contrast takes pairs, rows 2i and 2i + 1 of one document")
@@ -237,9 +218,9 @@ def as_dtype(given: Any) -> torch.dtype:
     Raises:
         ValueError: no type of torch's.
     """
-    found = (
-        torch.float32 if given in (None, "auto") else getattr(torch, given, None) if isinstance(given, str) else given
-    )
+    if given in (None, "auto"):
+        return torch.float32
+    found = getattr(torch, given, None) if isinstance(given, str) else given
     if not isinstance(found, torch.dtype):
         raise ValueError(f"dtype={given!r} is no type of torch's")
     return found
@@ -318,54 +299,4 @@ def opened(name: str, settings: dict[str, Any], hub: Mapping[str, Any] = {}) -> 
             )
         check_complete(name, report)
         return Found(whole.model.lm, whole.model.head_state(), config.objective, config.settings)
-    lm = build_masked_lm(name, settings, hub)
-    if path := file_of(name, HEAD_FILE, hub):
-        head, about = read_safetensors(path)
-        return Found(lm, head, about.get("objective", class_path(Condenser)), json.loads(about["head"]))
-    if path := file_of(name, AUTHORS_FILE, hub):
-        state = load_file(path)
-        head = {key: state[key] for key in state if key.startswith("c_head.")} if isinstance(state, dict) else {}
-        if not head:
-            raise ValueError(f"{path} holds no head (keys c_head.*): remove it to start without one")
-        return Found(lm, head, None, {"n_head_layers": 1 + max(int(key.split(".")[1]) for key in head)})
-    return Found(lm)
-
-
-def file_of(name: str, file: str, hub: Mapping[str, Any]) -> Path | None:
-    """Where a file of a folder or hub name is, if there is one."""
-    if Path(name).is_dir():
-        return Path(name) / file if (Path(name) / file).is_file() else None
-    found = cached_file(name, file, _raise_exceptions_for_missing_entries=False, **hub)
-    return Path(found) if found else None
-
-
-def load_head(model: Objective, weights: dict[str, Tensor], origin: str) -> list[str]:
-    """Load the parts of a head (``c_head``, ``decoder``, ...) that are there; the names of the others.
-
-    Raises:
-        ValueError: a part of another shape.
-    """
-    own = model.head_state()
-    known = parts(own) & parts(weights)
-    for name in sorted(own.keys() | weights.keys()):
-        shapes = [tuple(state[name].shape) if name in state else "absent" for state in (weights, own)]
-        if name.split(".")[0] in known and shapes[0] != shapes[1]:
-            raise ValueError(
-                f"the head in {origin} has another shape than that of a {type(model).__name__} with {model.settings}: "
-                f"{name} is {shapes[0]} there and {shapes[1]} here"
-            )
-    model.load_state_dict({name: w for name, w in weights.items() if name.split(".")[0] in known}, strict=False)
-    return sorted(parts(own) - known)
-
-
-def parts(head: dict[str, Tensor]) -> set[str]:
-    return {name.split(".")[0] for name in head}
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
+    return Found(build_masked_lm(name, settings, hub), *head_beside(name, hub))

@@ -18,10 +18,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from condenser.corpus.documents import documents
-from condenser.corpus.inputs import resolve
+from condenser.corpus.inputs import texts_of
 from condenser.corpus.prepare import prepare
-from condenser.corpus.readers import units
 from condenser.corpus.work import available_cores
 from condenser.data.collate import Vocabulary
 from condenser.data.store import SPECIAL_TOKENS, read_manifest, write_json
@@ -143,7 +141,7 @@ def choose(tokens: list[str]) -> set[int]:
 
 def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
     """Million tokens a second of `condenser prepare`, and of nothing but tokenizing the same texts in memory."""
-    texts, backend = texts_of(input), load_tokenizer(tokenizer).backend_tokenizer
+    texts, backend = [*texts_of(input)], load_tokenizer(tokenizer).backend_tokenizer
     pieces = [texts[first : first + 256] for first in range(0, len(texts), 256)]
     ours, alone = list[float](), list[float]()
     for _ in range(rounds):
@@ -154,12 +152,3 @@ def preparation(input: list[str], tokenizer: str, rounds: int) -> Measured:
         _, seconds = timed(lambda: [backend.encode_batch(piece, add_special_tokens=False) for piece in pieces])
         alone.append(n_tokens / seconds / 1e6)
     return {"condenser prepare": ours, "the tokenizer's batch call alone": alone}
-
-
-def texts_of(input: list[str]) -> list[str]:
-    texts = []
-    for source in resolve(input)[0]:
-        for unit in units(source, 1 << 24):
-            good, _ = documents(unit, skip_bad_lines=True)
-            texts += [document.text for document in good]
-    return texts
