@@ -125,7 +125,7 @@ def test_qrels_without_a_header_lose_no_line(collection_folder, first):
         ("qrels/test.tsv", "q0\td0\t1\nq0\td0\t0\n", r"test\.tsv, line 2: an earlier line judges document 'd0'"),
         ("qrels/test.tsv", "q0\td0\t99999999999999999999\n", r"test\.tsv, line 1: .* a whole score"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\n", r"test\.tsv judges no document relevant"),
-        ("corpus.jsonl", "\n", r"corpus\.jsonl is empty"),
+        ("corpus.jsonl", "\n", r"no document of qrels/test\.tsv is in corpus\.jsonl"),
         (
             "corpus.jsonl",
             '{"_id": "d", "text": "a"}\n{"_id": "d", "text": "b"}\n',

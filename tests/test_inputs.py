@@ -591,7 +591,8 @@ def test_what_systems_leave_behind_is_passed_over_in_collections_runs_and_tokeni
         (folder / ".DS_Store").write_bytes(b"\xff\0")
     read = read_collection(collection)
     assert (read.documents, read.queries, read.qrels) == ({"d": "A document."}, {"q": "A query."}, {"q": {"d": 1}})
-    assert read_similarity(tmp_path / "pairs").test.first == ["a", "c"]
+    _, test, _ = read_similarity(tmp_path / "pairs")
+    assert test.first == ["a", "c"]
     assert checkpoints(tmp_path / "run") == [tmp_path / "run/checkpoints/last-step=3.ckpt"]
     model = warm_start(None, SMALL, load_tokenizer(tokenizer), Condenser, skip_from=1)
     assert {*description(model, tokenizer, {}, "")["tokenizer"]} == {path.name for path in store.glob("tokenizer/*")}

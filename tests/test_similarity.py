@@ -73,12 +73,14 @@ def test_a_folder_has_test_and_train(tmp_path):
     folder.mkdir()
     (folder / "LICENSE").write_text("none")
     (folder / "sts-test.tsv").write_text(LAYOUTS["sts-b.csv"])
-    assert read_similarity(folder).train is None
+    _, _, train = read_similarity(folder)
+    assert train is None
     (folder / "sts-train.csv").write_text(LAYOUTS["comma.csv"])
     (folder / "sts-dev.tsv").write_text("broken")
-    task = read_similarity(folder)
-    assert (task.name, task.test.name, task.train.name) == ("sts-b", "sts-test", "sts-train")
-    assert read_similarity(folder / "sts-train.csv").test.fingerprint == task.train.fingerprint != task.test.fingerprint
+    name, test, train = read_similarity(folder)
+    assert (name, test.name, train.name) == ("sts-b", "sts-test", "sts-train")
+    _, alone, _ = read_similarity(folder / "sts-train.csv")
+    assert alone.fingerprint == train.fingerprint != test.fingerprint
     (folder / "test-2.tsv").write_text(LAYOUTS["sts-b.csv"])
     with pytest.raises(ValueError, match=r"one file .* 'test' in its name, .* sts-test.tsv, sts-train.csv, test-2.tsv"):
         read_similarity(folder)

@@ -19,12 +19,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from condenser.corpus.readers import COMPRESSED, opened
-from condenser.evaluation.retrieval import whole_characters
+from condenser.corpus.readers import COMPRESSED
+from condenser.evaluation.retrieval import json_object, numbered_lines
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".json")
 SCORES = ("relatednessscore", "relatedness", "similarityscore", "similarity", "score", "goldscore", "gold", "label")
@@ -52,22 +52,16 @@ class Pairs:
         return Pairs(self.name, first, second, self.scores[chosen])
 
 
-class SimilarityTask(NamedTuple):
-    name: str
-    test: Pairs
-    train: Pairs | None
-
-
-def read_similarity(path: Path) -> SimilarityTask:
-    """A file; or a folder where one file has "test" in its name and at most one "train".
+def read_similarity(path: Path) -> tuple[str, Pairs, Pairs | None]:
+    """-> name, test and training pairs of a file; or of a folder where one file has "test" in its name and at most one
+    "train"
 
     Raises:
         ValueError: no test set or several, or a file that `read_pairs` refuses.
     """
     if not path.is_dir():
         test = read_pairs(path)
-        return SimilarityTask(test.name, test, None)
-    name = path.resolve().name
+        return test.name, test, None
     files = sorted(file for file in path.glob("[!.]*") if kind(file) in SUFFIXES)
     tests, trains = ([file for file in files if split in file.name.lower()] for split in ("test", "train"))
     if len(tests) != 1 or len(trains) > 1:
@@ -75,7 +69,7 @@ def read_similarity(path: Path) -> SimilarityTask:
             f"{path}: one file of sentence pairs must have 'test' in its name, and at most one 'train'; there is "
             f"{', '.join(file.name for file in files) or 'none'}. Or give a file instead of the folder"
         )
-    return SimilarityTask(name, read_pairs(tests[0]), read_pairs(trains[0]) if trains else None)
+    return path.resolve().name, read_pairs(tests[0]), read_pairs(trains[0]) if trains else None
 
 
 def read_pairs(path: Path) -> Pairs:
@@ -131,38 +125,18 @@ def layout(path: Path, row: list[Any]) -> tuple[tuple[int, int, int], int | None
 
 
 def table_rows(path: Path) -> Rows:
-    with opened(path) as (file, _):
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = 1 + content[: error.start].count(b"\n")
-        raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from None
-    lines = [line.rstrip("\r") for line in text.removesuffix("\n").split("\n")]
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+    lines = list(numbered_lines(path))
+    filled = [(number, line) for number, line in lines if line.strip()]
     if kind(path) in (".jsonl", ".json"):
-        yield from json_rows(path, filled)
+        rows = [(number, json_object(f"{path}, line {number}", line)) for number, line in filled]
+        names = list(rows[0][1]) if rows else []  # of the first object's fields
+        yield 1, names
+        yield from ((number, [fields.get(name) for name in names]) for number, fields in rows)
     elif filled and "\t" in filled[0][1]:
         yield from ((number, line.split("\t")) for number, line in filled)
     else:
-        reader = csv.reader((f"{line}\n" for line in lines), strict=True)
+        reader = csv.reader((f"{line}\n" for _, line in lines), strict=True)
         try:
             yield from ((reader.line_num, row) for row in reader if row)
         except csv.Error as error:
             raise ValueError(f"{path}, line {reader.line_num}: not comma-separated: {error}") from None
-
-
-def json_rows(path: Path, lines: list[tuple[int, str]]) -> Rows:
-    """The names of the first object's fields, and their values in all."""
-    names: list[str] = []
-    for number, line in lines:
-        try:
-            fields = whole_characters(json.loads(line))
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not JSON: {error}") from None
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path}, line {number}: not a JSON object")
-        if not names:
-            names = list(fields)
-            yield number, names
-        yield number, [fields.get(name) for name in names]

@@ -56,11 +56,8 @@ class Collection:
     def unseen(self) -> set[str]:
         """The queries that are scored none of whose relevant documents, by their text, is one of training's."""
         seen = {text for _, text in self.train_pairs}
-        return {
-            query
-            for query in self.qrels
-            if not any(self.documents[i] in seen for i in self.relevant(query, self.qrels))
-        }
+        relevant = {query: {self.documents[i] for i in self.relevant(query, self.qrels)} for query in self.qrels}
+        return {query for query, texts in relevant.items() if not texts & seen}
 
 
 def read_collection(folder: Path, split: str = "test") -> Collection:
@@ -100,40 +97,41 @@ def read_collection(folder: Path, split: str = "test") -> Collection:
     )
 
 
-def whole_characters(value: Any) -> Any:
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """All lines, from 1, without byte order marks."""
+    with opened(path) as (file, _):
+        for number, line in enumerate(file, start=1):
+            try:
+                yield number, line.decode("utf-8-sig").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from None
+
+
+def json_object(where: str, line: str) -> dict[str, Any]:
     """Halves of characters, which JSON can spell and no tokenizer takes, become replacement characters."""
-    if isinstance(value, str):
-        return re.sub("[\ud800-\udfff]", "\ufffd", value)
-    return {key: whole_characters(each) for key, each in value.items()} if isinstance(value, dict) else value
+    try:
+        fields = json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(fields, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    texts = {name: value for name, value in fields.items() if isinstance(value, str)}
+    return fields | {name: re.sub("[\ud800-\udfff]", "\ufffd", text) for name, text in texts.items()}
 
 
 def read_lines(folder: Path, name: str) -> Iterator[tuple[str, str]]:
-    """-> (where, line) of those that are not empty, without byte order marks"""
+    """-> (where, line) of those that are not empty"""
     path = next((p for suffix in ("", *COMPRESSED) if (p := folder / (name + suffix)).is_file()), None)
     if path is None:
         raise ValueError(f"{folder} has no {name} (plain or {', '.join(COMPRESSED)}), which this needs")
-    empty = True
-    with opened(path) as (file, _):
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                empty = False
-                try:
-                    yield f"{path}, line {number}", line.decode("utf-8-sig").rstrip("\r\n")
-                except UnicodeDecodeError as error:
-                    raise ValueError(f"{path}, line {number}: not UTF-8: {error}") from None
-    if empty:
-        raise ValueError(f"{path} is empty")
+    yield from ((f"{path}, line {number}", line) for number, line in numbered_lines(path) if line.strip())
 
 
 def read_rows(folder: Path, name: str) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     for where, line in read_lines(folder, name):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not JSON: {error}") from None
-        row = whole_characters(row)
-        if not isinstance(row, dict) or not all(isinstance(row.get(field), str) for field in ("_id", "text")):
+        row = json_object(where, line)
+        if not all(isinstance(row.get(field), str) for field in ("_id", "text")):
             raise ValueError(f"{where}: not an object with the strings _id and text")
         if rows.setdefault(row["_id"], row) != row:
             raise ValueError(f"{where}: another text of the _id {row['_id']!r}, which an earlier line has too")
