@@ -10,11 +10,11 @@ from tokenizers import BertWordPieceTokenizer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
 
 from condenser.evaluation.encoders import describe, load_encoder, reinitialised
-from condenser.evaluation.pooling import POOLINGS, with_pooling
+from condenser.evaluation.pooling import with_pooling
 
 TEXTS = ["dense", "Search encodes tokens and ranks documents.", "masked heads attend to layers, again and again"]
 LAYERS = TINY_MODEL["num_hidden_layers"]
-NAMES = ["last1-cls", "last2-cls", *(name for name in POOLINGS if name != "last4-cls")]
+NAMES = ["cls", "mean", "max", "mean+max", "last1-cls", "last2-cls", "weighted-layers", "attention"]
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from condenser.data.collate import Vocabulary
 from condenser.evaluation.probes import probe, sample_batches
@@ -109,8 +108,7 @@ class Probes(Diagnostic):
     def measure(self, model: Objective, trainer: Any) -> dict[str, float]:
         found = probe(model, model.lm, self.batches)
         losses = {f"head_loss_{name}": value for name, value in found.get("head_loss", {}).items()}
-        layers = enumerate(found["cls_entropy"], start=1)
-        return losses | {f"cls_entropy_layer_{number}": value for number, value in layers}
+        return losses | {f"cls_entropy_layer_{n}": value for n, value in enumerate(found["cls_entropy"], start=1)}
 
 
 class ZeroShotRetrieval(Diagnostic):
@@ -146,7 +144,6 @@ class ZeroShotRetrieval(Diagnostic):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.collection = part_of(read_collection(Path(self.folder)), self.n_documents, self.n_queries)
-
         longest = longest_text(pl_module.model.lm.config)  # type: ignore[union-attr]
         if self.max_length and longest and self.max_length > longest:
             raise ValueError(f"{type(self).__name__}: max_length={self.max_length}, the model takes {longest} tokens")
@@ -164,8 +161,8 @@ class ClsEncoder:
     similarity_fn_name = "dot"
 
     def __init__(self, model: Objective, tokenizer: Any, max_length: int):
-        self.encoder: Any = model.lm.base_model
-        self.transformers_model, self.device = self.encoder, self.encoder.device
+        self.transformers_model: Any = model.lm.base_model
+        self.device = model.lm.device
         self.tokenizer, self.max_seq_length = tokenizer, max_length
 
     @torch.no_grad()
@@ -173,16 +170,14 @@ class ClsEncoder:
         """Vectors ``[len(texts), H]``."""
         cut = {"truncation": True, "max_length": self.max_seq_length}
         # one by one: the library's own threads would not survive that loader workers are forked
-        ids = [torch.tensor(self.tokenizer(text, **cut)["input_ids"]) for text in texts]
+        ids = [self.tokenizer(text, **cut)["input_ids"] for text in texts]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-        vectors = torch.empty(len(ids), self.encoder.config.hidden_size, device=self.encoder.device)
+        vectors = torch.empty(len(ids), self.transformers_model.config.hidden_size, device=self.device)
         for first in range(0, len(ids), ENCODED_TOGETHER):
             rows = order[first : first + ENCODED_TOGETHER]
-            input_ids, real = (
-                pad_sequence([of(ids[i]) for i in rows], batch_first=True, padding_value=value).to(vectors.device)
-                for of, value in ((torch.clone, self.tokenizer.pad_token_id), (torch.ones_like, 0))
-            )
-            vectors[rows] = self.encoder(input_ids=input_ids, attention_mask=real).last_hidden_state[:, 0]
+            some = {"input_ids": [ids[i] for i in rows]}
+            padded = self.tokenizer.pad(some, padding_side="right", return_tensors="pt").to(self.device)
+            vectors[rows] = self.transformers_model(**padded).last_hidden_state[:, 0]
         return vectors
 
     encode_query = encode_document
@@ -195,14 +190,14 @@ def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collect
         ValueError: more relevant documents than ``n_documents``.
     """
     qrels = dict(itertools.islice(collection.qrels.items(), n_queries))
-    judged = {i for grades in qrels.values() for i, grade in grades.items() if grade > 0}
-    relevant = {i: None for i in collection.documents if i in judged}
+    relevant = {i for query in qrels for i in collection.relevant(query, qrels)}
     if len(relevant) > n_documents:
         raise ValueError(
             f"{collection.name}: {len(relevant)} documents are relevant to the first n_queries={n_queries}; "
             f"raise n_documents={n_documents}, or take fewer queries"
         )
-    chosen = dict(itertools.islice((relevant | dict.fromkeys(collection.documents)).items(), n_documents))
+    others = (i for i in collection.documents if i not in relevant)
+    chosen = relevant.union(itertools.islice(others, n_documents - len(relevant)))
     documents = {i: text for i, text in collection.documents.items() if i in chosen}
     queries = {i: collection.queries[i] for i in qrels}
     return replace(collection, documents=documents, queries=queries, qrels=qrels)
@@ -212,7 +207,7 @@ def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collect
 def whole_copy(model: Objective) -> Objective:
     """The model as it is now, in fp32: not packed, not compiled, nothing shared with the one in training. No random
     numbers are drawn. Sharded weights are put together, for which all ranks have to ask."""
-    theirs = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
+    theirs: dict[str, Any] = dict(itertools.chain(model.named_parameters(), model.named_buffers()))
     device = next(model.parameters()).device
     with torch.device("meta"):
         config = copy.deepcopy(model.lm.config)
@@ -220,6 +215,6 @@ def whole_copy(model: Objective) -> Objective:
         own = type(model).from_masked_lm(lm, **model.settings)
     own.to_empty(device=device).lm.tie_weights()
     for name, mine in itertools.chain(own.named_parameters(), own.named_buffers()):
-        value: Any = theirs[name]
+        value = theirs[name]
         mine.copy_(value.full_tensor() if hasattr(value, "full_tensor") else value)
     return own.eval()

@@ -8,14 +8,14 @@ query and seed by seed. Of similarity, both correlations are computed again for 
 """
 
 import glob
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from condenser.data.store import write_json
+from condenser.evaluation.evaluate import print_rows
 from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
 from condenser.runs import in_words
@@ -36,7 +36,12 @@ HOW = ("max_length", "similarity", "dtype", "learning_rate", "scale", "examples"
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 
-Seeds = dict[Any, Values]  # of pre-training (the place among the folders) and of fine-tuning -> its row's values
+
+class Group(NamedTuple):
+    """Rows that differ in their seeds alone."""
+
+    row: dict[str, Any]  # one of them
+    values: dict[Any, Values]  # by the seeds of pre-training (the place among the folders) and of fine-tuning
 
 
 def compare(
@@ -68,64 +73,62 @@ def compare(
     if samples < 1:
         raise ValueError(f"--samples {samples}: at least 1 is needed; 10000 are usual")
     kind, drawn = ("similarity", "pairs") if metric in CORRELATIONS else ("retrieval", "queries")
-    (ours, our_settings), (theirs, their_settings) = (rows_of(folders, kind) for folders in (a, b))
-    shared = [key for key in ours if ours[key].keys() & theirs.get(key, {}).keys()]
+    ours, theirs = (groups_of(folders, kind) for folders in (a, b))
+    shared = [key for key in ours if key in theirs and ours[key].values.keys() & theirs[key].values.keys()]
     if not shared:
         raise ValueError(
-            f"{a} and {b} share no row: theirs are {described(ours)}; and {described(theirs)}. Evaluate both on the "
-            "same collections, fine-tuned alike and with the same seeds"
+            f"{a} and {b} share no row: theirs are {described(ours.values())}; and {described(theirs.values())}. "
+            "Evaluate both on the same collections, fine-tuned alike and with the same seeds"
         )
     rows = []
     for key in shared:
-        seeds = [each for each in ours[key] if each in theirs[key]]
-        where = f"{a} and {b}, {described([key])}"
-        tables = [paired(ours[key][each], theirs[key][each], metric, where) for each in seeds]
+        one, two = ours[key], theirs[key]
+        where = f"{a} and {b}, {described([one])}"
+        seeds = [each for each in one.values if each in two.values]
+        tables = [paired(one.values[each], two.values[each], metric, where) for each in seeds]
         if len({len(table) for table in tables}) > 1:
             raise ValueError(f"{where}: not the same queries or pairs with all seeds")
-        row: dict[str, Any] = dict(zip(SAME, key, strict=True)) | {drawn: len(tables[0]), "seeds": len(seeds)}
-        rows.append(row | interval(np.stack(tables), metric, samples, seed))
+        about = {name: one.row.get(name) for name in SAME} | {drawn: len(tables[0]), "seeds": len(seeds)}
+        rows.append(about | interval(np.stack(tables), metric, samples, seed))
     settings = {"a": a, "b": b, "metric": metric, "samples": samples, "seed": seed, "level": LEVEL}
     show(settings, rows, drawn)
-    for name, alone in (("A", ours.keys() - theirs.keys()), ("B", theirs.keys() - ours.keys())):
-        if alone:
-            print(f"{name} alone has {len(alone)} more: {described(sorted(alone, key=str))}")
+    for name, mine, other in (("A", ours, theirs), ("B", theirs, ours)):
+        if alone := [group for key, group in mine.items() if key not in other]:
+            print(f"{name} alone has {len(alone)} more: {described(alone)}")
     for key in shared:
-        pairs = {name: (our_settings[key].get(name), their_settings[key].get(name)) for name in HOW}
+        pairs = {name: (ours[key].row.get(name), theirs[key].row.get(name)) for name in HOW}
         if differ := [f"{name} {one} and {two}" for name, (one, two) in pairs.items() if one != two]:
-            print(f"not the same in {described([key])}: {', '.join(differ)}")
+            print(f"not the same in {described([ours[key]])}: {', '.join(differ)}")
     if json:
         Path(json).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(json), settings | {"rows": rows})
 
 
-def rows_of(pattern: str, kind: str) -> tuple[dict[tuple, Seeds], dict[tuple, dict[str, Any]]]:
-    """Rows of retrieval or similarity by the fields in ``SAME``: of each its seeds, and one row of them whole.
+def groups_of(pattern: str, kind: str) -> dict[tuple, Group]:
+    """Rows of retrieval or similarity by the fields in ``SAME``.
 
     Raises:
         ValueError: nothing to read.
     """
-    rows: dict[tuple, Seeds] = {}
-    whole: dict[tuple, dict[str, Any]] = {}
+    groups: dict[tuple, Group] = {}
     if not (folders := sorted(glob.glob(pattern))):
         raise ValueError(f"there is nothing at {pattern}: give output folders of `condenser evaluate`")
     for place, folder in enumerate(folders):
         for row, values in read_rows(Path(folder)):
             if row.get("task", "retrieval") == kind:
-                key = tuple(row.get(name) for name in SAME)
-                rows.setdefault(key, {})[place, row.get("seed")] = values
-                whole.setdefault(key, row)
-    if not rows:
+                group = groups.setdefault(tuple(row.get(name) for name in SAME), Group(row, {}))
+                group.values[place, row.get("seed")] = values
+    if not groups:
         raise ValueError(
             f"{pattern} has no rows of {kind}: give what `condenser evaluate --{kind}` wrote, or another --metric "
             f"({' and '.join(CORRELATIONS)} compare similarity, the others retrieval)"
         )
-    return rows, whole
+    return groups
 
 
-def described(keys: Iterable[tuple]) -> str:
-    """Rows in words, such as 'scifact (test): pre-trained, cls, fine-tuned on scifact'."""
-    rows = [dict(zip(SAME, key, strict=True)) for key in keys]
-    return "; ".join(f"{row['collection']} ({row['split'] or 'test'}): {in_words(row)}" for row in rows)
+def described(groups: Iterable[Group]) -> str:
+    """In words, such as 'scifact (test): pre-trained, cls, fine-tuned on scifact'."""
+    return "; ".join(f"{row['collection']} ({row.get('split') or 'test'}): {in_words(row)}" for row, _ in groups)
 
 
 def paired(ours: Values, theirs: Values, metric: str, where: str) -> np.ndarray:
@@ -134,13 +137,11 @@ def paired(ours: Values, theirs: Values, metric: str, where: str) -> np.ndarray:
         raise ValueError(f"{where}: not the same queries or pairs, so not the same collection")
     if metric in CORRELATIONS:
         return np.array([[ours[i]["cosine"], theirs[i]["cosine"], ours[i]["score"]] for i in ours])
-    found = np.array(
-        [[ours[i][metric], theirs[i][metric]] for i in sorted(ours) if metric in ours[i].keys() & theirs[i]]
-    )
-    if not len(found):
-        known = sorted({name for values in (ours, theirs) for each in values.values() for name in each})
-        raise ValueError(f"{where}: --metric {metric} is not among {', '.join(known)}")
-    return found
+    queries = [i for i in sorted(ours) if metric in ours[i].keys() & theirs[i].keys()]
+    if not queries:
+        known = {name for each in [*ours.values(), *theirs.values()] for name in each}
+        raise ValueError(f"{where}: --metric {metric} is not among {', '.join(sorted(known))}")
+    return np.array([[ours[i][metric], theirs[i][metric]] for i in queries])
 
 
 def interval(tables: np.ndarray, metric: str, samples: int, seed: int) -> dict[str, float]:
@@ -174,15 +175,10 @@ def scored(tables: np.ndarray, metric: str) -> np.ndarray:
 
 
 def show(settings: dict[str, Any], rows: list[dict[str, Any]], drawn: str) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    numbers = (Column(name, justify="right", no_wrap=True) for name in (drawn, "seeds", "A", "B", "B - A", "95 %"))
-    table = Table("collection", "encoder", *numbers, box=None, padding=(0, 1, 0, 0))
-    for row in rows:
-        means = (f"{row[name]:.4f}" for name in ("a", "b"))
-        ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
-        found = (f"{row[drawn]:,}", str(row["seeds"]), *means, f"{row['difference']:+.4f}", ends)
-        table.add_row(row["collection"], in_words(row), *found)
     print(f"{settings['metric']}, {settings['samples']:,} samples\nA = {settings['a']}\nB = {settings['b']}")
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    shown = []
+    for row in rows:
+        counts = (f"{row[drawn]:,}", str(row["seeds"]))
+        means = (f"{row['a']:.4f}", f"{row['b']:.4f}", f"{row['difference']:+.4f}")
+        shown.append((row, (*counts, *means, f"{row['low']:+.4f} to {row['high']:+.4f}")))
+    print_rows((drawn, "seeds", "A", "B", "B - A", "95 %"), shown)

@@ -9,6 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
 from condenser.data.store import tokenizer_hash
 from condenser.data.tokenizers import is_path
 from condenser.evaluation.probes import probe_store
@@ -20,25 +24,24 @@ from condenser.models.heads import HEAD_FILE
 from condenser.online import ask_hub
 
 if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from torch import Tensor
+    from sentence_transformers import SentenceTransformer as Encoder
+else:
+    Encoder = Any  # the library is imported where it is needed, as not every installation has it
 
 TOKENS_AT_ONCE = 65_536  # on a GPU with room for them
 ROWS_AT_ONCE = 32  # on a CPU, where more are no quicker
 Kind = Literal["query", "document", "sentence"]
 
 
-def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
+def load_encoder(name: str, max_length: int | None) -> Encoder:
     """Load a folder or a model of the hub; texts are cut to ``max_length`` tokens, or to the model's own setting.
 
     A plain Hugging Face folder gets CLS pooling, which is what Condenser trains; the library's own choice is the mean.
     Weights are fp32 whatever the file's dtype: in bf16, fine-tuning would round most of its steps away.
     """
-    import torch
     from sentence_transformers import SentenceTransformer
     from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
     from sentence_transformers.util import is_sentence_transformer_model
-    from transformers.utils import logging
 
     check_folder(name)
     if not Path(name).is_dir():
@@ -57,30 +60,27 @@ def load_encoder(name: str, max_length: int | None) -> "SentenceTransformer":
     longest = longest_text(backbone(encoder).config)
     if max_length and longest and max_length > longest:
         raise ValueError(f"--max-length {max_length}: {name} takes at most {longest} tokens")
-    own = max_length or encoder.max_seq_length
-    encoder.max_seq_length = min(own, longest) if own and longest else own or longest
+    lengths = (max_length or encoder.max_seq_length, longest)
+    encoder.max_seq_length = min((n for n in lengths if n), default=None)
     return encoder
 
 
 def check_folder(name: str) -> None:
-    if (is_path(name) or Path(name).exists()) and not any(
-        (Path(name) / file).is_file() for file in ("config.json", "modules.json")
-    ):
+    files = [Path(name) / "config.json", Path(name) / "modules.json"]
+    if (is_path(name) or Path(name).exists()) and not any(file.is_file() for file in files):
         raise ValueError(f"no model folder at {name}: give a Hugging Face folder or what `condenser export` wrote")
 
 
-def backbone(encoder: "SentenceTransformer") -> Any:
+def backbone(encoder: Encoder) -> Any:
     return encoder.transformers_model
 
 
-def precision(encoder: "SentenceTransformer") -> str:
+def precision(encoder: Encoder) -> str:
     """What it is computed in, encoding and fine-tuning: "bf16-mixed" on GPUs that have the units for it, or "fp32"."""
-    import torch
-
     return "bf16-mixed" if encoder.device.type == "cuda" and torch.cuda.is_bf16_supported(False) else "fp32"
 
 
-def encoded(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind = "sentence") -> "Tensor":
+def encoded(encoder: Encoder, texts: Sequence[str], kind: Kind = "sentence") -> Tensor:
     """fp32 vectors ``[N, H]`` on the encoder's device, with the prompt for this kind of text.
 
     sentence-transformers sorts the texts by length; here as many go together as there is memory for, in `precision`.
@@ -88,8 +88,6 @@ def encoded(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind = "
     Raises:
         ValueError: vectors that are not finite.
     """
-    import torch
-
     encode = getattr(encoder, {"query": "encode_query", "document": "encode_document", "sentence": "encode"}[kind])
     options: Any = {"convert_to_tensor": True, "show_progress_bar": sys.stderr.isatty() and len(texts) > 1000}
     with torch.autocast(encoder.device.type, torch.bfloat16, enabled=precision(encoder) == "bf16-mixed"):
@@ -99,11 +97,9 @@ def encoded(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind = "
     return vectors
 
 
-def rows_at_once(encoder: "SentenceTransformer") -> int:
+def rows_at_once(encoder: Encoder) -> int:
     """Texts of the encoder's length that are computed together: on a GPU as many as take a quarter of its free memory,
     at 64 bytes for a token and each of the hidden size's numbers."""
-    import torch
-
     if encoder.device.type != "cuda":
         return ROWS_AT_ONCE
     free = torch.cuda.mem_get_info(encoder.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
@@ -111,14 +107,14 @@ def rows_at_once(encoder: "SentenceTransformer") -> int:
     return int(max(1, tokens // (encoder.max_seq_length or 512)))
 
 
-def prompt_of(encoder: "SentenceTransformer", kind: Kind) -> str:
+def prompt_of(encoder: Encoder, kind: Kind) -> str:
     """What goes before such a text, as in `encode_query`, `encode_document` and `encode`; empty for nothing."""
     names = {"query": ["query"], "document": ["document", "passage", "corpus"], "sentence": []}[kind]
-    name = next((name for name in names if name in encoder.prompts), encoder.default_prompt_name)
-    return (encoder.prompts.get(name) or "") if name else ""
+    name: Any = next((name for name in names if name in encoder.prompts), encoder.default_prompt_name)
+    return encoder.prompts.get(name) or ""
 
 
-def tokens_read(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind) -> list[str]:
+def tokens_read(encoder: Encoder, texts: Sequence[str], kind: Kind) -> list[str]:
     """The beginnings of texts that the encoder reads: up to its length, less its prompt."""
     prompt, found = prompt_of(encoder, kind), []
     options: Any = {"truncation": True, "max_length": encoder.max_seq_length, "return_offsets_mapping": True}
@@ -130,10 +126,8 @@ def tokens_read(encoder: "SentenceTransformer", texts: Sequence[str], kind: Kind
     return found
 
 
-def reinitialised(encoder: "SentenceTransformer", seed: int) -> "SentenceTransformer":
+def reinitialised(encoder: Encoder, seed: int) -> Encoder:
     """The same architecture, tokenizer and pooling with weights drawn afresh."""
-    import torch
-
     twin = copy.deepcopy(encoder)
     torch.manual_seed(seed)
     fresh = type(backbone(twin))(backbone(twin).config)
@@ -141,10 +135,8 @@ def reinitialised(encoder: "SentenceTransformer", seed: int) -> "SentenceTransfo
     return twin
 
 
-def describe(encoder: "SentenceTransformer") -> dict[str, Any]:
+def describe(encoder: Encoder) -> dict[str, Any]:
     """What its embeddings depend on."""
-    import torch
-
     weights = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         weights.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
@@ -160,9 +152,9 @@ def describe(encoder: "SentenceTransformer") -> dict[str, Any]:
     }
 
 
-def pooling_of(encoder: "SentenceTransformer") -> str | None:
+def pooling_of(encoder: Encoder) -> str | None:
     modes: Any = next((module.pooling_mode for module in encoder if hasattr(module, "pooling_mode")), None)
-    return modes if isinstance(modes, str) or modes is None else "+".join(modes)
+    return "+".join(modes) if isinstance(modes, tuple | list) else modes
 
 
 def is_run(name: str) -> bool:

@@ -19,19 +19,23 @@ import itertools
 import statistics
 import sys
 import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Column, Table
 
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
 from condenser.evaluation.finetuning import Tuning, at_least
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
-from condenser.evaluation.pooling import check_name, check_pooling
+from condenser.evaluation.pooling import with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
+from condenser.reports.tables import table
 from condenser.runs import ZERO_SHOT_NOTE, in_words
 
 OWN = {"results.json", "results.partial", ROWS, "choices", "attention.svg"}  # of the output folder
@@ -101,12 +105,15 @@ def evaluate(
         Tuning(*told, None if size == "all" else whole_number(size), loss, seed)
         for loss, size, seed in itertools.product(losses, sizes, seeds)
     ]
+    if not finetune and any(replace(tuning, seed=0) != Tuning() for tuning in tunings):
+        raise ValueError(
+            "--finetune-epochs, --finetune-batch-size, --finetune-learning-rate, --train-sizes, --hard-negatives, "
+            "--pair-losses and --mini-batch are settings of --finetune: give it too, or none of them"
+        )
     at_least("max-length", max_length, 3)  # two are special tokens
     at_least("queries", queries, 1)
     for dimensions in whitening or []:
         at_least("whitening", dimensions, 0)
-    for name in pooling or []:
-        check_name(name)
     if query and not retrieval:
         raise ValueError("--query: give a collection to answer it from, --retrieval")
     if not encoders.is_run(model):
@@ -153,16 +160,14 @@ def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], 
     Raises:
         ValueError: what the encoder cannot be measured on, pooled or whitened to.
     """
-    own = encoder.get_embedding_dimension()
-    hidden = [encoders.backbone(encoder).config.hidden_size * (2 if name == "mean+max" else 1) for name in poolings]
-    for name in poolings:
-        check_pooling(encoder, name)
+    pooled = [with_pooling(encoder, name) for name in poolings] or [encoder]
+    sizes: list[Any] = [each.get_embedding_dimension() for each in pooled]
     for task in tasks:
         if isinstance(task, Attention):
             task.check_tokenizer(encoder)
             continue
-        for size, dimensions in itertools.product(hidden or [own], whitening):
-            n = len(task.texts())
+        n = len(task.texts())
+        for size, dimensions in itertools.product(sizes, whitening):
             if dimensions > size or n <= (dimensions or size):
                 raise ValueError(
                     f"--whitening {dimensions}: vectors have {size} dimensions, and {task.name} has {n} texts to fit "
@@ -180,36 +185,34 @@ def result_path(folder: Path) -> Path:
 
 
 def show(found: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Column, Table
-
-    console = Console(width=None if sys.stdout.isatty() else 140)
-    for kind, metrics in {task.kind: task.metrics for task in (Retrieval, Similarity)}.items():
-        rows = averaged([row for row in found["rows"] if row["task"] == kind], metrics)
+    for task in (Retrieval, Similarity):
+        rows = [row for row in found["rows"] if row["task"] == task.kind]
         if rows:
-            numeric = (Column(metric, justify="right", no_wrap=True) for metric in metrics)
-            table = Table("collection", "encoder", *numeric, box=None, padding=(0, 1, 0, 0))
-            for row in rows:
-                table.add_row(row["collection"], in_words(row), *(row[metric] for metric in metrics))
-            console.print(table)
-            unseen = {row["collection"]: row["queries_unseen"] for row in found["rows"] if "queries_unseen" in row}
-            if kind == Retrieval.kind and unseen:
-                counts = ", ".join(f"{name} {n:,}" for name, n in unseen.items())
-                print(f"unseen: queries whose relevant documents are none of the training split's: {counts}")
+            print_rows(task.metrics, averaged(rows, task.metrics))
+        if unseen := {row["collection"]: row["queries_unseen"] for row in rows if "queries_unseen" in row}:
+            counts = ", ".join(f"{name} {n:,}" for name, n in unseen.items())
+            print(f"unseen: queries whose relevant documents are none of the training split's: {counts}")
     for row in found["rows"]:
-        if row["task"] == "attention":
+        if row["task"] == Attention.kind:
             shares = " ".join(f"{share:.2f}" for share in row["cls_entropy"])
             print(f"[CLS] attends, {in_words(row)}: by layer {shares} of the most there is (all tokens alike)")
     if tasks := found.get("mteb"):
-        table = Table("MTEB's task", "metric", Column("score", justify="right"), box=None, padding=(0, 1, 0, 0))
-        for task in tasks:
-            table.add_row(task["collection"], task["metric"], f"{task['score']:.3f}")
-        console.print(table)
-    console.print(ZERO_SHOT_NOTE)
+        scores = ((task["collection"], task["metric"], f"{task['score']:.3f}") for task in tasks)
+        Console().print(table(("MTEB's task", "metric", "score"), scores))
+    Console().print(ZERO_SHOT_NOTE)
     if answer := found.get("example"):
         print(f"\n{answer['query']}    ({answer['answered_by']})")
         for hit in answer["hits"]:
             print(f"  {hit['rank']}. {hit['score']:.3f}  {hit['id']}\n     {textwrap.shorten(hit['text'], 110)}")
+
+
+def print_rows(numbers: Sequence[str], rows: Iterable[tuple[dict[str, Any], Sequence[str]]]) -> None:
+    """A table of rows of an evaluation: which each is, and what stands in its columns of numbers."""
+    columns = (Column(name, justify="right", no_wrap=True) for name in numbers)
+    shown = Table("collection", "encoder", *columns, box=None, padding=(0, 1, 0, 0))
+    for row, cells in rows:
+        shown.add_row(row["collection"], in_words(row), *cells)
+    Console(width=None if sys.stdout.isatty() else 140).print(shown)
 
 
 def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:
@@ -221,19 +224,15 @@ def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:
     entropy_figure(rows).savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
-def averaged(rows: list[dict[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
-    """One row for all seeds: which it is, and of each metric the mean and, of several, the standard deviation."""
+def averaged(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Of all seeds one row, and of each metric the mean and, of several, the standard deviation."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    names = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")
     for row in rows:
-        size = "all" if row["fine_tuned"] and row["train_size"] is None else row["train_size"]
-        groups.setdefault(tuple(({**row, "train_size": size})[name] for name in names), []).append(row)
-    found = []
-    for key, some in groups.items():
-        values = {metric: [row[metric] for row in some if row.get(metric) is not None] for metric in metrics}
-        means = {metric: mean_and_spread(of_seeds) for metric, of_seeds in values.items()}
-        found.append(dict(zip(names, key, strict=True)) | means)
-    return found
+        names = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")
+        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+    for some in groups.values():
+        values = [[row[metric] for row in some if row.get(metric) is not None] for metric in metrics]
+        yield some[0], [mean_and_spread(of_seeds) for of_seeds in values]
 
 
 def mean_and_spread(values: list[float]) -> str:

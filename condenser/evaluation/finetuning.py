@@ -11,19 +11,16 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
+from torch import nn
 
 from condenser.data.hashing import permuted
-from condenser.evaluation.encoders import backbone, precision, prompt_of
+from condenser.evaluation.encoders import Encoder, backbone, precision, prompt_of
 from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import bm25_search
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from torch.nn import Module
-
 
 LENGTH_GROUPS = 4  # with 8, the products of small matrices cost as much as the padding that is saved
 POOLING_RATE = 1e-2  # of a pooling's few weights, which hardly move at an encoder's rate
@@ -67,9 +64,7 @@ class Tuning:
         at_least("finetune-batch-size", self.batch_size, 2)
         at_least("hard-negatives", self.hard_negatives, 0)
         if self.hard_negatives > NEGATIVES_FROM:
-            raise ValueError(
-                f"--hard-negatives {self.hard_negatives}: they are drawn from BM25's first {NEGATIVES_FROM}"
-            )
+            raise ValueError(f"--hard-negatives {self.hard_negatives}: there are {NEGATIVES_FROM} to draw from")
         at_least("mini-batch", self.mini_batch, 0)
         at_least("train-sizes", self.train_size, 2)
         at_least("seeds", self.seed, 0)
@@ -124,7 +119,7 @@ def check_size(size: int | None, n: int, what: str) -> None:
         raise ValueError(f"--train-sizes {size}: there are {n:,} {what}")
 
 
-def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], tuning: Tuning) -> dict[str, Any]:
+def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) -> dict[str, Any]:
     """Train in place. -> what the row of a table says of it
 
     Args:
@@ -132,17 +127,17 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], tuni
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
-    from torch.nn import Dropout
     from transformers import PrinterCallback
 
     # no dropout: its noise is larger than the first differences between an untrained encoder's [CLS] vectors
     backbone(encoder).config.attention_probs_dropout_prob = 0.0
     for module in encoder.modules():
-        if isinstance(module, Dropout):
+        if isinstance(module, nn.Dropout):
             module.p = 0.0
     encoder.model_card_data.widget = [{}]  # else the trainer draws examples for a model card
     name = PAIR_LOSSES[tuning.pair_loss or "cosent"] if "score" in examples else RANKING
-    steps = tuning.n_steps(len(next(iter(examples.values()))))
+    n_examples = len(next(iter(examples.values())))
+    steps = tuning.n_steps(n_examples)
     loss, scale = loss_module(encoder, name, tuning.mini_batch)
     # the trainer wants a folder; nothing is kept of it
     with in_length_groups(encoder), one_process(), tempfile.TemporaryDirectory() as folder:
@@ -157,21 +152,17 @@ def fine_tune(encoder: "SentenceTransformer", examples: Mapping[str, list], tuni
         assert trainer.state.global_step == steps
     encoder.eval()
     how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
-    return how | {"examples": len(next(iter(examples.values())))}
+    return how | {"examples": n_examples, "epochs": tuning.epochs}
 
 
-def arguments(
-    encoder: "SentenceTransformer", examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str
-) -> Any:
+def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
     from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
     assert tuning.learning_rate is not None
     ranking = "score" not in examples
     kinds: Any = dict.fromkeys(examples, "document" if ranking else "sentence") | {"query": "query"}
-    prompts = {
-        column: prompt for column in examples if column != "score" and (prompt := prompt_of(encoder, kinds[column]))
-    }
+    texts = [column for column in examples if column != "score"]
     weighted = any(re.search(POOLING_WEIGHTS, name) and each.requires_grad for name, each in encoder.named_parameters())
     found = SentenceTransformerTrainingArguments(
         output_dir=folder,
@@ -184,7 +175,7 @@ def arguments(
         learning_rate_mapping={POOLING_WEIGHTS: POOLING_RATE} if weighted else {},
         # a passage would be its own negative
         batch_sampler=BatchSamplers.NO_DUPLICATES if ranking else BatchSamplers.BATCH_SAMPLER,
-        prompts=prompts,
+        prompts={column: prompt for column in texts if (prompt := prompt_of(encoder, kinds[column]))},
         bf16=precision(encoder) == "bf16-mixed",
         use_cpu=encoder.device.type == "cpu",
         save_strategy="no",
@@ -196,30 +187,28 @@ def arguments(
     return found
 
 
-def loss_module(encoder: "SentenceTransformer", name: str, mini_batch: int) -> "tuple[Module, float | None]":
+def loss_module(encoder: Encoder, name: str, mini_batch: int) -> tuple[nn.Module, float | None]:
     """-> the loss, and by how much it multiplies similarities before the softmax (None where there is none)"""
     from sentence_transformers.sentence_transformer import losses
     from sentence_transformers.util import SimilarityFunction
 
     if name == "CosineSimilarityLoss":
         return losses.CosineSimilarityLoss(encoder), None
-    scale = SCALE if name == "CoSENTLoss" or encoder.similarity_fn_name == "cosine" else 1.0
-    options: dict[str, Any] = {"scale": scale}
-    if name == RANKING:
-        options["similarity_fct"] = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
-        if mini_batch:
-            name, options["mini_batch_size"] = f"Cached{name}", mini_batch
-    return getattr(losses, name)(encoder, **options), scale
+    if name == "CoSENTLoss":
+        return losses.CoSENTLoss(encoder, scale=SCALE), SCALE
+    scale = SCALE if encoder.similarity_fn_name == "cosine" else 1.0
+    similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
+    if mini_batch:
+        return losses.CachedMultipleNegativesRankingLoss(encoder, scale, similarity, mini_batch), scale
+    return losses.MultipleNegativesRankingLoss(encoder, scale, similarity), scale
 
 
 @contextlib.contextmanager
-def in_length_groups(encoder: "SentenceTransformer") -> Iterator[None]:
+def in_length_groups(encoder: Encoder) -> Iterator[None]:
     """A batch is computed in groups of like length, each padded to its own longest text. The loss sees the same batch.
 
     On pairs of the STS benchmark, 64 at a time on one CPU core, a step takes half as long.
     """
-    import torch
-
     whole = encoder.forward
 
     def grouped(features: dict[str, Any], **options: Any) -> dict[str, Any]:

@@ -9,21 +9,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from condenser.data.store import write_json
 from condenser.evaluation import encoders
+from condenser.evaluation.encoders import Encoder
 from condenser.evaluation.finetuning import Tuning, fine_tune
 from condenser.evaluation.pooling import with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import UNSEEN, Attention, Retrieval, Task, Trainable
 from condenser.evaluation.whitening import whitened
 from condenser.runs import in_words
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 PACKAGES = ("accelerate", "bm25s", "PyStemmer", "pytrec-eval-terrier", "sentence-transformers", "torch", "transformers")
 RANDOM = "random initialisation"
@@ -33,7 +31,7 @@ SIMILARITIES = ("cosine", "dot")  # for retrieval with each of these
 
 
 class Ready(NamedTuple):
-    encoder: "SentenceTransformer"
+    encoder: Encoder
     about: dict[str, Any]  # how it computes, compares and was fine-tuned
     to_whiten: dict[str, np.ndarray]  # by a task's fingerprint the vectors that whitening is fitted on, once needed
 
@@ -43,7 +41,7 @@ class Candidate:
     """An encoder to measure; fine-tuned, if it is, once for all measurements."""
 
     model: str
-    base: "SentenceTransformer"
+    base: Encoder
     base_mark: str  # what identifies `base`
     pooling: str | None = None  # None is the encoder's own
     drawn: int | None = None  # seed of random weights
@@ -70,7 +68,7 @@ class Candidate:
             "seed": self.tuning.seed if self.tuning else self.drawn,
         }
 
-    def start(self) -> "SentenceTransformer":
+    def start(self) -> Encoder:
         start = with_pooling(self.base, self.pooling) if self.pooling else copy.deepcopy(self.base)
         return start if self.drawn is None else encoders.reinitialised(start, self.drawn)
 
@@ -83,7 +81,7 @@ class Candidate:
                 choice = self.chosen(folder)
                 tuning = replace(tuning, learning_rate=choice["learning_rate"])
                 encoder.similarity_fn_name = choice["similarity"]
-            tuned = fine_tune(encoder, self.trained_on.examples(tuning), tuning) | {"epochs": tuning.epochs}
+            tuned = fine_tune(encoder, self.trained_on.examples(tuning), tuning)
         about = {"similarity": encoder.similarity_fn_name, "max_length": encoder.max_seq_length}
         return Ready(encoder, about | {"dtype": encoders.precision(encoder)} | tuned, {})
 
@@ -126,7 +124,7 @@ class Job:
     task: Task
     whitening: int | None = None  # dimensions, 0 for all
     query: str | None = None  # of --query, in the one job that answers it
-    reader: "tuple[SentenceTransformer, str] | None" = None  # whose length BM25 keeps to; what identifies it
+    reader: tuple[Encoder, str] | None = None  # whose length BM25 keeps to; what identifies it
 
     @property
     def about(self) -> dict[str, Any]:
@@ -176,7 +174,7 @@ def fingerprint(*parts: Any) -> str:
 
 def plan(
     tasks: Sequence[Task],
-    base: "SentenceTransformer",
+    base: Encoder,
     tunings: Sequence[Tuning],
     poolings: Sequence[str | None],
     whitenings: Sequence[int],

@@ -9,14 +9,11 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from condenser.data.store import write_json
-from condenser.evaluation.encoders import describe
+from condenser.evaluation.encoders import Encoder, describe
 from condenser.evaluation.jobs import fingerprint
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 
 def find_tasks(names: Sequence[str]) -> list[Any]:
@@ -52,7 +49,7 @@ def to_load(task: Any) -> str:
     return f"{task.metadata.name} takes {about['path']} from the hub, or its cache: {size}"
 
 
-def run_mteb(encoder: "SentenceTransformer", tasks: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
+def run_mteb(encoder: Encoder, tasks: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
     """-> a row for each task with its main score, over splits and subsets; kept in ``folder``, a file for each
 
     Raises:

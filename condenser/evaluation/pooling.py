@@ -13,19 +13,15 @@ encoder with attention pooling can be measured, but not saved.
 
 import copy
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
-from condenser.evaluation.encoders import backbone
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from condenser.evaluation.encoders import Encoder, backbone
 
 MODES = {"cls": "cls", "mean": "mean", "max": "max", "mean+max": ("max", "mean")}
 LAST = r"last([1-9]\d*)-cls"
-POOLINGS = (*MODES, "last4-cls", "weighted-layers", "attention")  # for a study; any k for last<k>-cls
 
 
 class AttentionPooling(nn.Module):
@@ -47,18 +43,23 @@ class AttentionPooling(nn.Module):
         return len(self.attention_query)
 
 
-def with_pooling(encoder: "SentenceTransformer", name: str) -> "SentenceTransformer":
+def with_pooling(encoder: Encoder, name: str) -> Encoder:
     """A copy of the encoder (Transformer, Pooling, perhaps Normalize) with another pooling.
 
     Raises:
         ValueError: an unknown pooling, more layers than there are, or an encoder with other modules.
     """
+    from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
 
-    averaged = check_pooling(encoder, name)
-    layers = backbone(encoder).config.num_hidden_layers
-    twin = copy.deepcopy(encoder)
     parts = (Pooling, WeightedLayerPooling, AttentionPooling)
+    first, *others = encoder
+    if not isinstance(first, Transformer) or not all(isinstance(module, (*parts, Normalize)) for module in others):
+        modules = ", ".join(type(module).__name__ for module in encoder)
+        raise ValueError(f"another pooling needs an encoder of Transformer, Pooling and Normalize, not of {modules}")
+    layers = backbone(encoder).config.num_hidden_layers
+    averaged = n_averaged(name, layers)
+    twin = copy.deepcopy(encoder)
     transformer, *rest = (module for module in twin if not isinstance(module, parts))
     size: Any = transformer.get_embedding_dimension()  # type: ignore[operator]
     backbone(twin).config.output_hidden_states = averaged > 0  # hands all layers to the module that averages them
@@ -72,24 +73,13 @@ def with_pooling(encoder: "SentenceTransformer", name: str) -> "SentenceTransfor
     return twin.to(encoder.device)
 
 
-def check_pooling(encoder: "SentenceTransformer", name: str) -> int:
-    """-> how many of the last layers a pooling averages, 0 if it takes the last one as it is; errors as above"""
-    from sentence_transformers.base.modules import Normalize, Transformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
-
-    known = (Pooling, WeightedLayerPooling, AttentionPooling, Normalize)
-    if not isinstance(encoder[0], Transformer) or not all(isinstance(module, known) for module in list(encoder)[1:]):
-        modules = ", ".join(type(module).__name__ for module in encoder)
-        raise ValueError(f"another pooling needs an encoder of Transformer, Pooling and Normalize, not of {modules}")
+def n_averaged(name: str, layers: int) -> int:
+    """How many of the last layers a pooling averages, 0 if it takes the last one as it is."""
     check_name(name)
-    layers, last = backbone(encoder).config.num_hidden_layers, re.fullmatch(LAST, name)
-    if name == "weighted-layers":
-        return layers
-    if last:
-        if int(last[1]) > layers:
-            raise ValueError(f"pooling {name!r}: the encoder has {layers} layers")
-        return int(last[1])
-    return 0
+    last = re.fullmatch(LAST, name)
+    if last and int(last[1]) > layers:
+        raise ValueError(f"pooling {name!r}: the encoder has {layers} layers")
+    return int(last[1]) if last else layers * (name == "weighted-layers")
 
 
 def check_name(name: str) -> None:

@@ -9,14 +9,12 @@ Shapes: Q queries, C documents of a chunk, K hits that are kept, H width of a ve
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 
-from condenser.evaluation.encoders import encoded, tokens_read
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
+from condenser.evaluation.encoders import Encoder, encoded, tokens_read
 
 Texts = dict[str, str]  # by id
 Qrels = dict[str, dict[str, int]]
@@ -68,7 +66,7 @@ class Run(Mapping[str, dict[str, float]]):
         return len(self.places)
 
 
-def bm25_search(documents: Texts, queries: Texts, kept: int = KEPT, reader: "SentenceTransformer | None" = None) -> Run:
+def bm25_search(documents: Texts, queries: Texts, kept: int = KEPT, reader: Encoder | None = None) -> Run:
     """With the settings in ``BM25``. Documents without a match stay out.
 
     Args:
@@ -100,13 +98,12 @@ def spaced(text: str) -> str:
     return re.sub(f"[{UNSPACED}]+", lambda run: f" {' '.join(map(''.join, pairwise(run[0]))) or run[0]} ", text)
 
 
-def dense_search(encoder: "SentenceTransformer", documents: Texts, queries: Texts, chunk: int = CHUNK) -> Run:
+def dense_search(encoder: Encoder, documents: Texts, queries: Texts, chunk: int = CHUNK) -> Run:
     """All documents compared with all queries in fp32, by the encoder's own similarity function.
 
     Args:
         chunk: documents that are encoded, sorted by length, and compared at a time
     """
-    import torch
     from sentence_transformers.util import SimilarityFunction
 
     similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name or "cosine")

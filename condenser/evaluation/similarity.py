@@ -5,23 +5,20 @@ published ones. Alignment and uniformity are those of Wang & Isola, "Understandi
 through Alignment and Uniformity on the Hypersphere" (2020), taken on STS as in SimCSE; lower is better for both.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from condenser.data.hashing import permuted
-from condenser.evaluation.encoders import encoded
+from condenser.evaluation.encoders import Encoder, encoded
 from condenser.evaluation.finetuning import check_size
 from condenser.evaluation.pairs import Pairs
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 POSITIVE = 0.8  # of the range of the scores, from where on a pair counts as positive: 4 on STS's 0 to 5
 UNIFORMITY_SENTENCES = 5_000  # compared with each other in 100 MB
 
 
-def similarity_metrics(encoder: "SentenceTransformer", pairs: Pairs) -> tuple[dict[str, Any], np.ndarray]:
+def similarity_metrics(encoder: Encoder, pairs: Pairs) -> tuple[dict[str, Any], np.ndarray]:
     """Spearman and Pearson correlation, alignment and uniformity; and each pair's cosine [N].
 
     The correlations are NaN for an encoder that gives all texts one vector.

@@ -8,21 +8,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
 from condenser.data.store import TokenStore, read_manifest, tokenizer_hash
-from condenser.evaluation.encoders import Kind, backbone
+from condenser.evaluation.encoders import Encoder, Kind, backbone
 from condenser.evaluation.finetuning import Tuning, check_size, question_examples
 from condenser.evaluation.pairs import Pairs, read_similarity
 from condenser.evaluation.probes import probe_store
 from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import METRICS, Run, Values, bm25_search, dense_search, means, score_queries
 from condenser.evaluation.similarity import pair_examples, similarity_metrics
-
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
 
 EXAMPLE = "\N{NULL}example"  # id of --query among the queries of a collection
 EXAMPLE_HITS = 5
@@ -93,12 +90,12 @@ class Retrieval:
     def texts(self) -> list[str]:
         return list(self.collection.documents.values())
 
-    def measure(self, encoder: "SentenceTransformer", query: str | None = None) -> Measured:
+    def measure(self, encoder: Encoder, query: str | None = None) -> Measured:
         collection = self.collection
         asked = collection.queries | ({EXAMPLE: query} if query else {})
         return self.scored(dense_search(encoder, collection.documents, asked))
 
-    def measure_bm25(self, reader: "SentenceTransformer | None") -> Measured:
+    def measure_bm25(self, reader: Encoder | None) -> Measured:
         return self.scored(bm25_search(self.collection.documents, self.collection.queries, reader=reader))
 
     def scored(self, found: Run) -> Measured:
@@ -164,7 +161,7 @@ class Similarity:
         pairs = self.train or self.test
         return list(dict.fromkeys(pairs.first + pairs.second))
 
-    def measure(self, encoder: "SentenceTransformer", query: str | None = None) -> Measured:
+    def measure(self, encoder: Encoder, query: str | None = None) -> Measured:
         metrics, cosines = similarity_metrics(encoder, self.test)
         scored = zip(cosines.tolist(), self.test.scores.tolist(), strict=True)
         values = {str(number): {"cosine": cosine, "score": score} for number, (cosine, score) in enumerate(scored)}
@@ -195,11 +192,11 @@ class Attention:
     def fingerprint(self) -> str:
         return f"{self.name} {read_manifest(self.store)['splits']['validation']} {self.n_sequences}"
 
-    def check_tokenizer(self, encoder: "SentenceTransformer") -> None:
+    def check_tokenizer(self, encoder: Encoder) -> None:
         if read_manifest(self.store)["tokenizer"]["hash"] != tokenizer_hash(encoder.tokenizer):
             raise ValueError(f"--attention {self.store}: the store was made with another tokenizer than the encoder's")
 
-    def measure(self, encoder: "SentenceTransformer", query: str | None = None) -> Measured:
+    def measure(self, encoder: Encoder, query: str | None = None) -> Measured:
         return Measured(probe_store(None, backbone(encoder), self.store, self.n_sequences), {})
 
 

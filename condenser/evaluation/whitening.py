@@ -5,18 +5,17 @@ labels. [CLS] and mean vectors of masked LMs lie in a narrow cone, where all cos
 """
 
 import copy
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
+import torch
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.base.modules import Dense
+from condenser.evaluation.encoders import Encoder
 
 RESOLVED = 1e-5  # standard deviation, in lengths of the vectors, below which a direction is mostly fp32's rounding
 
 
-def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> "Dense":
+def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> Any:
     """The map x -> (x - mean) W to the ``dim`` directions of largest variance, as a sentence-transformers module.
 
     Args:
@@ -27,7 +26,6 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> "Dense":
     Raises:
         ValueError: too few vectors, or fewer directions than ``dim``.
     """
-    import torch
     from sentence_transformers.base.modules import Dense
 
     vectors = np.asarray(vectors, np.float64)
@@ -50,7 +48,7 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> "Dense":
     return Dense(size, kept, activation_function=None, init_weight=weight, init_bias=bias.float())
 
 
-def whitened(encoder: "SentenceTransformer", vectors: np.ndarray, dim: int | None = None) -> "SentenceTransformer":
+def whitened(encoder: Encoder, vectors: np.ndarray, dim: int | None = None) -> Encoder:
     """A copy of the encoder that whitens its vectors, fitted on those of some texts (several times as many as
     dimensions)."""
     return copy.deepcopy(encoder).append(fit_whitening(vectors, dim)).to(encoder.device)
