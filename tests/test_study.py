@@ -71,8 +71,9 @@ def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run,
     cell(plan, "mlm", 1, "squad", [found("squad", 0.25, trained_on="squad", train_size=1000, seed=0)])
     cell(plan, "condenser", 1, "squad", [found("squad", 0.9, trained_on="squad", train_size=1000)])  # not trained
     study.collect(plan)
-    lines = capsys.readouterr().out.split("\n\n")[-1].strip().split("\n")
-    lines = [line for line in lines if line.startswith("|")]
+    said = capsys.readouterr().out
+    assert f"wrote {plan.results}: " in said
+    lines = [line for line in said.split("\n\n")[-1].split("\n") if line.startswith("|")]
     header, _, bm25, mlm = ([cell.strip() for cell in line.split("|")] for line in lines)
     assert bm25[header.index("SciFact")] == "0.680 ± 0.000"
     assert mlm[header.index("SciFact")] == "1.550 ± 0.580"

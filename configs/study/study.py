@@ -29,6 +29,7 @@ import yaml
 from condenser.cli import main
 from condenser.cluster import signals
 from condenser.data.lock import locked
+from condenser.evaluation.evaluate import mean_and_spread
 from condenser.reports import reference
 from condenser.runs import METRICS, SUMMARY, read_metrics
 
@@ -48,13 +49,7 @@ class Arm:
 
 
 class Study:
-    """A plan, where its runs are, and how much time is left.
-
-    Args:
-        path: of the plan.
-        places: what the words BEIR, STS and STORE of its commands stand for.
-        minutes: of this piece.
-    """
+    """A plan, where its runs are, what the words BEIR, STS and STORE of its commands stand for, and when to stop."""
 
     def __init__(self, path: Path, places: dict[str, str], minutes: float):
         self.folder = path.parent
@@ -121,13 +116,12 @@ def work_on(plan: Study, arm: str, seed: int) -> None:
     """Pre-train and evaluate, as far as the time allows."""
     folder = plan.run_of(arm, seed)
     with at_work(plan, folder.name) as free:
-        if not free or not pre_trained(plan, arm, seed):
+        if not (free and pre_trained(plan, arm, seed)):
             return
         run("export", str(folder), "--output", str(folder / "export"))
     cells = plan.plan["cells"] if plan.arms[arm].evaluated else {}
-    for name, command in cells.items():
-        words = [word for part in command for word in str(part).split()]
-        command = [replaced(word, plan.places) for word in words]
+    for name, parts in cells.items():
+        command = [replaced(word, plan.places) for part in parts for word in part.split()]
         if folder == first_run(plan) and name in plan.plan["baselines"]:
             command.append("--baselines")
         if not plan.is_over():
@@ -203,13 +197,12 @@ def collect(plan: Study) -> None:
         reference.write_reference(reference.STUDY, named)
     run("report", *map(str, done.values()), "--output", str(plan.runs / "report.html"))
     left = len(runs) - len(done)
-    print(f"\nwrote {plan.folder / 'results.csv'}: {len(rows)} rows of {len(done)} runs, {left} runs to go\n")
+    print(f"\nwrote {plan.results}: {len(rows)} rows of {len(done)} runs, {left} runs to go\n")
     print(table(results, plan.plan["columns"]))
-    first, second = plan.plan["compared"]
     for name, metric in plan.plan["intervals"].items():  # paired by query and seeds
-        patterns = [str(plan.runs / f"{arm}-seed=*" / f"evaluation-{name}") for arm in (first, second)]
-        if all(any(plan.runs.glob(f"{arm}-seed=*/evaluation-{name}")) for arm in (first, second)):
-            run("evaluate", "compare", *patterns, "--metric", metric)
+        patterns = [f"{arm}-seed=*/evaluation-{name}" for arm in plan.plan["compared"]]
+        if all(any(plan.runs.glob(pattern)) for pattern in patterns):
+            run("evaluate", "compare", *(str(plan.runs / pattern) for pattern in patterns), "--metric", metric)
 
 
 def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
@@ -219,12 +212,11 @@ def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
             yield "pre-training", *[None] * (len(ABOUT) - 1), name, float(values[-1])
     for path in sorted(folder.glob("evaluation-*/results.json")):
         for row in json.loads(path.read_text())["rows"]:
-            about = [row[name] for name in ABOUT[:-1]]
             size = row["train_size"] or ("all" if row["fine_tuned"] else None)
-            entropies = enumerate(row.get("cls_entropy", ()), start=1)
-            found = {f"cls_entropy_layer_{layer}": value for layer, value in entropies}
+            about = [(row | {"train_size": size})[name] for name in ABOUT]
+            found = {f"cls_entropy_layer_{n}": value for n, value in enumerate(row.get("cls_entropy", ()), start=1)}
             found |= {name: row[name] for name in METRICS_KEPT if row.get(name) is not None}
-            yield from ((*about, size, name, value) for name, value in found.items())
+            yield from ((*about, name, value) for name, value in found.items())
 
 
 def table(results: pd.DataFrame, columns: dict[str, str]) -> str:
@@ -238,15 +230,9 @@ def table(results: pd.DataFrame, columns: dict[str, str]) -> str:
     measured = {name: found for name, condition in columns.items() if not (found := results.query(condition)).empty}
     lines = ["| | " + " | ".join(measured) + " |", "| --- |" + " --- |" * len(measured)]
     for row in dict.fromkeys([*results["row"][random], *results["row"][~random]]):
-        cells = (spread(found["value"][found["row"] == row]) for found in measured.values())
+        cells = (mean_and_spread(found["value"][found["row"] == row].tolist()) for found in measured.values())
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
-
-
-def spread(values: pd.Series) -> str:
-    if values.empty:
-        return ""
-    return f"{values.mean():.3f}" + (f" ± {values.std():.3f}" if len(values) > 1 else "")
 
 
 def run(*command: str) -> int:
