@@ -636,6 +636,7 @@ def vector(encoder):
         ({"output": "BARE"}, "no result of this command"),
         ({"pair_losses": ["cosines"]}, "--pair-losses cosines: there are cosent and cosine"),
         ({"finetune_epochs": 0}, "--finetune-epochs 0 must be positive"),
+        ({"train_sizes": ["5"]}, "--train-sizes, .* are settings of --finetune: give it too"),
         ({"whitening": [-1]}, "--whitening -1 must be at least 0"),
         ({"whitening": [20]}, "--whitening 20: .* farm has 20 texts"),
         ({"queries": 0}, "--queries 0 must be at least 1"),

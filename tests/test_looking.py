@@ -162,7 +162,7 @@ BAD = {
     "a picture of nothing": ("MODEL", ["--picture", "a.svg"], "--picture is of --attend"),
     "no predictions": ("MODEL", ["--fill", TEXT, "--top", "0"], "--top 0 must be at least 1"),
     "cold": ("MODEL", ["--generate", "1", "--temperature", "0"], "--temperature 0.0 must be positive"),
-    "fewer than none": ("MODEL", ["--generate", "-1"], "--generate -1 must not be negative"),
+    "fewer than none": ("MODEL", ["--generate", "-1"], "--generate -1 must be at least 0"),
     "too long": ("MODEL", ["--generate", "1", "--length", "400"], "--length 400: the model takes texts of 40 tokens"),
     "an unknown picture": ("MODEL", ["--attend", "a", "--picture", "a.xyz"], "--picture a.xyz"),
     "more than there are": ("MODEL", ["--fill", TEXT, "--top", "100000"], "--top 100000"),

@@ -162,14 +162,6 @@ def test_what_the_head_reads_can_be_set_for_padded_rows_too():
     assert model.condensed is torch.zeros_like
 
 
-def test_head_losses_need_a_head_and_another_row():
-    with pytest.raises(ValueError, match="two rows or more"):
-        head_losses(tiny_model(), [step_batch(flat_pass(1))])
-    model = Condenser(tiny_model().lm, n_head_layers=0)
-    with pytest.raises(ValueError, match="no head whose loss could be probed"):
-        head_losses(model, [step_batch(flat_pass())])
-
-
 def marked_names(n, seed):
     """Micro-batch of n rows: names, a mark before one of them, what stands for that one, a full stop. That can be told
     from the others, in two steps: which name is marked, and what stands for it."""

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import sys
 import weakref
 from collections import Counter
 from importlib.util import find_spec
@@ -352,7 +353,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
 
 
 def test_a_missing_mteb_is_named(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, "mteb", None)
     with pytest.raises(ImportError, match=r"condenser\[mteb\]"):
         find_tasks(["SciFact"])
 

@@ -184,11 +184,7 @@ class ClsEncoder:
 
 
 def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collection:
-    """The first queries, what is relevant to them, and the first other documents.
-
-    Raises:
-        ValueError: more relevant documents than ``n_documents``.
-    """
+    """The first queries, what is relevant to them, and the first other documents; ValueError if they are too many."""
     qrels = dict(itertools.islice(collection.qrels.items(), n_queries))
     relevant = {i for query in qrels for i in collection.relevant(query, qrels)}
     if len(relevant) > n_documents:

@@ -105,11 +105,7 @@ def compare(
 
 
 def groups_of(pattern: str, kind: str) -> dict[tuple, Group]:
-    """Rows of retrieval or similarity by the fields in ``SAME``.
-
-    Raises:
-        ValueError: nothing to read.
-    """
+    """Rows of retrieval or similarity by the fields in ``SAME``; ValueError if there are none."""
     groups: dict[tuple, Group] = {}
     if not (folders := sorted(glob.glob(pattern))):
         raise ValueError(f"there is nothing at {pattern}: give output folders of `condenser evaluate`")

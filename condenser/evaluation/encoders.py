@@ -84,9 +84,7 @@ def encoded(encoder: Encoder, texts: Sequence[str], kind: Kind = "sentence") -> 
     """fp32 vectors ``[N, H]`` on the encoder's device, with the prompt for this kind of text.
 
     sentence-transformers sorts the texts by length; here as many go together as there is memory for, in `precision`.
-
-    Raises:
-        ValueError: vectors that are not finite.
+    ValueError for vectors that are not finite.
     """
     encode = getattr(encoder, {"query": "encode_query", "document": "encode_document", "sentence": "encode"}[kind])
     options: Any = {"convert_to_tensor": True, "show_progress_bar": sys.stderr.isatty() and len(texts) > 1000}

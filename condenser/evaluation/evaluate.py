@@ -156,10 +156,7 @@ def whole_number(size: str) -> int:
 
 
 def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], whitening: Sequence[int]) -> None:
-    """
-    Raises:
-        ValueError: what the encoder cannot be measured on, pooled or whitened to.
-    """
+    """ValueError for what the encoder cannot be measured on, pooled or whitened to."""
     pooled = [with_pooling(encoder, name) for name in poolings] or [encoder]
     sizes: list[Any] = [each.get_embedding_dimension() for each in pooled]
     for task in tasks:

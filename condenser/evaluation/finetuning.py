@@ -79,11 +79,7 @@ class Tuning:
 
 
 def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[str]]:
-    """Columns of questions, relevant passages and hard negatives.
-
-    Raises:
-        ValueError: fewer training questions than ``train_size``, or none with so many hard negatives.
-    """
+    """Columns of questions, relevant passages and hard negatives; ValueError if there are too few of either."""
     judged = sorted(collection.train_qrels)
     check_size(tuning.train_size, len(judged), f"training questions of {collection.name}")
     drawn = permuted(np.arange(tuning.train_size or len(judged)), len(judged), tuning.seed)  # a smaller draw is nested

@@ -33,7 +33,13 @@ SIMILARITIES = ("cosine", "dot")  # for retrieval with each of these
 class Ready(NamedTuple):
     encoder: Encoder
     about: dict[str, Any]  # how it computes, compares and was fine-tuned
-    to_whiten: dict[str, np.ndarray]  # by a task's fingerprint the vectors that whitening is fitted on, once needed
+    vectors: dict[str, np.ndarray]  # of a task's texts, by its fingerprint, once whitening needs them
+
+    def whitened(self, task: Trainable, dimensions: int) -> Encoder:
+        if task.fingerprint not in self.vectors:
+            vectors = encoders.encoded(self.encoder, task.texts(), task.texts_are)
+            self.vectors[task.fingerprint] = vectors.cpu().numpy()
+        return whitened(self.encoder, self.vectors[task.fingerprint], dimensions or None)
 
 
 @dataclass(frozen=True)
@@ -73,10 +79,9 @@ class Candidate:
         return start if self.drawn is None else encoders.reinitialised(start, self.drawn)
 
     def prepared(self, folder: Path) -> Ready:
-        encoder, tuned = self.start(), dict[str, Any]()
-        if self.tuning:
+        encoder, tuning, tuned = self.start(), self.tuning, dict[str, Any]()
+        if tuning:
             assert self.trained_on is not None
-            tuning = self.tuning
             if tuning.learning_rate is None:
                 choice = self.chosen(folder)
                 tuning = replace(tuning, learning_rate=choice["learning_rate"])
@@ -93,13 +98,13 @@ class Candidate:
         assert self.tuning is not None
         assert self.trained_on is not None
         part = self.trained_on.held_out()
-        size = self.tuning.train_size and min(self.tuning.train_size, part.n_train)
         once = replace(self, tuning=replace(self.tuning, seed=0), drawn=None if self.drawn is None else 0)
         path = folder / "choices" / f"{fingerprint(once.fingerprint, versions())}.json"
         if path.exists():
             return json.loads(path.read_text())
         ranks = isinstance(part, Retrieval)
         similarities: Any = SIMILARITIES if ranks else [self.base.similarity_fn_name]
+        size = self.tuning.train_size and min(self.tuning.train_size, part.n_train)
         tried = []
         for rate, similarity in itertools.product(LEARNING_RATES, similarities):
             encoder, tuning = once.start(), replace(self.tuning, learning_rate=rate, train_size=size, seed=0)
@@ -124,17 +129,15 @@ class Job:
     task: Task
     whitening: int | None = None  # dimensions, 0 for all
     query: str | None = None  # of --query, in the one job that answers it
-    reader: tuple[Encoder, str] | None = None  # whose length BM25 keeps to; what identifies it
+    reader: Encoder | None = None  # whose length BM25 keeps to
 
     @property
     def about(self) -> dict[str, Any]:
         if self.candidate:
             return self.candidate.about | {"whitening": self.whitening}
-        read = f"first {self.reader[0].max_seq_length} tokens" if self.reader else "whole texts"
-        return dict.fromkeys(("pooling", "trained_on", "train_size", "pair_loss", "seed", "whitening")) | {
-            "model": f"BM25, {read}",
-            "fine_tuned": False,
-        }
+        read = f"first {self.reader.max_seq_length} tokens" if self.reader else "whole texts"
+        nothing = dict.fromkeys(("pooling", "trained_on", "train_size", "pair_loss", "seed", "whitening"))
+        return nothing | {"model": f"BM25, {read}", "fine_tuned": False}
 
     def __str__(self) -> str:
         about = self.about
@@ -143,7 +146,8 @@ class Job:
 
     @cached_property
     def fingerprint(self) -> str:
-        model = self.candidate.fingerprint if self.candidate else (BM25, self.reader and self.reader[1])
+        read = self.reader and fingerprint(encoders.describe(self.reader))
+        model = self.candidate.fingerprint if self.candidate else (BM25, read)
         return fingerprint(model, self.task.kind, self.task.fingerprint, self.whitening, self.query, versions())
 
     def run(self, ready: Ready | None) -> dict[str, Any]:
@@ -154,16 +158,13 @@ class Job:
         """
         if ready is None:
             assert isinstance(self.task, Retrieval)
-            measured, how = self.task.measure_bm25(self.reader and self.reader[0]), dict[str, Any]()
+            how, measured = dict[str, Any](), self.task.measure_bm25(self.reader)
         else:
-            encoder, how, mark = ready.encoder, ready.about, self.task.fingerprint
+            encoder = ready.encoder
             if self.whitening is not None:
                 assert not isinstance(self.task, Attention)
-                if mark not in ready.to_whiten:
-                    vectors = encoders.encoded(encoder, self.task.texts(), self.task.texts_are)
-                    ready.to_whiten[mark] = vectors.cpu().numpy()
-                encoder = whitened(encoder, ready.to_whiten[mark], self.whitening or None)
-            measured = self.task.measure(encoder, self.query)
+                encoder = ready.whitened(self.task, self.whitening)
+            how, measured = ready.about, self.task.measure(encoder, self.query)
         row = {"task": self.task.kind, "collection": self.task.name, **self.about, **how, **measured.metrics}
         return {"row": row, "values": measured.values, "hits": measured.hits}
 
@@ -190,7 +191,8 @@ def plan(
     for task in tasks:
         if drawn and isinstance(task, Retrieval):
             jobs.append(Job(None, task))
-            jobs += [Job(None, task, reader=(base, mark))] if base.max_seq_length and base.tokenizer.is_fast else []
+            if base.max_seq_length and base.tokenizer.is_fast:
+                jobs.append(Job(None, task, reader=base))
         for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), poolings):
             trained_on = task if tuning and not isinstance(task, Attention) else None
             if tuning and isinstance(trained_on, Retrieval):
@@ -229,7 +231,8 @@ def compute(jobs: list[Job], settings: dict[str, Any], path: Path) -> dict[str, 
             if ready[0] != mark:
                 ready = mark, job.candidate.prepared(path.parent) if job.candidate else None
             file.parent.mkdir(exist_ok=True)
-            write_json(file, kept := job.run(ready[1] if job.candidate else None))
+            kept = job.run(ready[1])
+            write_json(file, kept)
         found["rows"].append(kept["row"])
         found["fingerprints"].append(job.fingerprint)
         if job.query:

@@ -22,7 +22,8 @@ from transformers.utils import logging
 from condenser.data.collate import Masking
 from condenser.data.masking import Unit
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
-from condenser.evaluation.encoders import model_folder
+from condenser.evaluation.encoders import is_run, model_folder
+from condenser.evaluation.finetuning import at_least
 from condenser.evaluation.probes import at_rest, cls_attention
 from condenser.models.backbones.base import longest_text
 from condenser.models.condenser import Condenser
@@ -86,11 +87,16 @@ def inspect(
         ValueError: neither store nor model there, a damaged one, or a text without [MASK].
     """
     requested = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
-    check_numbers({"top": top, "length": length, "sweeps": sweeps}, temperature, generate)
+    for name, value in {"top": top, "length": length, "sweeps": sweeps}.items():
+        at_least(name, value, 1)
+    at_least("generate", generate, 0)
+    if not temperature > 0:
+        raise ValueError(f"--temperature {temperature} must be positive")
     check_picture(picture, attend)
     if not Path(what).exists() and not requested:
         raise ValueError(f"no token store or model at {what}")
-    if (Path(what) / "manifest.json").is_file() or not (requested or is_model(what)):
+    is_model = (Path(what) / "config.json").is_file() or is_run(what)
+    if (Path(what) / "manifest.json").is_file() or not (requested or is_model):
         if requested:
             raise ValueError(f"--{requested[0]} is for a model, and {what} is a token store")
         return inspect_store(
@@ -124,16 +130,6 @@ def inspect(
         console.print(f"- {text}", markup=False)
 
 
-def check_numbers(at_least_one: dict[str, int], temperature: float, generate: int) -> None:
-    for name, value in at_least_one.items():
-        if value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
-    if not temperature > 0:
-        raise ValueError(f"--temperature {temperature} must be positive")
-    if generate < 0:
-        raise ValueError(f"--generate {generate} must not be negative")
-
-
 def check_picture(picture: str | None, attend: str | None) -> None:
     from matplotlib.backend_bases import FigureCanvasBase
 
@@ -145,19 +141,13 @@ def check_picture(picture: str | None, attend: str | None) -> None:
 
 
 def check_fits(model: Objective, tokenizer: Any, length: int, top: int) -> None:
-    longest, n_ids = longest_text(model.lm.config), vocabulary_size(tokenizer)
-    if n_ids > model.lm.config.vocab_size:
-        raise ValueError(
-            f"the model's vocabulary ({model.lm.config.vocab_size}) is smaller than its tokenizer's ({n_ids})"
-        )
+    longest, size, n_ids = longest_text(model.lm.config), model.lm.config.vocab_size, vocabulary_size(tokenizer)
+    if n_ids > size:
+        raise ValueError(f"the model's vocabulary ({size}) is smaller than its tokenizer's ({n_ids})")
     if longest and length + 2 > longest:
         raise ValueError(f"--length {length}: the model takes texts of {longest} tokens, two of them special")
-    if top > model.lm.config.vocab_size:
-        raise ValueError(f"--top {top}: there are {model.lm.config.vocab_size} tokens")
-
-
-def is_model(name: str) -> bool:
-    return (Path(name) / "config.json").is_file() or name.endswith(".ckpt") or (Path(name) / "checkpoints").is_dir()
+    if top > size:
+        raise ValueError(f"--top {top}: there are {size} tokens")
 
 
 def whole_model(folder: str) -> Objective:
@@ -182,11 +172,8 @@ def about(model: Objective) -> dict[str, str]:
 
 
 def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[tuple[str, dict[str, list[str]]]]:
-    """For each mask of a text a title, and by the names of what predicts (mlm, head_mlm, decoder) the likeliest tokens.
-
-    Raises:
-        ValueError: a text without a mask.
-    """
+    """For each mask of a text a title, and by the names of what predicts (mlm, head_mlm, decoder) the likeliest tokens;
+    ValueError if there is no mask."""
     text_with_masks = text.replace("[MASK]", tokenizer.mask_token)
     ids = tokenizer(text_with_masks, return_tensors="pt", **cut(model))["input_ids"]
     masked = ids == tokenizer.mask_token_id
@@ -198,11 +185,9 @@ def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[t
     for number in range(int(masked.sum())):
         rows = {}
         for name, (shares, tokens) in by_name.items():
-            named = tokenizer.convert_ids_to_tokens(tokens[number].tolist())
-            pieces = [piece or "(no token)" for piece in named]  # of a vocabulary that is larger than the tokenizer's
-            rows[name] = [
-                f"{share:6.1%}  {escape(piece)}" for share, piece in zip(shares[number].tolist(), pieces, strict=True)
-            ]
+            pieces = tokenizer.convert_ids_to_tokens(tokens[number].tolist())  # None beyond the tokenizer's vocabulary
+            best = zip(shares[number].tolist(), pieces, strict=True)
+            rows[name] = [f"{share:6.1%}  {escape(piece or '(no token)')}" for share, piece in best]
         found.append((f"{escape(text)}, mask {number + 1}", rows))
     return found
 
@@ -212,24 +197,22 @@ def logits_at_masks(model: Objective, ids: Tensor, masked: Tensor) -> dict[str, 
     labels = torch.where(masked, ids, -100)
     batch = flattened(model.backbone, ids, torch.ones_like(ids), labels)
     batch |= before_masking(batch)
-    seen: dict[str, Tensor] = {}
+    found: dict[str, Tensor] = {}
     scored = model.scored
 
     def watched(streams: Any, score: bool) -> Any:
-        seen.update({name: states for name, (states, _, _) in streams.items()})
+        for name, (states, _, _) in streams.items():
+            at = states if len(states) == int(masked.sum()) else states[batch["masked_index"]]
+            found[name] = logits_of(model.backbone.transform(at), model.backbone.decoder)
         return scored(streams, score)
 
     model.scored = watched  # type: ignore[method-assign]
     try:
         with at_rest(model):
             model.losses(batch)
-            found = {}
-            for name, states in seen.items():
-                at = states if len(states) == int(masked.sum()) else states[batch["masked_index"]]
-                found[name] = logits_of(model.backbone.transform(at), model.backbone.decoder)
-            return found
     finally:
         del model.scored
+    return found
 
 
 def cut(model: Objective) -> dict[str, Any]:
@@ -241,9 +224,8 @@ def attention(model: Objective, tokenizer: Any, text: str) -> tuple[list[str], T
     """The tokens of a text, and how much of [CLS]'s attention each has, by layer ``[N, L]``, as the mean over heads."""
     rows = tokenizer(text, return_tensors="pt", **cut(model))
     of_layers = cls_attention(model.lm, rows["input_ids"], rows["attention_mask"])
-    return tokenizer.convert_ids_to_tokens(rows["input_ids"][0].tolist()), torch.stack(
-        [each[0].mean(0) for each in of_layers]
-    )
+    tokens = tokenizer.convert_ids_to_tokens(rows["input_ids"][0].tolist())
+    return tokens, torch.stack([each[0].mean(0) for each in of_layers])
 
 
 def strongest(tokens: list[str], weights: Tensor, top: int) -> Any:

@@ -4,7 +4,6 @@ It brings data, metrics and protocol (prompts, splits, subsets), so that numbers
 leaderboard. Data come from the Hugging Face hub when a task runs.
 """
 
-import importlib.util
 import json
 import sys
 from collections.abc import Sequence
@@ -17,17 +16,15 @@ from condenser.evaluation.jobs import fingerprint
 
 
 def find_tasks(names: Sequence[str]) -> list[Any]:
-    """Tasks by name, and all tasks of benchmarks.
-
-    Raises:
-        ValueError: a name that mteb does not know.
-    """
-    if names and importlib.util.find_spec("mteb") is None:
-        raise ImportError("MTEB's tasks need mteb: pip install 'condenser[mteb]'")
+    """Tasks by name, and all tasks of benchmarks; ValueError for a name that mteb does not know."""
+    if not names:
+        return []
+    try:
+        import mteb
+    except ModuleNotFoundError:
+        raise ImportError("MTEB's tasks need mteb: pip install 'condenser[mteb]'") from None
     found: list[Any] = []
     for name in names:
-        import mteb
-
         try:
             found += mteb.get_benchmark(name).tasks
         except KeyError:
@@ -50,11 +47,7 @@ def to_load(task: Any) -> str:
 
 
 def run_mteb(encoder: Encoder, tasks: Sequence[Any], folder: Path) -> list[dict[str, Any]]:
-    """-> a row for each task with its main score, over splits and subsets; kept in ``folder``, a file for each
-
-    Raises:
-        ValueError: data that cannot be had.
-    """
+    """-> a row for each task with its main score, over splits and subsets; kept in ``folder``, a file for each"""
     import mteb
 
     rows, mark = [], describe(encoder)

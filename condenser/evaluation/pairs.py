@@ -54,11 +54,7 @@ class Pairs:
 
 def read_similarity(path: Path) -> tuple[str, Pairs, Pairs | None]:
     """-> name, test and training pairs of a file; or of a folder where one file has "test" in its name and at most one
-    "train"
-
-    Raises:
-        ValueError: no test set or several, or a file that `read_pairs` refuses.
-    """
+    "train", else ValueError"""
     if not path.is_dir():
         test = read_pairs(path)
         return test.name, test, None
@@ -73,11 +69,7 @@ def read_similarity(path: Path) -> tuple[str, Pairs, Pairs | None]:
 
 
 def read_pairs(path: Path) -> Pairs:
-    """Read a file in one of the layouts above.
-
-    Raises:
-        ValueError: a missing file, an unknown layout, a broken line, or scores that do not differ.
-    """
+    """A file in one of the layouts above; ValueError for another, a broken line, or scores that do not differ."""
     if kind(path) not in SUFFIXES or not path.is_file():
         formats = f"{', '.join(SUFFIXES)}, or {', '.join(COMPRESSED)} of it"
         raise ValueError(f"no sentence pairs at {path}: a file is needed ({formats}), or a folder of them")

@@ -44,11 +44,8 @@ class AttentionPooling(nn.Module):
 
 
 def with_pooling(encoder: Encoder, name: str) -> Encoder:
-    """A copy of the encoder (Transformer, Pooling, perhaps Normalize) with another pooling.
-
-    Raises:
-        ValueError: an unknown pooling, more layers than there are, or an encoder with other modules.
-    """
+    """A copy of the encoder with another pooling; ValueError for an unknown one, for more layers than there are, or an
+    encoder of other modules than Transformer, Pooling and Normalize."""
     from sentence_transformers.base.modules import Normalize, Transformer
     from sentence_transformers.sentence_transformer.modules import Pooling, WeightedLayerPooling
 

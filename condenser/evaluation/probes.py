@@ -41,14 +41,11 @@ READ_BY_HEAD = {  # in place of the last [CLS] states [B, H]
 def probe_store(
     model: Objective | None, encoder: PreTrainedModel, store_folder: str | Path, n_sequences: int = 64, seed: int = 0
 ) -> dict[str, Any]:
-    """`probe` on ``n_sequences`` of a store's validation split.
+    """`probe` on ``n_sequences`` of a store's validation split; ValueError if there is none.
 
     Args:
         encoder: its vocabulary must be that of the store.
         seed: of the masks.
-
-    Raises:
-        ValueError: no store there, or one without a validation split.
     """
     validation = Mixture([TokenStore(store_folder, "validation")], seed=seed)
     vocabulary = Vocabulary.of(load_tokenizer(Path(store_folder) / "tokenizer"))
@@ -100,13 +97,10 @@ def head_losses(model: Any, batches: Sequence[StepBatch]) -> dict[str, float]:
     """The loss of a head (or decoder) in nats per token that it predicts, by what it reads in place of the last [CLS]:
     the sample's own (true), that of the row before in its batch (other), or zeros.
 
-    Raises:
-        ValueError: there is no head, or a batch of one row, in which there is no other.
+    Args:
+        model: one that has a head.
+        batches: of two rows or more each.
     """
-    if not model.head_term:
-        raise ValueError("there is no head whose loss could be probed (n_head_layers=0?)")
-    if min(batch.total("n_sequences") for batch in batches) < 2:
-        raise ValueError("head losses need batches of two rows or more: one reads the [CLS] of the other")
     device, before = next(model.parameters()).device, model.condensed
     sums, n_scored = dict.fromkeys(READ_BY_HEAD, 0.0), 0
     try:
@@ -128,11 +122,8 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
     ones included, padding not), so that 1 is attention to all alike. Means over heads and samples.
 
     Args:
-        encoder: of Hugging Face and one of our families, with or without its MLM head.
+        encoder: of Hugging Face, with or without its MLM head; ValueError for another than our families.
         input_ids, attention_mask: unmasked text ``[B, L]``, on any device.
-
-    Raises:
-        ValueError: an encoder of another architecture.
     """
     of_layers = cls_attention(encoder, input_ids, attention_mask)
     nats = torch.stack([torch.special.entr(each).sum(-1).mean(1) for each in of_layers])  # [N, B]
@@ -141,8 +132,7 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
 
 
 def cls_attention(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """How much of [CLS]'s attention each position has, of each layer ``[B, A, L]``. Arguments and errors are those of
-    `cls_attention_entropy`."""
+    """How much of [CLS]'s attention each position has, of each layer ``[B, A, L]``; see `cls_attention_entropy`."""
     if encoder.config.model_type not in (known := families()):
         raise ValueError(
             f"attention of a {encoder.config.model_type!r} cannot be probed; of these it can: {', '.join(known)}"

@@ -61,11 +61,8 @@ class Collection:
 
 
 def read_collection(folder: Path, split: str = "test") -> Collection:
-    """Read a BEIR folder; ``qrels/<split>.tsv`` is what will be scored.
-
-    Raises:
-        ValueError: a missing file, a broken line, or judgements that do not belong to the corpus or the queries.
-    """
+    """A BEIR folder, where ``qrels/<split>.tsv`` is scored; ValueError for a missing file, a broken line, or judgements
+    that do not belong to the corpus or the queries."""
     if not folder.is_dir():
         raise ValueError(f"no retrieval collection at {folder}: --retrieval takes a folder in BEIR's layout")
     suffixes = tuple(f".tsv{suffix}" for suffix in ("", *COMPRESSED))

@@ -207,11 +207,7 @@ Task = Trainable | Attention
 def read_tasks(
     retrieval: Sequence[str], similarity: Sequence[str], attention: str | None, queries: int | None, split: str
 ) -> list[Task]:
-    """All that is to be measured on; of one kind and name each is called by its path, and what is given twice is once.
-
-    Raises:
-        ValueError: nothing given, or something that cannot be read.
-    """
+    """What is to be measured on; of one kind and name each is called by its path, and what is given twice is once."""
     paths = {(kind, Path(path).resolve()): path for kind, given in ((0, retrieval), (1, similarity)) for path in given}
     read: list[Trainable] = [
         Similarity.read(path) if is_pairs else Retrieval.read(path, queries, split)
@@ -226,11 +222,8 @@ def read_tasks(
 
 
 def check_training(tasks: Sequence[Task], tunings: Sequence[Tuning]) -> None:
-    """
-    Raises:
-        ValueError: nothing to train on, or less than is asked for.
-    """
-    training = [task for task in tasks if task.trains and not isinstance(task, Attention)]
+    """ValueError where there is nothing to train on, or less than is asked for."""
+    training = [task for task in tasks if not isinstance(task, Attention) and task.trains]
     if scored := [task.name for task in tasks if isinstance(task, Retrieval) and task.split == "train"]:
         raise ValueError(f"--split train: what {', '.join(scored)} would be trained on is what is scored")
     if not training:
