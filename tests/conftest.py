@@ -162,6 +162,20 @@ def tiny_export(run):
     return folder
 
 
+def write_bert(folder, texts, **sizes):
+    """A BERT masked LM with random weights, and a WordPiece tokenizer of these texts."""
+    from tokenizers import BertWordPieceTokenizer
+    from transformers import BertConfig, BertForMaskedLM, BertTokenizer
+
+    trainer = BertWordPieceTokenizer(lowercase=True)
+    trainer.train_from_iterator(texts, vocab_size=200, show_progress=False)
+    tokenizer = BertTokenizer(vocab=trainer.get_vocab())
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def roberta(corpus, tmp_path_factory):
     """A folder with a tiny RoBERTa masked LM and its byte-level tokenizer."""

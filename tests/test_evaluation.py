@@ -1,15 +1,14 @@
 """Evaluation: metrics by hand, searches against brute force, the rows of the command, and what it refuses."""
 
+import copy
 import gzip
 import itertools
 import json
-import lzma
-import math
 import os
-import random
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from xml.etree import ElementTree
 
@@ -17,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_documents
-from tokenizers import BertWordPieceTokenizer
-from transformers import AutoTokenizer, BertConfig, BertForMaskedLM, BertTokenizer
+from conftest import make_documents, write_bert
+from transformers import AutoTokenizer, BertForMaskedLM
 
 from condenser.cli import main
 from condenser.evaluation import encoders, finetuning, jobs, retrieval, search, tasks
@@ -33,26 +31,36 @@ from condenser.export import find_checkpoint
 ANIMALS = "cat dog horse cow sheep goat hen duck pig mule crow deer wolf bear hare mole newt toad frog seal".split()  # noqa: SIM905
 DOCUMENTS = {f"d{i}": f"the {animal} lives on the farm and eats grass" for i, animal in enumerate(ANIMALS)}
 QUERIES = {f"q{i}": f"where lives the {animal}" for i, animal in enumerate(ANIMALS)}
+PAIRS = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
-    """A tiny masked LM and its tokenizer as a plain Hugging Face folder."""
-    folder = tmp_path_factory.mktemp("model")
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train_from_iterator([*DOCUMENTS.values(), *QUERIES.values()], vocab_size=200, show_progress=False)
-    tokenizer = BertTokenizer(vocab=trainer.get_vocab())
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(1)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=64, **sizes)
-    BertForMaskedLM(config).save_pretrained(folder)
-    return str(folder)
+    texts = [*DOCUMENTS.values(), *QUERIES.values()]
+    return str(write_bert(tmp_path_factory.mktemp("model"), texts, max_position_embeddings=64, **sizes))
+
+
+@pytest.fixture
+def encoder(model_folder):
+    return encoders.load_encoder(model_folder, 32)
 
 
 @pytest.fixture
 def collection_folder(tmp_path):
     return write_collection(tmp_path / "farm")
+
+
+@pytest.fixture
+def measure(model_folder, collection_folder, tmp_path):
+    """The command on the collection, if it is told nothing else. -> results.json"""
+
+    def evaluated(output="out", model=model_folder, **options):
+        asked = {"retrieval": [str(collection_folder)], "max_length": 32} | options
+        evaluate(str(model), output=str(tmp_path / output), **asked)
+        return json.loads((tmp_path / output / "results.json").read_text())
+
+    return evaluated
 
 
 def write_collection(folder, title=""):
@@ -67,10 +75,6 @@ def write_collection(folder, title=""):
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def results(folder):
-    return json.loads((folder / "results.json").read_text())
 
 
 # --- metrics and searches
@@ -88,13 +92,11 @@ def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(model_folder):
 # --- collections
 
 
-@pytest.mark.parametrize(("suffix", "module"), [(".gz", gzip), (".xz", lzma)])
-def test_compressed_files_read_the_same(collection_folder, suffix, module):
+def test_compressed_files_read_the_same(collection_folder):
     plain = retrieval.read_collection(collection_folder)
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "qrels/train.tsv"):
         path = collection_folder / name
-        with module.open(f"{path}{suffix}", "wb") as file:
-            file.write(path.read_bytes())
+        Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
     compressed = retrieval.read_collection(collection_folder)
     assert (compressed.documents, compressed.queries) == (plain.documents, plain.queries)
@@ -148,17 +150,15 @@ def test_a_broken_collection_is_named(collection_folder, name, content, message)
         retrieval.read_collection(collection_folder)
 
 
-def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(model_folder, collection_folder, tmp_path):
+def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(measure, collection_folder):
     """MS MARCO in BEIR's layout is scored on dev; its folder need not have a test set."""
     (collection_folder / "qrels/test.tsv").rename(collection_folder / "qrels/dev.tsv")
-    run = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "max_length": 32}
     with pytest.raises(ValueError, match=r"has no qrels/test\.tsv: --split can be dev, train$"):
-        evaluate(model_folder, **run)
-    evaluate(model_folder, split="dev", **run)
-    (row,) = results(tmp_path / "out")["rows"]
+        measure()
+    (row,) = measure(split="dev")["rows"]
     assert (row["split"], row["queries"]) == ("dev", 6)
     with pytest.raises(ValueError, match="--split train: what farm would be trained on is what is scored"):
-        evaluate(model_folder, split="train", finetune=True, **run)
+        measure(split="train", finetune=True)
 
 
 def test_a_corpus_with_holes_is_said_and_halves_of_characters_are_read(collection_folder, capsys):
@@ -170,28 +170,22 @@ def test_a_corpus_with_holes_is_said_and_halves_of_characters_are_read(collectio
     assert "half \ufffd a character" in found.documents.values()
 
 
-def test_random_weights_are_as_many_as_there_are_seeds(model_folder, collection_folder, tmp_path):
-    folders = {"retrieval": [str(collection_folder)], "max_length": 32}
-    evaluate(model_folder, output=str(tmp_path / "out"), baselines=True, seeds=[0, 1, 2], **folders)
-    rows = [row for row in results(tmp_path / "out")["rows"] if row["model"].startswith("random")]
-    assert [row["seed"] for row in rows] == [0, 1, 2]
+def test_random_weights_are_as_many_as_there_are_seeds(measure):
+    rows = measure(baselines=True, seeds=[0, 1, 2])["rows"]
+    assert [row["seed"] for row in rows if row["model"].startswith("random")] == [0, 1, 2]
 
 
-def test_a_row_that_is_damaged_is_computed_again(model_folder, collection_folder, tmp_path, capsys):
-    run = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "max_length": 32}
-    evaluate(model_folder, **run)
-    before = results(tmp_path / "out")["rows"]
+def test_a_row_that_is_damaged_is_computed_again(measure, tmp_path, capsys):
+    before = measure()
     (file,) = (tmp_path / "out" / "rows").glob("*.json")
     file.write_text("")
-    evaluate(model_folder, **run)
-    assert results(tmp_path / "out")["rows"] == before
+    assert measure() == before
     assert "as before" not in capsys.readouterr().out
 
 
-def test_rows_that_differ_otherwise_or_have_no_partner_are_said(model_folder, collection_folder, tmp_path, capsys):
-    for name, length, pooling in (("a", 32, ["cls"]), ("b", 16, ["cls", "mean"])):
-        folders = {"retrieval": [str(collection_folder)], "max_length": length, "pooling": pooling}
-        evaluate(model_folder, output=str(tmp_path / name), **folders)
+def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_path, capsys):
+    measure("a", pooling=["cls"])
+    measure("b", pooling=["cls", "mean"], max_length=16)
     capsys.readouterr()
     compare(str(tmp_path / "a"), str(tmp_path / "b"), samples=10)
     said = capsys.readouterr().out
@@ -204,14 +198,13 @@ def test_rows_that_differ_otherwise_or_have_no_partner_are_said(model_folder, co
 # --- encoders and fine-tuning
 
 
-def test_a_plain_folder_gets_cls_pooling_and_a_fixed_fingerprint(model_folder):
-    one, two = (encoders.describe(encoders.load_encoder(model_folder, 32)) for _ in range(2))
-    assert one == two
-    assert one["pooling"] == "cls"
+def test_a_plain_folder_gets_cls_pooling_and_a_fixed_fingerprint(encoder, model_folder):
+    found = encoders.describe(encoder)
+    assert found == encoders.describe(encoders.load_encoder(model_folder, 32))
+    assert found["pooling"] == "cls"
 
 
-def test_reinitialised_weights_follow_the_seed(model_folder):
-    encoder = encoders.load_encoder(model_folder, 32)
+def test_reinitialised_weights_follow_the_seed(encoder):
     before = weights(encoder)
     hashes = [weights(encoders.reinitialised(encoder, seed)) for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
@@ -222,39 +215,39 @@ def weights(encoder):
     return encoders.describe(encoder)["weights"]
 
 
-def test_fine_tuning_learns_the_pairs_and_repeats_bit_for_bit(model_folder):
-    tuning = Tuning(epochs=30, batch_size=10, learning_rate=3e-3)
-    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
+def tuned(encoder, examples=PAIRS, **settings):
+    """A fine-tuned copy."""
+    copied = copy.deepcopy(encoder)
+    fine_tune(copied, examples, Tuning(**settings))
+    return copied
+
+
+def test_fine_tuning_learns_the_pairs_and_repeats_bit_for_bit(encoder):
+    one, two = (tuned(encoder, epochs=20, batch_size=10, learning_rate=3e-3) for _ in range(2))
+    assert weights(one) == weights(two) != weights(encoder)
     qrels = {f"q{i}": {f"d{i}": 1} for i in range(len(ANIMALS))}
-    before, *tuned = (encoders.load_encoder(model_folder, 32) for _ in range(3))
-    for encoder in tuned:
-        fine_tune(encoder, pairs, tuning)
-    assert weights(tuned[0]) == weights(tuned[1]) != weights(before)
-    mrr = [search.score(search.dense_search(e, DOCUMENTS, QUERIES), qrels)["mrr@10"] for e in (before, tuned[0])]
+    mrr = [search.score(search.dense_search(e, DOCUMENTS, QUERIES), qrels)["mrr@10"] for e in (encoder, one)]
     assert mrr[1] > max(0.9, mrr[0])
 
 
-def test_fine_tuning_has_no_dropout_and_leaves_nothing_behind(model_folder, tmp_path, monkeypatch):
+def test_fine_tuning_has_no_dropout_and_leaves_nothing_behind(encoder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    encoder = encoders.load_encoder(model_folder, 32)
-    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
-    fine_tune(encoder, pairs, Tuning(epochs=0.2, batch_size=4))
+    encoder = tuned(encoder, epochs=0.2, batch_size=4)
     assert not encoder.training
     assert all(module.p == 0 for module in encoder.modules() if isinstance(module, torch.nn.Dropout))
     assert not list(tmp_path.iterdir())
 
 
-def test_fine_tuning_shares_nothing_out_after_a_run_of_several_processes(model_folder, monkeypatch):
+def test_fine_tuning_shares_nothing_out_after_a_run_of_several_processes(encoder, monkeypatch):
     """Lightning leaves its variables set: a trainer that believed them dropped every batch that is not full."""
-    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
-    tuned = [encoders.load_encoder(model_folder, 32) for _ in range(2)]
-    for encoder, variables in zip(tuned, ({}, {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}), strict=True):
+    found = []
+    for variables in ({}, {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         AcceleratorState._reset_state(reset_partial_state=True)
-        fine_tune(encoder, pairs, Tuning(epochs=3, batch_size=64, learning_rate=3e-3))
+        found.append(weights(tuned(encoder, epochs=3, batch_size=64, learning_rate=3e-3)))
         assert variables.items() <= os.environ.items()
-    assert weights(tuned[0]) == weights(tuned[1]) != weights(encoders.load_encoder(model_folder, 32))
+    assert found[0] == found[1] != weights(encoder)
 
 
 @pytest.mark.parametrize(
@@ -269,23 +262,14 @@ def test_a_bf16_file_is_fine_tuned_in_fp32(model_folder, tmp_path):
     model.bfloat16().save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     encoder = encoders.load_encoder(str(tmp_path), 32)
-    before = vector(encoder)
-    fine_tune(encoder, {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}, Tuning(learning_rate=1e-5))
-    moved = [
-        (new != old).float().mean().item()
-        for (name, new), old in zip(
-            encoder[0].named_parameters(), before.split([p.numel() for p in encoder[0].parameters()]), strict=True
-        )
-        for old in [old.view_as(new)]
-        if "encoder.layer" in name and name.endswith("weight")
-    ]
-    assert before.dtype == torch.float32
-    assert min(moved) > 0.9
+    old, new = (dict(each.named_parameters()) for each in (encoder, tuned(encoder, learning_rate=1e-5)))
+    inner = [name for name in old if "encoder.layer" in name and name.endswith("weight")]
+    assert {old[name].dtype for name in inner} == {torch.float32}
+    assert min((new[name] != old[name]).float().mean() for name in inner) > 0.9
 
 
 @pytest.mark.parametrize("prompts", [{"query": "q: ", "document": "d: "}, {"query": "q: ", "passage": "d: "}])
-def test_texts_have_the_prompts_of_search_in_fine_tuning(model_folder, prompts):
-    encoder = encoders.load_encoder(model_folder, 32)
+def test_texts_have_the_prompts_of_search_in_fine_tuning(encoder, prompts):
     encoder.prompts = prompts
     columns = {"query": ["a"], "positive": ["b"], "negative_1": ["c"]}
     assert finetuning.arguments(encoder, columns, Tuning(), 1, "").prompts == {
@@ -299,41 +283,24 @@ def test_texts_have_the_prompts_of_search_in_fine_tuning(model_folder, prompts):
 # --- the command
 
 
-def test_queries_with_documents_of_training_are_told_apart(model_folder, collection_folder, tmp_path):
+def test_queries_with_documents_of_training_are_told_apart(measure, collection_folder, tmp_path):
     with open(collection_folder / "qrels/train.tsv", "a") as file:
         file.write("q7\td0\t1\nq8\td1\t1\n")  # what is relevant to q0 and q1 of the test
-    evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(collection_folder)], max_length=32)
+    measure()
     ((row, values),) = read_rows(tmp_path / "out")
     assert [query for query, found in values.items() if "ndcg@10_unseen" in found] == ["q2", "q3", "q4", "q5"]
     assert row["queries_unseen"] == 4
     assert row["ndcg@10_unseen"] == pytest.approx(np.mean([values[f"q{i}"]["ndcg@10"] for i in range(2, 6)]))
 
 
-def test_random_weights_score_as_a_random_ranking(model_folder, tmp_path):
-    """On judgements that are drawn, too: the mean over ranks of 1 / log2(rank + 1), up to 10."""
-    texts, draw = make_documents(500, seed=3), random.Random(0)
-    folder = tmp_path / "drawn"
-    (folder / "qrels").mkdir(parents=True)
-    write_rows(folder / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts[:50])])
-    write_rows(folder / "queries.jsonl", [{"_id": f"q{i}", "text": text} for i, text in enumerate(texts[50:])])
-    (folder / "qrels/test.tsv").write_text("".join(f"q{i}\td{draw.randrange(50)}\t1\n" for i in range(450)))
-    evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(folder)], baselines=True, max_length=32)
-    found = {row["model"]: (row["ndcg@10"], values) for row, values in read_rows(tmp_path / "out")}
-    score, values = found["random initialisation"]
-    noise = np.std([each["ndcg@10"] for each in values.values()]) / math.sqrt(450)
-    assert score == pytest.approx(sum(1 / math.log2(rank + 1) for rank in range(1, 11)) / 50, abs=3 * noise)
-    assert noise < 0.02
-
-
-def test_two_collections_or_files_of_one_name_are_two_rows(model_folder, pairs_folder, tmp_path):
+def test_two_collections_or_files_of_one_name_are_two_rows(measure, pairs_folder, tmp_path):
     folders = [str(write_collection(tmp_path / where / "farm")) for where in ("a", "b")]
     files = [str(pairs_folder / name) for name in ("test.tsv", "test.jsonl")]
     write_rows(
         pairs_folder / "test.jsonl", [{"sentence1": a, "sentence2": "x", "score": i} for i, a in enumerate("ab")]
     )
-    run = {"retrieval": [*folders, folders[0]], "similarity": files}
-    evaluate(model_folder, output=str(tmp_path / "out"), max_length=32, **run)
-    assert [row["collection"] for row in results(tmp_path / "out")["rows"]] == [*folders, *files]
+    rows = measure(retrieval=[*folders, folders[0]], similarity=files)["rows"]
+    assert [row["collection"] for row in rows] == [*folders, *files]
 
 
 @pytest.mark.slow
@@ -350,7 +317,8 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     (of_search, of_pairs) = (json.loads(path.read_text()) for path in sorted(tmp_path.glob("out/choices/*"), key=tried))
     for choice in (of_search, of_pairs):
         assert choice["score"] == max(each["score"] for each in choice["tried"])
-    rows = [row for row in results(tmp_path / "out")["rows"] if row["fine_tuned"]]
+    found = json.loads((tmp_path / "out/results.json").read_text())
+    rows = [row for row in found["rows"] if row["fine_tuned"]]
     assert [row["learning_rate"] for row in rows] == [of_search["learning_rate"]] * 2 + [of_pairs["learning_rate"]] * 2
     assert {row["similarity"] for row in rows[:2]} == {of_search["similarity"]}
     part = Retrieval.read(farm).held_out().collection
@@ -362,11 +330,9 @@ def tried(path):
     return -len(json.loads(path.read_text())["tried"])
 
 
-def test_rows_of_the_table_and_the_example(model_folder, collection_folder, tmp_path, capsys):
-    run = {"retrieval": [str(collection_folder)], "baselines": True, "finetune": True, "max_length": 32}
-    run |= {"finetune_epochs": 2, "finetune_batch_size": 4, "query": "where lives the wolf"}
-    evaluate(model_folder, output=str(tmp_path / "out"), **run)
-    found = results(tmp_path / "out")
+def test_rows_of_the_table_and_the_example(measure, capsys):
+    tuning = {"finetune": True, "finetune_epochs": 2, "finetune_batch_size": 4}
+    found = measure(baselines=True, query="where lives the wolf", **tuning)
     rows = {(row["model"], row["fine_tuned"]): row for row in found["rows"]}
     plain, random = rows["pre-trained", False], rows["random initialisation", False]
     assert list(rows) == [
@@ -390,36 +356,27 @@ def test_rows_of_the_table_and_the_example(model_folder, collection_folder, tmp_
     assert "where lives the wolf" in printed
 
 
-def test_rows_are_computed_once_and_again_when_their_settings_change(model_folder, collection_folder, tmp_path, capsys):
-    run = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "baselines": True, "query": "wolf"}
-    evaluate(model_folder, max_length=32, **run)
-    before = results(tmp_path / "out")
+def test_rows_are_computed_once_and_again_when_their_settings_change(measure, capsys):
+    before = measure(baselines=True, query="wolf")
     capsys.readouterr()
-    evaluate(model_folder, max_length=32, **run)
+    assert measure(baselines=True, query="wolf") == before
     assert capsys.readouterr().out.count("as before") == 4
-    assert results(tmp_path / "out") == before
-    evaluate(model_folder, max_length=16, **run)
+    measure(baselines=True, query="wolf", max_length=16)
     assert capsys.readouterr().out.count("as before") == 1  # BM25 on whole texts
-    evaluate(model_folder, max_length=16, **run | {"query": "bear"})
+    other = measure(baselines=True, query="bear", max_length=16)
     assert capsys.readouterr().out.count("as before") == 3  # all but the one that answers
-    assert results(tmp_path / "out")["example"]["query"] == "bear"
-    evaluate(model_folder, max_length=16, **run)
-    assert results(tmp_path / "out")["example"]["query"] == "wolf"
+    assert other["example"]["query"] == "bear"
+    assert measure(baselines=True, query="wolf", max_length=16)["example"]["query"] == "wolf"
 
 
-def test_rows_that_are_not_asked_for_are_kept_and_not_shown(
-    model_folder, collection_folder, pairs_folder, tmp_path, capsys
-):
+def test_rows_that_are_not_asked_for_are_kept_and_not_shown(measure, pairs_folder, tmp_path, capsys):
     out = tmp_path / "out"
-    retrieval, similarity = {"retrieval": [str(collection_folder)]}, {"similarity": [str(pairs_folder)]}
-    evaluate(model_folder, output=str(out), max_length=32, **retrieval)
-    before, values = results(out), read_rows(out)
-    evaluate(model_folder, output=str(out), max_length=32, **similarity)
-    assert [row["task"] for row in results(out)["rows"]] == [row["task"] for row, _ in read_rows(out)] == ["similarity"]
+    before, values = measure(), read_rows(out)
+    rows = measure(retrieval=None, similarity=[str(pairs_folder)])["rows"]
+    assert [row["task"] for row in rows] == [row["task"] for row, _ in read_rows(out)] == ["similarity"]
     capsys.readouterr()
-    evaluate(model_folder, output=str(out), max_length=32, **retrieval)
+    assert (measure(), read_rows(out)) == (before, values)
     assert "as before" in capsys.readouterr().out
-    assert (results(out), read_rows(out)) == (before, values)
     assert len(list(out.glob("rows/*.json"))) == 2
 
 
@@ -436,17 +393,10 @@ def pairs_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, collection_folder, tmp_path, capsys):
-    run = {"retrieval": [str(collection_folder)], "finetune": True, "finetune_epochs": 0.5, "finetune_batch_size": 4}
-    run |= {
-        "finetune_learning_rate": 3e-3,
-        "train_sizes": ["5", "all"],
-        "seeds": [0, 1],
-        "pooling": ["mean", "last2-cls"],
-        "whitening": [4],
-    }
-    evaluate(model_folder, output=str(tmp_path / "out"), max_length=32, **run)
-    rows = results(tmp_path / "out")["rows"]
+def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(measure, tmp_path, capsys):
+    tuning = {"finetune": True, "finetune_epochs": 0.5, "finetune_batch_size": 4, "finetune_learning_rate": 3e-3}
+    vectors = {"pooling": ["mean", "last2-cls"], "whitening": [4]}
+    rows = measure(train_sizes=["5", "all"], seeds=[0, 1], **tuning, **vectors)["rows"]
     told = [(row["pooling"], row["whitening"], row["train_size"], row["seed"], row["fine_tuned"]) for row in rows]
     tuned = [(size, seed, True) for size in (5, None) for seed in (0, 1)]
     assert told == [
@@ -466,12 +416,11 @@ def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(model_folder, 
             assert np.mean([each[metric] for each in values.values()]) == pytest.approx(row[metric])
 
 
-def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(model_folder, tmp_path):
-    farm, town = (write_collection(tmp_path / name) for name in ("farm", "town"))
+def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(measure, collection_folder, tmp_path):
+    town = write_collection(tmp_path / "town")
     (town / "qrels/train.tsv").unlink()
-    run = {"finetune": True, "finetune_epochs": 0.5, "finetune_batch_size": 4, "max_length": 32}
-    evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(farm), str(town)], **run)
-    rows = results(tmp_path / "out")["rows"]
+    tuning = {"finetune": True, "finetune_epochs": 0.5, "finetune_batch_size": 4}
+    rows = measure(retrieval=[str(collection_folder), str(town)], **tuning)["rows"]
     told = [(row["collection"], row["trained_on"]) for row in rows]
     assert told == [("farm", None), ("farm", "farm"), ("town", "farm"), ("town", None)]
 
@@ -484,33 +433,30 @@ def test_a_part_of_the_queries_is_always_the_same(collection_folder):
     assert all(part.documents == parts[-1].documents for part in parts)
 
 
-def test_similarity_is_measured_and_fine_tuned_for(model_folder, pairs_folder, tmp_path):
-    run = {"finetune": True, "finetune_epochs": 5, "finetune_batch_size": 8, "finetune_learning_rate": 3e-3}
-    evaluate(model_folder, output=str(tmp_path / "out"), similarity=[str(pairs_folder)], max_length=32, **run)
-    plain, tuned = results(tmp_path / "out")["rows"]
+def test_similarity_is_measured_and_fine_tuned_for(measure, pairs_folder):
+    tuning = {"finetune": True, "finetune_epochs": 5, "finetune_batch_size": 8, "finetune_learning_rate": 3e-3}
+    plain, tuned = measure(retrieval=None, similarity=[str(pairs_folder)], **tuning)["rows"]
     assert tuned["spearman"] > 0.8 > 0.4 > plain["spearman"]
     assert {"alignment", "uniformity", "pearson"} <= set(plain)
 
 
 @pytest.mark.slow
-def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_export, tmp_path):
+def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_export, measure, tmp_path):
     """And of an export, its checkpoint and its run the same; what the head reads of [CLS] is in the settings."""
-    farm = write_collection(tmp_path / "farm")
-    texts = make_documents(20)  # in the words of the store
+    farm, texts = tmp_path / "farm", make_documents(20)  # in the words of the store
     write_rows(farm / "corpus.jsonl", [{"_id": f"d{i}", "text": text} for i, text in enumerate(texts)])
     write_rows(farm / "queries.jsonl", [{"_id": f"q{i}", "text": text[:30]} for i, text in enumerate(texts)])
-    options = {"retrieval": [str(farm)], "attention": str(store), "finetune": True, "finetune_epochs": 9}
-    evaluate(str(tiny_export), output=str(tmp_path / "a"), finetune_learning_rate=3e-3, **options)
-    found = results(tmp_path / "a")
+    tuning = {"finetune": True, "finetune_epochs": 9, "finetune_learning_rate": 3e-3}
+    found = measure("a", tiny_export, attention=str(store), max_length=None, **tuning)
     attention = [row for row in found["rows"] if row["task"] == "attention"]
     assert [row["trained_on"] for row in attention] == ["farm", None]
     assert len(attention[0]["cls_entropy"]) == 3
     assert attention[0]["cls_entropy"] != attention[1]["cls_entropy"]
     assert set(found["settings"]["head_loss"]) == {"true", "other", "zeros"}
     assert (tmp_path / "a/attention.svg").is_file()
-    for number, model in enumerate((run, find_checkpoint(str(run)))):
-        evaluate(str(model), output=str(tmp_path / str(number)), attention=str(store))
-        assert results(tmp_path / str(number))["rows"] == attention[1:]
+    for name, model in (("run", run), ("checkpoint", find_checkpoint(str(run)))):
+        alone = measure(name, model, retrieval=None, attention=str(store), max_length=None)
+        assert alone["rows"] == attention[1:]
 
 
 def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp_path):
@@ -528,7 +474,7 @@ def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp
     assert not path.exists()
 
 
-def test_tasks_of_mteb_are_measured_once_for_an_encoder(model_folder, tmp_path, monkeypatch, capsys):
+def test_tasks_of_mteb_are_measured_once_for_an_encoder(measure, monkeypatch, capsys):
     asked = []
 
     def measured(encoder, tasks, **options):
@@ -544,17 +490,17 @@ def test_tasks_of_mteb_are_measured_once_for_an_encoder(model_folder, tmp_path, 
     library.get_task = lambda name: SimpleNamespace(metadata=SimpleNamespace(name=name, **about))
     monkeypatch.setitem(sys.modules, "mteb", library)
     for names, max_length in ((["Toys"], 32), (["Toys", "Tools"], 32), (["Toys"], 16)):
-        evaluate(model_folder, output=str(tmp_path / "out"), max_length=max_length, mteb=names)
+        found = measure(retrieval=None, max_length=max_length, mteb=names)
         _, _, table = capsys.readouterr().out.rpartition("MTEB: ")
         assert "takes of/tasks from the hub, or its cache: 1,200 texts, 3.4 M characters" in table
         assert "0.812" in next(line for line in table.splitlines() if "Toys" in line and "0." in line)
-        assert [row["collection"] for row in results(tmp_path / "out")["mteb"]] == names
+        assert [row["collection"] for row in found["mteb"]] == names
     assert asked == ["Toys", "Tools", "Toys"]
 
 
-def test_a_store_of_another_tokenizer_is_refused(model_folder, store, tmp_path):
+def test_a_store_of_another_tokenizer_is_refused(measure, store):
     with pytest.raises(ValueError, match="another tokenizer than the encoder"):
-        evaluate(model_folder, output=str(tmp_path / "out"), attention=str(store))
+        measure(retrieval=None, attention=str(store))
 
 
 def test_hard_negatives_are_drawn_from_what_bm25_finds_and_nobody_judged(collection_folder, monkeypatch):
@@ -587,38 +533,29 @@ def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
         Tuning(hard_negatives=-1)
 
 
-def test_gradient_caching_changes_memory_and_no_weight(model_folder):
-    pairs = {"query": [*QUERIES.values()], "positive": [*DOCUMENTS.values()]}
-    tuned = [encoders.load_encoder(model_folder, 32) for _ in range(2)]
-    for encoder, mini_batch in zip(tuned, (0, 3), strict=True):
-        tuning = Tuning(epochs=1.5, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
-        fine_tune(encoder, pairs, tuning)
-    before = vector(encoders.load_encoder(model_folder, 32))
-    plain, cached = map(vector, tuned)
-    assert (plain - cached).norm() < 0.1 * (plain - before).norm()
+def test_gradient_caching_changes_memory_and_no_weight(encoder):
+    plain, cached = (
+        vector(tuned(encoder, epochs=1.5, batch_size=10, learning_rate=1e-3, mini_batch=n)) for n in (0, 3)
+    )
+    assert (plain - cached).norm() < 0.1 * (plain - vector(encoder)).norm()
 
 
-@pytest.mark.parametrize(("loss", "mini_batch"), [("MultipleNegativesRankingLoss", 0), ("CoSENTLoss", 0), (None, 5)])
-def test_length_groups_save_padding_and_change_no_weight(model_folder, monkeypatch, loss, mini_batch):
+@pytest.mark.parametrize(("loss", "mini_batch"), [("ranking", 0), ("cosent", 0), ("ranking", 5)])
+def test_length_groups_save_padding_and_change_no_weight(encoder, monkeypatch, loss, mini_batch):
     texts = [" ".join(ANIMALS[: n + 1]) for n in range(len(ANIMALS))]
     examples = {"sentence1": texts, "sentence2": texts[::-1]}
-    examples |= {"score": np.linspace(0, 1, len(texts)).tolist()} if loss == "CoSENTLoss" else {}
-    start = encoders.load_encoder(model_folder, 32)
-    tuned, computed = [], []
+    examples |= {"score": np.linspace(0, 1, len(texts)).tolist()} if loss == "cosent" else {}
+    tokens, found = [], []
+    encoder[0].register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0]["input_ids"].numel()))
     for groups in (1, 4):
         monkeypatch.setattr(finetuning, "LENGTH_GROUPS", groups)
-        encoder = encoders.load_encoder(model_folder, 32)
-        tokens = []
-        encoder[0].register_forward_pre_hook(
-            lambda _, inputs, tokens=tokens: tokens.append(inputs[0]["input_ids"].numel())
-        )
-        tuning = Tuning(epochs=1.5, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
-        fine_tune(encoder, examples, tuning)
-        assert "forward" not in vars(encoder)
-        tuned.append(vector(encoder))
-        computed.append(sum(tokens))
-    assert computed[1] < 0.8 * computed[0]
-    assert (tuned[0] - tuned[1]).norm() < 0.01 * (tuned[0] - vector(start)).norm()
+        tokens.clear()
+        after = tuned(encoder, examples, epochs=1.5, batch_size=10, learning_rate=1e-3, mini_batch=mini_batch)
+        assert "forward" not in vars(after)
+        found.append((vector(after), sum(tokens)))
+    (whole, computed), (grouped, fewer) = found
+    assert fewer < 0.8 * computed
+    assert (whole - grouped).norm() < 0.01 * (whole - vector(encoder)).norm()
 
 
 def vector(encoder):
@@ -651,7 +588,7 @@ def vector(encoder):
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
-    model_folder, collection_folder, pairs_folder, tmp_path, monkeypatch, changes, message
+    measure, pairs_folder, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr("condenser.evaluation.evaluate.compute", None)
     few, bare = (write_collection(tmp_path / name) for name in ("few", "bare"))
@@ -659,12 +596,14 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     (bare / "qrels/train.tsv").unlink()
     (tmp_path / "run/checkpoints").mkdir(parents=True)  # is not exported before all else is looked at
     paths = {"FEW": few, "BARE": bare, "PAIRS": pairs_folder, "RUN": tmp_path / "run"}
-    call = {"output": str(tmp_path / "out"), "retrieval": [str(collection_folder)], "max_length": 32} | changes
-    for name in ("retrieval", "similarity"):
-        call[name] = [str(paths.get(each, each)) for each in call.get(name) or []]
-    model, call["output"] = call.pop("model", model_folder), str(paths.get(call["output"], call["output"]))
+
+    def named(value):
+        if isinstance(value, list):
+            return [named(each) for each in value]
+        return str(paths[value]) if value in paths else value
+
     with pytest.raises(ValueError, match=message):
-        evaluate(str(paths.get(model, model)), **call)
+        measure(**{name: named(value) for name, value in changes.items()})
 
 
 def test_a_folder_without_a_model_is_not_looked_for_on_the_hub(collection_folder):
@@ -673,10 +612,10 @@ def test_a_folder_without_a_model_is_not_looked_for_on_the_hub(collection_folder
             encoders.load_encoder(str(folder), 32)
 
 
-def test_missing_packages_are_named(model_folder, collection_folder, tmp_path, monkeypatch):
+def test_missing_packages_are_named(measure, monkeypatch):
     def no_version(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr("importlib.metadata.version", no_version)
     with pytest.raises(ImportError, match=r"accelerate: pip install 'condenser\[eval\]'"):
-        evaluate(model_folder, output=str(tmp_path / "out"), retrieval=[str(collection_folder)])
+        measure()

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import make_documents
 
 from condenser.cli import main
 from condenser.evaluation import comparison, search
@@ -20,7 +19,6 @@ from condenser.evaluation.comparison import interval, paired
 from condenser.evaluation.encoders import load_encoder
 from condenser.evaluation.jobs import fingerprint, read_rows
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
-from condenser.evaluation.whitening import whitened
 
 
 class Vectors:
@@ -177,37 +175,6 @@ def test_a_thousand_hits_are_scored_beside_the_query_itself():
     assert list(run["q"])[:2] == ["q", "d0"]
     qrels = {"q": {"d0": 1, "d999": 1, "d1000": 1}}
     assert search.score(run, qrels)["recall@1000"] == pytest.approx(2 / 3)
-
-
-def test_metrics_equal_those_of_sentence_transformers(tiny_export):
-    """Its evaluator of retrieval computes them itself."""
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-
-    texts = make_documents(120, seed=5)
-    documents, queries = (
-        {f"{k}{i}": t for i, t in enumerate(part)} for k, part in (("d", texts[:80]), ("q", texts[80:]))
-    )
-    draw = random.Random(0)
-    qrels = {query: dict.fromkeys(draw.sample(sorted(documents), 3), 1) for query in queries}
-    encoder = load_encoder(str(tiny_export), 32)
-    encoder = whitened(encoder, encoder.encode(make_documents(300)), 16)  # scores that fp32 tells apart
-    relevant = {query: set(judged) for query, judged in qrels.items()}
-    depths = {
-        "mrr_at_k": [10],
-        "ndcg_at_k": [10],
-        "precision_recall_at_k": [100],
-        "map_at_k": [1000],
-        "accuracy_at_k": [1],
-    }
-    theirs = InformationRetrievalEvaluator(queries, documents, relevant, main_score_function="dot", **depths)(encoder)
-    found = search.score(search.dense_search(encoder, documents, queries), qrels)
-    for metric, name in (
-        ("ndcg@10", "ndcg@10"),
-        ("mrr@10", "mrr@10"),
-        ("recall@100", "recall@100"),
-        ("map", "map@1000"),
-    ):
-        assert found[metric] == pytest.approx(theirs[f"dot_{name}"], abs=1e-6)
 
 
 def test_bm25_finds_words_of_scripts_without_spaces():
