@@ -49,10 +49,7 @@ def opened(study, path, minutes=100.0):
 def cell(plan, arm, seed, name, rows):
     folder = plan.run_of(arm, seed) / f"evaluation-{name}"
     folder.mkdir(parents=True)
-    blank = dict.fromkeys(
-        (*("task", "collection", "model", "pooling", "whitening", "trained_on", "seed", "train_size"),)
-    )
-    blank |= {"fine_tuned": None, "model": "pre-trained"}
+    blank = dict.fromkeys(("pooling", "whitening", "trained_on", "seed", "train_size")) | {"model": "pre-trained"}
     (folder / "results.json").write_text(json.dumps({"rows": [blank | row for row in rows]}))
 
 
@@ -179,9 +176,8 @@ def toy(folder, corpus):
     arms["backbone"]["overlays"].append("toy-backbone.yaml")
     arms["mlm"]["evaluated"] = arms["condenser"]["evaluated"] = True
     prepare = ["--tokenizer", "train:200", "--max-length", "32", "--kind", "spans", "--workers", "1"]
-    path = written(
-        folder, FOLDER / "warm" / "gpu.yaml", arms=arms, cells={}, intervals={}, baselines=[], prepare=prepare
-    )
+    nothing = {"cells": {}, "intervals": {}, "baselines": []}
+    path = written(folder, FOLDER / "warm" / "gpu.yaml", arms=arms, prepare=prepare, **nothing)
     (folder / "toy.yaml").write_text(yaml.safe_dump(sizes))
     backbone = {"model": {"backbone_config": TOY | {"max_position_embeddings": 40}}}
     (folder / "toy-backbone.yaml").write_text(yaml.safe_dump(backbone))

@@ -126,8 +126,9 @@ def inspect(
         if picture is not None:
             draw_attention(tokens, weights).savefig(picture)
             console.print(picture, markup=False)
-    for text in gibbs(model, tokenizer, generate, length, sweeps, temperature, seed) if generate else ():
-        console.print(f"- {text}", markup=False)
+    if generate:
+        for row in gibbs(model, tokenizer, generate, length, sweeps, temperature, seed).tolist():
+            console.print(f"- {tokenizer.decode(row, skip_special_tokens=True)}", markup=False)
 
 
 def check_picture(picture: str | None, attend: str | None) -> None:
@@ -251,11 +252,9 @@ def draw_attention(tokens: list[str], weights: Tensor) -> Any:
     return figure
 
 
-def gibbs(
-    model: Objective, tokenizer: Any, n: int, length: int, sweeps: int, temperature: float, seed: int
-) -> list[str]:
-    """Texts of ``length`` tokens: all masked at first, then one after the other, in a new order every sweep, is masked
-    and drawn from what the MLM head predicts there. Special tokens are not drawn."""
+def gibbs(model: Objective, tokenizer: Any, n: int, length: int, sweeps: int, temperature: float, seed: int) -> Tensor:
+    """Texts ``[n, length + 2]``: all tokens masked at first, then one after the other, in a new order every sweep, is
+    masked and drawn from what the MLM head predicts there. Special tokens are not drawn."""
     generator = torch.Generator().manual_seed(seed)
     special = torch.tensor(tokenizer.all_special_ids)
     first, *_, last = tokenizer("")["input_ids"]
@@ -268,4 +267,4 @@ def gibbs(
             logits = model.lm(input_ids=ids).logits[:, place] / temperature
             logits[:, special] = -torch.inf
             ids[:, place] = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist()]
+    return ids
