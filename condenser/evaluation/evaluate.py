@@ -157,8 +157,8 @@ def whole_number(size: str) -> int:
 
 def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], whitening: Sequence[int]) -> None:
     """ValueError for what the encoder cannot be measured on, pooled or whitened to."""
-    pooled = [with_pooling(encoder, name) for name in poolings] or [encoder]
-    sizes: list[Any] = [each.get_embedding_dimension() for each in pooled]
+    sizes: list[Any] = [with_pooling(encoder, name).get_embedding_dimension() for name in poolings]
+    sizes = sizes or [encoder.get_embedding_dimension()]
     for task in tasks:
         if isinstance(task, Attention):
             task.check_tokenizer(encoder)

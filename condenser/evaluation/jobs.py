@@ -46,7 +46,6 @@ class Ready(NamedTuple):
 class Candidate:
     """An encoder to measure; fine-tuned, if it is, once for all measurements."""
 
-    model: str
     base: Encoder
     base_mark: str  # what identifies `base`
     pooling: str | None = None  # None is the encoder's own
@@ -65,7 +64,7 @@ class Candidate:
     def about(self) -> dict[str, Any]:
         """The columns of the table that say which it is."""
         return {
-            "model": self.model,
+            "model": "pre-trained" if self.drawn is None else RANDOM,
             "pooling": self.pooling or encoders.pooling_of(self.base),
             "fine_tuned": self.tuning is not None,
             "trained_on": self.trained_on and self.trained_on.name,
@@ -198,8 +197,8 @@ def plan(
             if tuning and isinstance(trained_on, Retrieval):
                 tuning = replace(tuning, pair_loss=None)
             seeds = [tuning.seed] if tuning and drawn else drawn
-            for model, seed in [*((RANDOM, seed) for seed in seeds), ("pre-trained", None)]:
-                candidate = Candidate(model, base, mark, pooling, seed, tuning, trained_on)
+            for seed in [*seeds, None]:
+                candidate = Candidate(base, mark, pooling, seed, tuning, trained_on)
                 jobs += measurements(candidate, task, tasks, whitenings)
     answering = max((n for n, job in enumerate(jobs) if job.task is tasks[0] and job.candidate), default=None)
     if query and answering is not None and isinstance(tasks[0], Retrieval):
