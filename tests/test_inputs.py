@@ -27,8 +27,8 @@ from condenser.data.collate import Vocabulary
 from condenser.data.lock import locked
 from condenser.data.store import TokenStore, read_manifest
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
-from condenser.evaluation.pairs import read_similarity
 from condenser.evaluation.retrieval import read_collection
+from condenser.evaluation.similarity import read_similarity
 from condenser.hub import description, warm_start
 from condenser.models.condenser import Condenser
 from condenser.runs import checkpoints

@@ -312,7 +312,7 @@ def test_what_is_logged_last_is_what_the_export_gives(probed, store, collection,
 
 
 def test_a_resumed_run_has_the_probes_of_an_uninterrupted_one(probing, probed, tmp_path):
-    for n_steps in (3, 1, 3, 8):  # one that ends between probes, and one at a probe
+    for n_steps in (3, 1, 8):  # one that ends between probes, and one at a probe
         stop = {"class_path": "test_training.StopAfter", "init_args": {"n_steps": n_steps}}
         assert fit(probing("resumed", stop), tmp_path, "resumed") == 0
     assert_same_weights(tmp_path / "resumed", probed)

@@ -218,7 +218,8 @@ def compared(tmp_path, *folders, **options):
 def test_a_model_compared_with_itself_does_not_differ(tmp_path):
     folder = write_folder(tmp_path / "a")
     (row,) = compared(tmp_path, folder, folder)
-    assert (row["difference"], row["low"], row["high"], row["queries"], row["seeds"]) == (0, 0, 0, 50, 1)
+    assert (row["difference"], row["low"], row["high"]) == (0, 0, 0)
+    assert (row["queries"], row["seeds"], row["split"]) == (50, 1, "test")
 
 
 def test_the_interval_agrees_with_scipy_and_the_other_order_mirrors_it(tmp_path):
@@ -233,7 +234,7 @@ def test_the_interval_agrees_with_scipy_and_the_other_order_mirrors_it(tmp_path)
 
 
 def test_intervals_hold_the_true_difference_of_queries_and_seeds_as_often_as_they_say():
-    rng, trials, held = np.random.default_rng(0), 200, 0
+    rng, trials, held = np.random.default_rng(0), 100, 0
     for trial in range(trials):
         of_seeds, of_queries = rng.normal(0, 0.05, (8, 1)), rng.normal(0, 0.2, (1, 40))
         differences = of_seeds + of_queries + rng.normal(0, 0.1, (8, 40))
@@ -281,22 +282,13 @@ def test_similarity_is_compared_by_correlations_of_drawn_pairs(tmp_path, capsys)
         def difference(x, y, z, of=function):
             return of(y, z).statistic - of(x, z).statistic
 
-        again = scipy.stats.bootstrap(
-            (ours, theirs, scores), difference, paired=True, vectorized=False, n_resamples=2000, method="percentile",
-            rng=1,
-        ).confidence_interval  # fmt: skip
+        options = {"paired": True, "vectorized": False, "n_resamples": 1000, "method": "percentile", "rng": 1}
+        again = scipy.stats.bootstrap((ours, theirs, scores), difference, **options).confidence_interval
         assert (row["low"], row["high"]) == pytest.approx(tuple(again), abs=0.1 * (again.high - again.low))
         assert (row["pairs"], row["low"] > 0) == (60, True)
     assert "pairs" in capsys.readouterr().out
     (row,) = compared(tmp_path, a, a, metric="spearman")
     assert (row["difference"], row["low"], row["high"]) == (0, 0, 0)
-
-
-def test_a_row_is_compared_with_one_of_the_same_split(tmp_path):
-    a, b = write_folder(tmp_path / "a"), write_folder(tmp_path / "b", shift=0.1)
-    assert compared(tmp_path, a, b)[0]["split"] == "test"
-    with pytest.raises(ValueError, match=r"share no row: .*farm \(test\).*; and farm \(dev\)"):
-        comparison.compare(a, write_folder(tmp_path / "c", split="dev"))
 
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
@@ -305,6 +297,7 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     for other, options, message in (
         (str(tmp_path / "empty"), {}, "empty has no rows of retrieval"),
         (write_folder(tmp_path / "b", collection="town"), {}, "share no row: .*farm .test.: pre-trained"),
+        (write_folder(tmp_path / "d", split="dev"), {}, "share no row: .*farm .test.*; and farm .dev."),
         (write_folder(tmp_path / "c", n=40, fine_tuned=True, seed=1), {}, "not the same queries"),
         (a, {"metric": "ndcg"}, "--metric ndcg is not among map, ndcg@10"),
         (a, {"samples": 0}, "--samples 0"),

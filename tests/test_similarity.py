@@ -13,10 +13,8 @@ from sentence_transformers import SentenceTransformer
 
 from condenser.evaluation import similarity
 from condenser.evaluation.encoders import load_encoder
-from condenser.evaluation.pairs import Pairs, read_pairs, read_similarity
-from condenser.evaluation.pooling import with_pooling
-from condenser.evaluation.similarity import pair_examples, similarity_metrics
-from condenser.evaluation.whitening import fit_whitening, whitened
+from condenser.evaluation.pooling import fit_whitening, whitened, with_pooling
+from condenser.evaluation.similarity import Pairs, pair_examples, read_pairs, read_similarity, similarity_metrics
 
 FIRST = ['A sign says "no diving".', "A man, a plan", "Where?"]
 SECOND = ["Boys jump into a pool.", "A canal's plan", '"Here," she said.']

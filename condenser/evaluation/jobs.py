@@ -17,10 +17,9 @@ from condenser.data.store import write_json
 from condenser.evaluation import encoders
 from condenser.evaluation.encoders import Encoder
 from condenser.evaluation.finetuning import Tuning, fine_tune
-from condenser.evaluation.pooling import with_pooling
+from condenser.evaluation.pooling import whitened, with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import UNSEEN, Attention, Retrieval, Task, Trainable
-from condenser.evaluation.whitening import whitened
 from condenser.runs import in_words
 
 PACKAGES = ("accelerate", "bm25s", "PyStemmer", "pytrec-eval-terrier", "sentence-transformers", "torch", "transformers")

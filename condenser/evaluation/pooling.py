@@ -1,4 +1,5 @@
-"""How an encoder's token vectors become one: a backbone under several poolings, by sentence-transformers' modules.
+"""How an encoder's token vectors become one: a backbone under several poolings, by sentence-transformers' modules; and
+whitening of what comes out.
 
     cls, mean, max      of the last layer
     mean+max            both, the maximum first: twice the dimensions
@@ -9,12 +10,17 @@
 The mean over layers is `WeightedLayerPooling` before CLS pooling, which is the same as the mean of [CLS] vectors. A
 module of our own would not load: sentence-transformers 6 refuses foreign classes without ``trust_remote_code``; so an
 encoder with attention pooling can be measured, but not saved.
+
+Whitening is an affine map after which the vectors have mean 0 and the identity as covariance (Su et al., "Whitening
+Sentence Representations for Better Semantics and Faster Retrieval", 2021). It needs texts but no labels. [CLS] and mean
+vectors of masked LMs lie in a narrow cone, where all cosines are alike; this spreads them.
 """
 
 import copy
 import re
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -22,6 +28,7 @@ from condenser.evaluation.encoders import Encoder, backbone
 
 MODES = {"cls": "cls", "mean": "mean", "max": "max", "mean+max": ("max", "mean")}
 LAST = r"last([1-9]\d*)-cls"
+RESOLVED = 1e-5  # standard deviation, in lengths of the vectors, below which a direction is mostly fp32's rounding
 
 
 class AttentionPooling(nn.Module):
@@ -83,3 +90,42 @@ def check_name(name: str) -> None:
     if name not in (*MODES, "weighted-layers", "attention") and not re.fullmatch(LAST, name):
         others = "last<k>-cls, weighted-layers and attention"
         raise ValueError(f"no pooling {name!r}: there are {', '.join(MODES)}, {others}")
+
+
+def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> Any:
+    """The map x -> (x - mean) W to the ``dim`` directions of largest variance, as a sentence-transformers module.
+
+    Args:
+        vectors: [N, D] of the texts to fit
+        dim: by default, all in which the vectors vary: D, or somewhat less, as LayerNorm's outputs lie in a hyperplane
+            and some encoders have constant dimensions
+
+    Raises:
+        ValueError: too few vectors, or fewer directions than ``dim``.
+    """
+    from sentence_transformers.base.modules import Dense
+
+    vectors = np.asarray(vectors, np.float64)
+    n, size = vectors.shape
+    if dim is not None and not 1 <= dim <= size:
+        raise ValueError(f"whitening to {dim} dimensions: the encoder's vectors have {size}")
+    if n <= (dim or size):
+        raise ValueError(
+            f"whitening to {dim or size} dimensions needs more than so many texts (several times), not {n}"
+        )
+    mean = vectors.mean(axis=0)
+    variances, directions = np.linalg.eigh(np.cov(vectors, rowvar=False, ddof=1))  # ascending
+    rank = int((variances > RESOLVED**2 * (vectors**2).sum(axis=1).mean()).sum())
+    kept = rank if dim is None else dim
+    if not 1 <= kept <= rank:
+        raise ValueError(f"whitening to {kept} dimensions: the vectors of the {n} texts vary in {rank} only")
+    scaled = directions[:, ::-1][:, :kept] / np.sqrt(variances[::-1][:kept])  # [D, kept]
+    weight = torch.from_numpy(scaled.T.copy()).float()
+    bias = -weight.double() @ torch.from_numpy(mean)  # of the rounded weight: means may be large beside variances
+    return Dense(size, kept, activation_function=None, init_weight=weight, init_bias=bias.float())
+
+
+def whitened(encoder: Encoder, vectors: np.ndarray, dim: int | None = None) -> Encoder:
+    """A copy of the encoder that whitens its vectors, fitted on those of some texts (several times as many as
+    dimensions)."""
+    return copy.deepcopy(encoder).append(fit_whitening(vectors, dim)).to(encoder.device)

@@ -15,11 +15,10 @@ import numpy as np
 from condenser.data.store import TokenStore, read_manifest, tokenizer_hash
 from condenser.evaluation.encoders import Encoder, Kind, backbone
 from condenser.evaluation.finetuning import Tuning, check_size, question_examples
-from condenser.evaluation.pairs import Pairs, read_similarity
 from condenser.evaluation.probes import probe_store
 from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import METRICS, Run, Values, bm25_search, dense_search, means, score_queries
-from condenser.evaluation.similarity import pair_examples, similarity_metrics
+from condenser.evaluation.similarity import Pairs, pair_examples, read_similarity, similarity_metrics
 
 EXAMPLE = "\N{NULL}example"  # id of --query among the queries of a collection
 EXAMPLE_HITS = 5

@@ -12,8 +12,7 @@ import numpy as np
 
 from condenser.corpus.inputs import texts_of
 from condenser.evaluation.encoders import backbone
-from condenser.evaluation.pooling import with_pooling
-from condenser.evaluation.whitening import whitened
+from condenser.evaluation.pooling import whitened, with_pooling
 
 ENOUGH = 20_000  # texts to whiten by
 SAMPLE = ["a question", "A sentence of a document, and one more. So that they differ."]
