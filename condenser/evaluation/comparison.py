@@ -15,23 +15,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from condenser.data.store import write_json
-from condenser.evaluation.evaluate import print_rows
+from condenser.evaluation.evaluate import WHICH, print_rows
 from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
 from condenser.runs import in_words
 
-SAME = (
-    "collection",
-    "model",
-    "pooling",
-    "whitening",
-    "fine_tuned",
-    "trained_on",
-    "train_size",
-    "epochs",
-    "pair_loss",
-    "split",
-)
+SAME = (*WHICH, "fine_tuned", "epochs", "split")
 HOW = ("max_length", "similarity", "dtype", "learning_rate", "scale", "examples")  # said where they differ
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95

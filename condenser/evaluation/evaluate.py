@@ -8,11 +8,6 @@ hits of the query; ``attention.svg`` is a drawing of what ``--attention`` found.
 the values of its queries or pairs, for `condenser evaluate compare`. A row is computed again only if something it
 depends on has changed: weights, tokenizer, pooling, length, collection, fine-tuning, library versions, or the query
 that it answers.
-
-One table of poolings, whitening and both losses of sentence pairs, before and after fine-tuning:
-
-    condenser evaluate EXPORT --output pooling --similarity sts-b --finetune --pair-losses cosent cosine \\
-        --pooling cls mean max mean+max last2-cls weighted-layers attention --whitening 0 64
 """
 
 import itertools
@@ -39,6 +34,7 @@ from condenser.reports.tables import table
 from condenser.runs import ZERO_SHOT_NOTE, in_words
 
 OWN = {"results.json", "results.partial", ROWS, "choices", "attention.svg"}  # of the output folder
+WHICH = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")  # a row, but seeds
 
 
 def evaluate(
@@ -225,8 +221,7 @@ def averaged(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Iterator
     """Of all seeds one row, and of each metric the mean and, of several, the standard deviation."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
     for row in rows:
-        names = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")
-        groups.setdefault(tuple(row[name] for name in names), []).append(row)
+        groups.setdefault(tuple(row[name] for name in WHICH), []).append(row)
     for some in groups.values():
         values = [[row[metric] for row in some if row.get(metric) is not None] for metric in metrics]
         yield some[0], [mean_and_spread(of_seeds) for of_seeds in values]
