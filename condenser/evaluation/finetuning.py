@@ -64,7 +64,7 @@ class Tuning:
         at_least("finetune-batch-size", self.batch_size, 2)
         at_least("hard-negatives", self.hard_negatives, 0)
         if self.hard_negatives > NEGATIVES_FROM:
-            raise ValueError(f"--hard-negatives {self.hard_negatives}: there are {NEGATIVES_FROM} to draw from")
+            raise ValueError(f"--hard-negatives {self.hard_negatives}: BM25 gives {NEGATIVES_FROM} to draw from")
         at_least("mini-batch", self.mini_batch, 0)
         at_least("train-sizes", self.train_size, 2)
         at_least("seeds", self.seed, 0)
