@@ -27,7 +27,7 @@ from condenser.evaluation import encoders
 from condenser.evaluation.finetuning import Tuning, at_least
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
-from condenser.evaluation.pooling import with_pooling
+from condenser.evaluation.pooling import check_name, with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
 from condenser.reports.tables import table
@@ -110,6 +110,8 @@ def evaluate(
     at_least("queries", queries, 1)
     for dimensions in whitening or []:
         at_least("whitening", dimensions, 0)
+    for name in pooling or []:
+        check_name(name)
     if query and not retrieval:
         raise ValueError("--query: give a collection to answer it from, --retrieval")
     if not encoders.is_run(model):
