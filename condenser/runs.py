@@ -34,7 +34,6 @@ SEAL_LENGTH = len(SEAL) + 8
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> x (steps or tokens), values
 
-LENGTH = {"trainer.max_steps", "trainer.max_epochs"}  # of a run, which may be made longer
 MAY_CHANGE = {  # settings that do not change what is computed, or only where
     "name",
     "runs_dir",
@@ -117,33 +116,6 @@ def is_intact(path: Path) -> bool:
 def seal(crc: int) -> bytes:
     """What follows a checkpoint: programs that read it look for the end of the archive and pass this over."""
     return SEAL + f"{crc:08x}".encode()
-
-
-def goes_on(
-    run: Path, checkpoint: Path, settings: dict[str, Any], steps_per_epoch: Callable[[Path], int | None]
-) -> bool:
-    """Whether there is something left to do from this checkpoint on: the run is not finished, or is made longer.
-
-    Args:
-        settings: of the run that is to go on.
-        steps_per_epoch: reads it from a checkpoint.
-
-    Raises:
-        ValueError: it was started with other settings, or is to be shorter than it is already.
-    """
-    before, step, longer = read_mapping(run / CONFIG), step_of(checkpoint), False
-    if before is not None and (changed := changed_keys(before, settings)):
-        if others := [key for key in changed if key not in LENGTH]:
-            raise ValueError(
-                f"{run} was started with another {', '.join(others)}; give the run another --name, or go on with the "
-                "settings it has"
-            )
-        longer, limits = True, settings["trainer"]
-        wanted = length(limits["max_steps"], limits["max_epochs"], steps_per_epoch(checkpoint))
-        if wanted is not None and wanted < step:
-            raise ValueError(f"{run} has taken {step:,} steps, more than {', '.join(changed)} allows ({wanted:,})")
-    summary = read_mapping(run / SUMMARY)
-    return longer or summary is None or summary["steps"] != step
 
 
 def length(max_steps: int, max_epochs: int | None, steps_per_epoch: int | None) -> int | None:

@@ -97,7 +97,6 @@ def test_help_is_quick_because_nothing_heavy_is_imported():
 
 
 PRIVATE = {  # names that libraries keep to themselves and are used here for want of public ones, and whose they are
-    "_actions": "argparse.ArgumentParser()",
     "_attn_implementation": "transformers.BertConfig()",
     "_broadcast_sigterm_tensor": "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop",
     "_data_parallel_size": "lightning.pytorch.strategies.ModelParallelStrategy()",
@@ -107,7 +106,6 @@ PRIVATE = {  # names that libraries keep to themselves and are used here for wan
     "_foreach_div_": "torch",
     "_foreach_zero_": "torch",
     "_from_config": "transformers.PreTrainedModel",
-    "_get": "lightning.pytorch.cli.LightningCLI",
     "_init_weights": "transformers.PreTrainedModel",
     "_is_hf_initialized": "transformers.BertModel(transformers.BertConfig(num_hidden_layers=1, hidden_size=12))",
     "_n_gpu": "transformers.TrainingArguments('.', use_cpu=True)",
@@ -120,14 +118,13 @@ PRIVATE = {  # names that libraries keep to themselves and are used here for wan
 
 def test_private_names_of_libraries_are_few_and_there():
     """Where one goes, this says so before a run does."""
-    import argparse
     import os
 
     import lightning.pytorch.cli
     import torch.distributed._tools.mem_tracker
     import transformers
 
-    known = {"argparse": argparse, "os": os, "lightning": lightning, "torch": torch, "transformers": transformers}
+    known = {"os": os, "lightning": lightning, "torch": torch, "transformers": transformers}
     for name, owner in PRIVATE.items():
         assert hasattr(eval(owner, known), name), f"{owner} has no {name} any more"
     assert torch._dynamo.config.recompile_limit > 0

@@ -30,8 +30,8 @@ import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.store import read_manifest
 from condenser.recipes import FOLDER
-from condenser.runs import COMMIT, goes_on, newest_valid_checkpoint, output
-from condenser.training.checkpoints import steps_per_epoch_in
+from condenser.runs import COMMIT, newest_valid_checkpoint, output
+from condenser.training.ending import goes_on
 from condenser.training.fit import DryCLI, dumped, run_cli
 
 TEMPLATE = FOLDER / "cluster" / "slurm.sh"
@@ -147,7 +147,7 @@ def settings_of_runs(options: Any, of_fit: list[str]) -> tuple[str, list[Setting
 def complete(of_fit: list[str], options: Any) -> Settings:
     """The settings that `fit` makes of these arguments, on the devices that the job will have."""
     run = run_cli("fit", of_fit, DryCLI)
-    settings = yaml.safe_load(dumped(run, run.config["fit"]))
+    settings = yaml.safe_load(dumped(run))
     settings["trainer"] |= {"devices": options.gpus or options.tasks, "num_nodes": options.nodes}
     return {**settings, "runs_dir": str(Path(settings["runs_dir"]).absolute()), "config": None}
 
@@ -169,7 +169,7 @@ def check(settings: Settings, options: Any) -> None:
         raise ValueError(f"trainer.accelerator={accelerator} does not go with --gpus {options.gpus}: change one")
     run = Path(settings["runs_dir"]) / name
     newest = newest_valid_checkpoint(run, say=lambda message: None)
-    if newest is not None and not goes_on(run, newest, settings, steps_per_epoch_in):
+    if newest is not None and not goes_on(run, newest, settings):
         raise ValueError(f"{run} is finished: there is nothing to do; give the run another --name")
 
 

@@ -3,7 +3,7 @@
 A checkpoint is whole once it has its name, and is removed only when later ones are. It is taken when the step's metrics
 are written and its validation is done; where a run is stopped before that, it is the first thing done when the run goes
 on. A disk that is full ends training on all devices, and one line says so. What is damaged later is found by
-`condenser.runs.is_whole`.
+`condenser.runs.is_intact`.
 """
 
 import errno
@@ -87,7 +87,7 @@ class WholeFiles(TorchCheckpointIO):
         before: puts on disk what has to be there before the checkpoint is.
     """
 
-    def __init__(self, before: Callable[[], None]):
+    def __init__(self, before: Callable[[], None] = lambda: None):
         self.before = before
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -123,10 +123,6 @@ def save(checkpoint: dict[str, Any], file: Any) -> None:
             raise error.__context__ from None
         raise
     file.write(seal(sealed.crc))
-
-
-def steps_per_epoch_in(checkpoint: Path) -> int | None:
-    return load_file(checkpoint, mmap=True).get("steps_per_epoch")
 
 
 def sync_folder(folder: Path) -> None:

@@ -14,10 +14,12 @@ from lightning.pytorch.callbacks import Callback, StochasticWeightAveraging, Tim
 from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.data.store import write_json
-from condenser.runs import SUMMARY, length
+from condenser.models.files import load_file
+from condenser.runs import CONFIG, SUMMARY, changed_keys, length, read_mapping, step_of
 from condenser.training.logs import hardware, versions
 
 SIGNAL, TIME = "a signal", "trainer.max_time"
+LENGTH = {"trainer.max_steps", "trainer.max_epochs"}  # of a run, which may be made longer
 
 
 def length_of(trainer: Any) -> int:
@@ -33,6 +35,30 @@ def length_of(trainer: Any) -> int:
     if found < 1:
         raise ValueError(f"trainer.max_steps={trainer.max_steps}, max_epochs={trainer.max_epochs}: a run of no steps")
     return found
+
+
+def goes_on(run: Path, checkpoint: Path, settings: dict[str, Any]) -> bool:
+    """Whether a run with these ``settings`` has something left to do from this checkpoint on: it is not finished, or is
+    made longer.
+
+    Raises:
+        ValueError: it was started with other settings, or is to be shorter than it is already.
+    """
+    before, step = read_mapping(run / CONFIG), step_of(checkpoint)
+    changed = [] if before is None else changed_keys(before, settings)
+    if others := [key for key in changed if key not in LENGTH]:
+        raise ValueError(
+            f"{run} was started with another {', '.join(others)}; give the run another --name, or go on with the "
+            "settings it has"
+        )
+    if changed:
+        limits, per_epoch = settings["trainer"], load_file(checkpoint, mmap=True).get("steps_per_epoch")
+        wanted = length(limits["max_steps"], limits["max_epochs"], per_epoch)
+        if wanted is not None and wanted < step:
+            raise ValueError(f"{run} has taken {step:,} steps, more than {', '.join(changed)} allows ({wanted:,})")
+        return True
+    summary = read_mapping(run / SUMMARY)
+    return summary is None or summary["steps"] != step
 
 
 def stopped_by(trainer: Any, asked: bool) -> str | None:

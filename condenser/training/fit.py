@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -29,30 +29,18 @@ from condenser.data.store import atomic_write, check_same_stores
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
 from condenser.recipes import HELP, recipes, with_files
-from condenser.runs import (
-    CONFIG,
-    METRICS,
-    SUMMARY,
-    goes_on,
-    is_intact,
-    newest_valid_checkpoint,
-    step_of,
-)
+from condenser.runs import CONFIG, SUMMARY, is_intact, newest_valid_checkpoint, step_of
 from condenser.training import tracking
-from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers, steps_per_epoch_in
-from condenser.training.ending import SIGNAL, Ending
+from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
+from condenser.training.ending import SIGNAL, Ending, goes_on
 from condenser.training.failures import explained, in_one_line
 from condenser.training.flags import check_callbacks, check_trainer
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
 from condenser.training.tracking import is_first_rank
 
-
-class Parser(LightningArgumentParser):
-    """Takes no abbreviations, and raises errors, which `condenser.cli` says in one line."""
-
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
+# Lightning has members of enumerations for defaults, which a configuration holds by their values
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 class RunCLI(LightningCLI):
@@ -70,10 +58,14 @@ class RunCLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
 
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """As Lightning's, but it takes no abbreviations, raises errors, and its help knows of recipes."""
+        header = [f"lightning.pytorch=={L.__version__}"]
+        parser = LightningArgumentParser(dump_header=header, exit_on_error=False, allow_abbrev=False, **kwargs)
+        parser.add_argument("-c", "--config", action=ActionConfigFile, help=f"{HELP}: {', '.join(recipes())}")
+        return parser
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # Lightning's own option, whose help does not know of recipes; argparse has no other way to one that is there
-        config = next(action for action in parser._actions if action.dest == "config")
-        config.help = f"{HELP}: {', '.join(recipes())}"
         parser.add_argument("--name", type=str, help="name of the run: everything goes to RUNS_DIR/NAME")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
@@ -123,10 +115,10 @@ class RunCLI(LightningCLI):
                 )
             given = str(find_checkpoint(str(self.run), best=True))
         given = None if given == "last" else given
-        if given is not None and Path(given).is_dir():
-            raise ValueError(f"--ckpt_path {given} is a folder: give one of the files in its checkpoints/")
         if given is not None and not is_intact(Path(given)):
-            raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint")
+            raise ValueError(
+                f"--ckpt_path {given} is missing, damaged, or no checkpoint: give a file of a run's checkpoints/"
+            )
         newest = newest_valid_checkpoint(self.run, say=print if is_first_rank() else lambda message: None)
         if given is None or (newest is not None and self.subcommand == "fit"):
             return newest
@@ -134,10 +126,9 @@ class RunCLI(LightningCLI):
 
     def begin_run(self, settings: Any) -> None:
         """Make the run folder, or see that it is this configuration's own."""
-        text = dumped(self, settings)
-        config = self.run / CONFIG
+        text = dumped(self)
         if self.checkpoint is not None:
-            if not goes_on(self.run, self.checkpoint, yaml.safe_load(text), steps_per_epoch_in):
+            if not goes_on(self.run, self.checkpoint, yaml.safe_load(text)):
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
             stores = [settings.data.store] if settings.data.store else settings.data.stores
@@ -154,45 +145,35 @@ class RunCLI(LightningCLI):
                 print(f"{self.run} goes on from {self.checkpoint}")
             remove_leftovers(self.run)
             (self.run / SUMMARY).unlink(missing_ok=True)  # of an end whose checkpoints are damaged
-            with atomic_write(config) as partial:  # other processes may read it now
+            with atomic_write(self.run / CONFIG) as partial:  # other processes may read it now
                 partial.write_text(text)
 
+    @in_one_line("trainer")
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        with in_one_line("trainer"):
-            return self.trainer_of(kwargs)
-
-    def trainer_of(self, kwargs: dict[str, Any]) -> L.Trainer:
-        settings = self.config[self.subcommand]
-        # what the command line has made of the settings, which Lightning hands out by `_get` alone
-        callbacks = as_list(self._get(self.config_init, "trainer.callbacks"))
+        settings = self.config_init[self.subcommand]
+        callbacks, plugins = as_list(settings.trainer.callbacks), as_list(settings.trainer.plugins)
         check_callbacks(callbacks)
-        loggers: list[Logger] | bool = False
-        flush: Any = lambda: None  # noqa: E731
-        kwargs["plugins"] = as_list(self._get(self.config_init, "trainer.plugins"))
+        loggers: list[Any] = []
         if self.subcommand == "fit":
-            saving: Checkpointing = self._get(self.config_init, "checkpoint")
             callbacks += [Listening(), Speed(), Ending(self.run)]
             if settings.trainer.enable_checkpointing is False:
                 print(f"trainer.enable_checkpointing=false: {self.run} will not be able to go on")
             else:
-                callbacks.append(Checkpoints(self.run / "checkpoints", saving))
+                callbacks.append(Checkpoints(self.run / "checkpoints", settings.checkpoint))
             if settings.trace_steps:
                 callbacks.append(Trace(self.run, settings.trace_steps))
-            loggers = self.loggers(settings)
-            loggers += as_list(self._get(self.config_init, "trainer.logger"), but=True)
-            flush = loggers[0].flush  # type: ignore[attr-defined]
-        kwargs["plugins"].append(WholeFiles(before=flush))
+            loggers = [*self.loggers(settings), *as_list(settings.trainer.logger, but=True)]
+        plugins.append(WholeFiles(before=loggers[0].flush) if loggers else WholeFiles())
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
-            # Lightning's own requeue acts inside a signal handler
-            kwargs["plugins"].append(SLURMEnvironment(auto_requeue=False))
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, **kwargs)
+            plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own requeue acts in a signal handler
+        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
 
     def loggers(self, settings: Any) -> list[Logger]:
-        """CSV always, W&B beside it; both go on where the checkpoint had reached."""
+        """CSV always, W&B beside it on the first rank; both go on where the checkpoint had reached."""
         every_n_steps = settings.trainer.log_every_n_steps or 50  # Lightning's default
         metrics = MetricsCSV(self.run, every_n_steps)
         metrics.begin_at(step_of(self.checkpoint) if self.checkpoint else 0)
-        if settings.wandb == "off" or settings.trainer.fast_dev_run:
+        if settings.wandb == "off" or settings.trainer.fast_dev_run or not is_first_rank():
             return [metrics]
         tracker = tracking.tracker(self.run, settings.wandb, every_n_steps)
         tracking.describe(tracker, self.run, self.datamodule.weights, versions(), keep=settings.wandb_artifacts)
@@ -201,9 +182,7 @@ class RunCLI(LightningCLI):
 
 def remove_if_not_begun(run: Path) -> None:
     """A folder in which there is nothing but the settings: something was refused before training began."""
-    if {path.name for path in run.iterdir()} <= {CONFIG, METRICS} and not any(
-        path.stat().st_size for path in run.glob(METRICS)
-    ):
+    if not any(path.stat().st_size for path in run.iterdir() if path.name != CONFIG):
         shutil.rmtree(run)
 
 
@@ -220,21 +199,10 @@ class DryCLI(RunCLI):
         pass
 
 
-def dumped(cli: RunCLI, settings: Any) -> str:
-    """Settings as YAML. (The parser cannot write members of enumerations, as Lightning has them for defaults.)"""
+def dumped(cli: RunCLI) -> str:
+    """Its settings as YAML."""
     parser = cli._parser(cli.subcommand)  # the subcommand's, which Lightning keeps to itself
-    return parser.dump(without_enums(settings.clone()), skip_none=False)
-
-
-def without_enums(value: Any) -> Any:
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, list):
-        return [without_enums(each) for each in value]
-    if isinstance(value, Namespace | dict):
-        for key, each in list(vars(value).items() if isinstance(value, Namespace) else value.items()):
-            value[key] = without_enums(each)
-    return value
+    return parser.dump(cli.config[cli.subcommand], skip_none=False)
 
 
 def as_list(value: Any, but: Any = None) -> list[Any]:
@@ -311,7 +279,6 @@ def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, he
         trainer_defaults={"use_distributed_sampler": False},
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
-        parser_class=Parser,
         parser_kwargs={"prog": "condenser", "description": __doc__},
     )
 

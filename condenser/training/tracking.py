@@ -20,6 +20,7 @@ from condenser.cluster import signals
 from condenser.data.store import MANIFEST
 from condenser.export import export, find_checkpoint, sha256
 from condenser.runs import CONFIG
+from condenser.training.failures import one_line
 from condenser.training.logs import is_repeated
 
 PATIENCE = {"init_timeout": 30.0, "finish_timeout": 30.0}  # seconds; WANDB_INIT_TIMEOUT sets the first
@@ -34,7 +35,6 @@ class Tracker(WandbLogger):
         super().__init__(**options)
         self.every_n_steps = every_n_steps
 
-    @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         assert step is not None
         if self.lost or is_repeated(metrics, step, self.every_n_steps):
@@ -52,8 +52,6 @@ def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -
     Raises:
         ValueError: there is no key, or what is given cannot be one.
     """
-    if not is_first_rank():
-        return logger_of(run, mode, every_n_steps)
     import wandb
 
     if mode == "online":
@@ -98,15 +96,14 @@ def logger_of(run: Path, mode: str, every_n_steps: int) -> Tracker:
     )
 
 
-def run_id(run: Path) -> str | None:
-    """The W&B id that a run keeps however often it is started; only the first rank logs."""
+def run_id(run: Path) -> str:
+    """The W&B id that a run keeps however often it is started."""
     path = run / "wandb_id"
-    if is_first_rank() and not path.is_file():
+    if not path.is_file():
         path.write_text(secrets.token_hex(4))
-    return path.read_text() if path.is_file() else None
+    return path.read_text()
 
 
-@rank_zero_only
 def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions: dict[str, str], keep: bool) -> None:
     """Show the settings, the versions and the stores' checksums with the run, and ``keep`` them as an artifact."""
     about = {
@@ -123,7 +120,6 @@ def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions
         keep_files(logger, "settings", files, {key: about[key] for key in ("versions", "stores")})
 
 
-@rank_zero_only
 def keep_export(logger: Tracker, run: Path) -> None:
     """Export a finished run's last checkpoint to ``RUN/export`` and keep it as an artifact."""
     try:
@@ -183,7 +179,3 @@ def is_first_rank() -> bool:
 
 def warn(message: str) -> None:
     print(f"W&B {message}", file=sys.stderr)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
