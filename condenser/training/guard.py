@@ -16,9 +16,7 @@ from condenser.data.collate import StepBatch
 
 
 class Watched(NamedTuple):
-    flags: (
-        Tensor  # host bools: of each pass, the loss is finite; the step is, everywhere; asked to stop, to start again
-    )
+    flags: Tensor  # bools on the host: each loss is finite; the step is, everywhere; asked to stop, to start again
     copied: Any  # CUDA event, None where the copy is not asynchronous
     batch: StepBatch
     step: int

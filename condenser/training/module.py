@@ -24,6 +24,7 @@ from condenser.models.condenser import Condenser
 from condenser.models.flops import Work, affordable_tokens
 from condenser.models.objective import COUNTS, Objective, known_options
 from condenser.models.positions import Extension
+from condenser.runs import CONFIG
 from condenser.training import sharding
 from condenser.training.ending import averaging, length_of, loops_at, stopped_by, validation_follows
 from condenser.training.flags import check_precision
@@ -118,27 +119,34 @@ class CondenserModule(L.LightningModule):
         }
         self.model: Objective | None = None
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
-        self.step: TrainingStep | None = None
         self.length, self.owed = 0, False  # see ending.py
         self.stopped: str | None = None
         self.tokens_seen, self.flops_needed = 0, 0.0  # up to the last logging step or checkpoint
-        self.since = torch.zeros(len(COUNTS) + 2, dtype=torch.float64)  # the sum of `sizes` since then
+        self.since = torch.zeros(len(COUNTS) + 2, dtype=torch.float64)  # COUNTS, operations, positions since then
 
     @property
     def options(self) -> dict[str, Any]:
         """What the objective is made with. Raises ValueError for an option that it does not take."""
         return known_options(self.objective, self.head, self.objective_options)
 
+    @property
+    def datamodule(self) -> Any:
+        trainer: Any = self.trainer
+        return trainer.datamodule
+
     def configure_model(self) -> None:
         """Build the model once the store, and with it the vocabulary, is known."""
-        if self.model is not None or not self.has_trainer:  # without, `load_from_checkpoint` is at work
+        if self.model is not None:
             return
-        options, say = self.options, print if self.trainer.is_global_zero else lambda message: None
+        try:
+            say = print if self.trainer.is_global_zero else lambda message: None
+        except RuntimeError:  # there is no trainer: `load_from_checkpoint` is at work
+            return
+        options = self.options
         if unused := [name for name in self.head if name not in options]:
             say(f"a {self.objective.__name__} has no use for model.{', '.join(unused)}")
         torch.manual_seed(self.seed)
-        tokenizer = self.trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        settings, options = self.backbone_config, self.beginning | options
+        settings, tokenizer, options = self.backbone_config, self.datamodule.tokenizer, self.beginning | options
         self.model = hub.warm_start(self.backbone, settings, tokenizer, self.objective, say, **options)
         prepare_layers(self.model.lm, **self.layers)
         self.model.train()  # weights that were loaded come in evaluation mode
@@ -150,13 +158,6 @@ class CondenserModule(L.LightningModule):
         self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
         self.settle()
 
-    @property
-    def has_trainer(self) -> bool:
-        try:
-            return self.trainer is not None
-        except RuntimeError:  # which Lightning raises
-            return False
-
     def settle(self) -> None:
         """Decide what is left open and depends on the device: how passes are computed, and how large they are.
 
@@ -164,7 +165,7 @@ class CondenserModule(L.LightningModule):
             ValueError: a setting that this device, or the sharing of it, does not allow.
         """
         assert self.model is not None
-        trainer, datamodule = self.trainer, self.trainer.datamodule  # type: ignore[attr-defined]
+        trainer, datamodule = self.trainer, self.datamodule
         device, sharded = trainer.strategy.root_device, isinstance(trainer.strategy, ModelParallelStrategy)
         on_gpu = device.type == "cuda"
         if self.compiled and sharded:
@@ -190,10 +191,10 @@ class CondenserModule(L.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        self.step, self.stopped, self.owed = None, None, False  # of another trainer's
+        self.stopped, self.owed = None, False  # of another trainer's
         self.tokens_seen, self.flops_needed, self.since = 0, 0.0, torch.zeros_like(self.since)
         check_precision(self.trainer.precision)
-        if not hasattr(self.trainer.datamodule, "serve"):  # type: ignore[attr-defined]
+        if not hasattr(self.datamodule, "serve"):
             raise ValueError(
                 "Trainer.fit(module, datamodule=CondenserDataModule(...)): order, masks and passes come from the data "
                 "module, loaders alone cannot take its place"
@@ -230,6 +231,19 @@ class CondenserModule(L.LightningModule):
                 group["lr"] = rate
         if isinstance(self.lr_schedulers(), LambdaLR):
             self.set_rates()
+        assert self.model is not None
+        self.step = TrainingStep(
+            self.model,
+            self.trainer.optimizers[0],
+            clip=self.optimization.gradient_clip,
+            seed=self.seed,
+            compiled=bool(self.compiled),
+            replayed=bool(self.cuda_graphs),
+            backward=self.manual_backward,
+            unsynchronised=self.unsynchronised,
+            summed=self.summed,
+            gradient_cache=self.gradient_cache,
+        )
         self.end_here()
 
     def set_rates(self) -> None:
@@ -247,10 +261,7 @@ class CondenserModule(L.LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step. It never waits for a GPU, but for what is logged on logging steps, once."""
         optimizer: Any = self.optimizers()
-        if self.step is None:
-            self.step = self.training_step_of(optimizer.optimizer)
-        counts = self.summed(torch.cat([self.sizes(batch), self.stop_requests()]))
-        totals, requests = counts.split([len(COUNTS) + 2, 2])
+        totals, requests = self.summed(self.figures(batch)).split([len(COUNTS) + 2, 2])
         log = self.is_logging_step(self.global_step + 1)
         scale = self.trainer.world_size / totals[: len(COUNTS)].clamp(min=1)  # DDP averages gradients over devices
 
@@ -269,32 +280,13 @@ class CondenserModule(L.LightningModule):
         if isinstance(scheduler, LambdaLR):  # and not a callback's, of epochs
             scheduler.step()
 
-    def training_step_of(self, optimizer: torch.optim.Optimizer) -> TrainingStep:
+    def figures(self, batch: StepBatch) -> Tensor:
+        """Of this device: `COUNTS` of its passes, the operations that they need, the positions that they compute;
+        whether it was asked to stop, and to be started again."""
         assert self.model is not None
-        return TrainingStep(
-            self.model,
-            optimizer,
-            clip=self.optimization.gradient_clip,
-            seed=self.seed,
-            compiled=bool(self.compiled),
-            replayed=bool(self.cuda_graphs),
-            backward=self.manual_backward,
-            unsynchronised=self.unsynchronised,
-            summed=self.summed,
-            gradient_cache=self.gradient_cache,
-        )
-
-    def sizes(self, batch: StepBatch) -> Tensor:
-        """Of this device's passes: `COUNTS`, needed operations, positions computed."""
-        assert self.model is not None
-        flops = self.model.flops(Work.of_real_tokens(batch))
-        return torch.tensor([*(batch.total(name) for name in COUNTS), flops, batch.n_positions], dtype=torch.float64)
-
-    def stop_requests(self) -> Tensor:
-        """Whether this process was asked to stop, and to be started again."""
-        stop = not signals.received.isdisjoint((signals.STOP, signals.INTERRUPT))
-        wanted = [stop, signals.REQUEUE in signals.received]
-        return torch.tensor(wanted, dtype=torch.float64)
+        counts, flops = [batch.total(name) for name in COUNTS], self.model.flops(Work.of_real_tokens(batch))
+        requests = bool(signals.received & {signals.STOP, signals.INTERRUPT}), signals.REQUEUE in signals.received
+        return torch.tensor([*counts, flops, batch.n_positions, *requests], dtype=torch.float64)
 
     def summed(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all devices. (Lightning's own reduction has a barrier, which waits.)"""
@@ -337,9 +329,8 @@ class CondenserModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         assert self.model is not None
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        nats = datamodule.unigram_nats.to(self.device)
-        self.validation = Validation(self.model, nats, datamodule.tokenizer.mask_token_id)
+        nats, mask_id = self.datamodule.unigram_nats.to(self.device), self.datamodule.tokenizer.mask_token_id
+        self.validation = Validation(self.model, nats, mask_id)
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         self.validation.add(batch, self.summed)
@@ -379,11 +370,9 @@ class CondenserModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
         self.guard.check()  # the last step's, before its weights are kept
-        datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        config = Path(self.trainer.default_root_dir) / "config.yaml"
+        datamodule, config = self.datamodule, Path(self.trainer.default_root_dir) / CONFIG
         self.count(self.since.tolist())
-        checkpoint["steps_per_epoch"] = datamodule.steps_per_epoch
-        checkpoint["stores"] = datamodule.digests
+        checkpoint["steps_per_epoch"], checkpoint["stores"] = datamodule.steps_per_epoch, datamodule.digests
         checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.owed
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
@@ -400,16 +389,15 @@ class CondenserModule(L.LightningModule):
             self.check_fits(checkpoint)
         self.tokens_seen = checkpoint["tokens_seen"]
         if self.trainer.state.fn == TrainerFn.FITTING:
-            datamodule: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-            per_epoch, owed = datamodule.steps_per_epoch, checkpoint.get("owed", False)
             if "stores" in checkpoint:
-                check_same_stores(checkpoint["stores"], [*datamodule.weights], "the checkpoint")
-            loops = checkpoint["loops"]
-            step, by_steps = checkpoint["global_step"], self.trainer.max_steps != -1
-            if step > (whole := length_of(self.trainer)):
+                check_same_stores(checkpoint["stores"], [*self.datamodule.weights], "the checkpoint")
+            step, whole, loops = checkpoint["global_step"], length_of(self.trainer), checkpoint["loops"]
+            if step > whole:
                 raise ValueError(
                     f"the checkpoint has taken {step:,} steps, and the run is to have {whole:,}: see trainer.max_steps"
                 )
+            per_epoch, by_steps = self.datamodule.steps_per_epoch, self.trainer.max_steps != -1
+            owed = checkpoint.get("owed", False)
             loops["fit_loop"] = loops_at(loops["fit_loop"], step, per_epoch, by_steps, owed)
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:

@@ -206,13 +206,8 @@ class TrainingStep:
 
 def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> Pass:
     """What is minimised, and what each term has of it."""
-    loss, shares, cls = scale.new_zeros(()), {}, None
-    if objective.contrast is None:
-        terms = objective.losses(inputs, score)
-        assert len(terms) > 0, "an objective has one term or more"
-    else:
-        cls, terms = objective.cls_and_losses(inputs, score)
-    check_terms(terms)
+    loss, shares = scale.new_zeros(()), {}
+    cls, terms = cls_and_terms(objective, inputs, score)
     for name, term in terms.items():
         to_mean = scale[COUNTS.index(term.over)]
         mean = term.sum * to_mean
@@ -221,6 +216,17 @@ def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) 
         if term.correct is not None:
             shares[f"{name}_accuracy"] = term.correct.sum() * to_mean
     return Pass(pulled(loss, objective, cls, inputs), shares, cls)
+
+
+def cls_and_terms(objective: Objective, inputs: Fields, score: bool) -> tuple[Tensor | None, dict[str, Term]]:
+    """The terms of a pass, and where they are to be contrasted its [CLS] vectors ``[B, H]``."""
+    if objective.contrast is not None:
+        cls, terms = objective.cls_and_losses(inputs, score)
+    else:
+        cls, terms = None, objective.losses(inputs, score)
+        assert len(terms) > 0, "an objective has one term or more"
+    check_terms(terms)
+    return cls, terms
 
 
 def pulled(loss: Tensor, objective: Objective, cls: Tensor | None, known: Fields) -> Tensor:

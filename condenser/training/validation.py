@@ -8,8 +8,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from condenser.data.collate import StepBatch
-from condenser.models.objective import Objective, Term, check_terms
-from condenser.training.step import gathered, inputs_of
+from condenser.models.objective import Objective, Term
+from condenser.training.step import cls_and_terms, gathered, inputs_of
 
 
 class Validation:
@@ -29,15 +29,10 @@ class Validation:
         """Count a step; ``summed`` adds up a tensor over all devices."""
         model, vectors = self.model, []
         for fields in batch:
-            cls, terms = None, {}
-            if model.contrast is None:
-                terms = model.losses(inputs_of(fields), score=True)
-            else:
-                cls, terms = model.cls_and_losses(inputs_of(fields), score=True)
+            cls, terms = cls_and_terms(model, inputs_of(fields), score=True)
             if fields.get("again"):
                 continue
             vectors.append(cls)
-            check_terms(terms)
             at_mask = fields["input_ids"][fields["masked_index"]] == self.mask_id
             self.mean("unigram_loss_at_mask").update(self.unigram_nats[fields["labels"]][at_mask])
             for name, term in terms.items():
