@@ -1,6 +1,7 @@
 """What the user sees when another process, or a loader worker, fails: one line, and an end that waits for nobody."""
 
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import active_children
@@ -48,11 +49,8 @@ def in_one_line(what: str) -> Iterator[None]:
 
 def said_by_lightning(error: BaseException) -> bool:
     """Whether Lightning itself raised a RuntimeError, which it does for settings too."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    raised_in = trace.tb_frame.f_globals.get("__name__", "") if trace else ""
-    return type(error) is RuntimeError and raised_in.startswith("lightning.")
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return type(error) is RuntimeError and frame.f_globals.get("__name__", "").startswith("lightning.")
 
 
 def one_line(error: Exception) -> str:

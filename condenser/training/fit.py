@@ -43,6 +43,13 @@ from condenser.training.tracking import is_first_rank
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
+class Parser(LightningArgumentParser):
+    """Takes no abbreviations, and raises errors, which `condenser.cli` says in one line; so do those that it makes."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
+
+
 class RunCLI(LightningCLI):
     """LightningCLI with a run folder.
 
@@ -59,9 +66,8 @@ class RunCLI(LightningCLI):
         return {name: LightningCLI.subcommands()[name] for name in ("fit", "validate")}
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        """As Lightning's, but it takes no abbreviations, raises errors, and its help knows of recipes."""
-        header = [f"lightning.pytorch=={L.__version__}"]
-        parser = LightningArgumentParser(dump_header=header, exit_on_error=False, allow_abbrev=False, **kwargs)
+        """As Lightning's, but its help knows of recipes."""
+        parser = Parser(dump_header=[f"lightning.pytorch=={L.__version__}"], **kwargs)
         parser.add_argument("-c", "--config", action=ActionConfigFile, help=f"{HELP}: {', '.join(recipes())}")
         return parser
 
@@ -108,21 +114,16 @@ class RunCLI(LightningCLI):
 
     def starting_point(self, given: str | None) -> Path | None:
         """The checkpoint to validate, or to go on from: a run that has its own goes on from that."""
-        if given == "best":
-            if self.subcommand == "fit":
-                raise ValueError(
-                    "--ckpt_path best: a run goes on from its last checkpoint; to begin another, give a file"
-                )
-            given = str(find_checkpoint(str(self.run), best=True))
-        given = None if given == "last" else given
-        if given is not None and not is_intact(Path(given)):
-            raise ValueError(
-                f"--ckpt_path {given} is missing, damaged, or no checkpoint: give a file of a run's checkpoints/"
-            )
+        fits = self.subcommand == "fit"
+        if given == "best" and fits:
+            raise ValueError("--ckpt_path best: a run goes on from its last checkpoint; to begin another, give a file")
         newest = newest_valid_checkpoint(self.run, say=print if is_first_rank() else lambda message: None)
-        if given is None or (newest is not None and self.subcommand == "fit"):
+        if given in (None, "last"):
             return newest
-        return Path(given)
+        path = find_checkpoint(str(self.run), best=True) if given == "best" else Path(str(given))
+        if not is_intact(path):
+            raise ValueError(f"--ckpt_path {path} is missing, damaged, or no checkpoint: give a file of checkpoints/")
+        return newest if newest is not None and fits else path
 
     def begin_run(self, settings: Any) -> None:
         """Make the run folder, or see that it is this configuration's own."""

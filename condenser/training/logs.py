@@ -43,6 +43,8 @@ class MetricsCSV(Logger):
         every_n_steps: how often training logs.
     """
 
+    version = ""
+
     def __init__(self, folder: Path, every_n_steps: int = 1):
         super().__init__()
         self.path, self.every_n_steps = folder / METRICS, every_n_steps
@@ -52,10 +54,6 @@ class MetricsCSV(Logger):
     @property
     def name(self) -> str:
         return self.path.parent.name
-
-    @property
-    def version(self) -> str:
-        return ""
 
     @property
     def save_dir(self) -> str:
