@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from condenser.cli import main
 from condenser.hub import load_checkpoint
 from condenser.models.cocondenser import CoCondenser
 from condenser.runs import SEAL, SEAL_LENGTH, checkpoints, is_intact
-from condenser.training.sharding import shard, whole
+from condenser.training.sharding import shard
 
 DDP = {"class_path": "lightning.pytorch.strategies.DDPStrategy"}
 SHARDED = {"class_path": "condenser.training.sharding.FullySharded"}
@@ -41,10 +42,11 @@ def be_a_rank(rank, world_size, port, log, fits, environment):
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that was not forked
     rank_zero_only.rank = rank  # Lightning reads it when it is imported, which was before
     for arguments in fits:
-        assert main(["fit", *map(str, arguments)]) == 0
+        if code := main(["fit", *map(str, arguments)]):
+            sys.exit(code)
 
 
-def start_ranks(world_size, fits, log, environment=()):
+def start_ranks(world_size, fits, log, environment=(), target=be_a_rank):
     """Processes that are forked from one that has imported everything, which takes them 0.1 s instead of 10; from its
     environment, with what is given beside."""
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -56,7 +58,7 @@ def start_ranks(world_size, fits, log, environment=()):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     arguments = [(rank, world_size, port, str(log), fits, dict(environment)) for rank in range(world_size)]
-    ranks = [context.Process(target=be_a_rank, args=each) for each in arguments]
+    ranks = [context.Process(target=target, args=each) for each in arguments]
     for process in ranks:
         process.start()
     return ranks
@@ -85,6 +87,10 @@ def write_recipe(recipe, path, **changes):
         node[last] = value
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 class Observer(Callback):

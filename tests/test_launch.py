@@ -242,6 +242,7 @@ REFUSED = {
     "unknown key": (["--model.skip_form", "2"], 2, "skip_form"),
     "no store": (["--data.store", "nowhere"], 1, "no token store at nowhere"),
     "shares": (["--tasks", "3"], 1, "cannot be shared out evenly over 3 processes; make it a multiple of 3"),
+    "no name": (["--name", ""], 1, "the run needs a name"),
     "name": (["--name", "a/b"], 1, "--name a/b: use letters, digits"),
     "space in name": (["--name", "a b"], 1, "--name a b: use letters, digits"),
     "same name": (["--seeds", "1", "1"], 1, "two runs would be called N-seed=1"),
@@ -268,11 +269,6 @@ def test_a_template_with_an_unknown_place_is_refused(recipe, project, capsys):
     assert launch(recipe, "--name", "N", "--template", "mine.sh") == 1
     assert "mine.sh: 'quality' cannot be filled in; write @@ for a plain @" in capsys.readouterr().err
     assert not Path("runs").exists()
-
-
-def test_a_run_without_a_name_is_refused(recipe, project, capsys):
-    assert launch(recipe) == 1
-    assert "the run needs a name" in capsys.readouterr().err
 
 
 def test_a_run_that_is_finished_or_was_started_otherwise_is_refused(run, recipe, capsys):

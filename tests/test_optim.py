@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_MODEL
-from test_training import final_state, fit, tiny_condenser
+from test_training import assert_same_weights, final_state, fit, tiny_condenser
 from torch import nn
 
+from condenser.hub import load_export
 from condenser.models.backbones.base import backbone_of
 from condenser.training.optim import Optimization, build_optimizer, build_schedule
 
@@ -58,17 +58,10 @@ def test_each_layer_learns_slower_than_the_one_above_and_the_head_at_its_own_rat
     assert {rate[p] for p in model.lm.cls.predictions.transform.parameters()} == {1.0}
 
 
-def weights(run):
-    return {name: value for name, value in final_state(run)["state_dict"].items() if "val_metrics" not in name}
-
-
 def changed(run, export):
     """Which weights of a run differ from those of the export that it started from."""
-    from condenser.hub import load_export
-
-    before = load_export(export).state_dict()
-    return {name.removeprefix("model.") for name, value in weights(run).items()
-            if not torch.equal(value, before[name.removeprefix("model.")])}  # fmt: skip
+    before, now = load_export(export).state_dict(), final_state(run)["state_dict"]
+    return {name for name, value in before.items() if not torch.equal(now[f"model.{name}"], value)}
 
 
 @pytest.fixture
@@ -97,14 +90,13 @@ def test_frozen_layers_and_embeddings_stay_as_they_are(warm):
 
 
 def test_reinitialised_layers_are_new_draws_and_the_others_come_from_the_backbone(recipe, tiny_export, tmp_path):
-    from condenser.hub import load_export
-
     before = load_export(tiny_export).state_dict()
     start = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
     options = ["--model.reinit_layers", "1", "--model.optimizer.learning_rate", "1e-12"]
     assert fit(recipe, tmp_path, "r", *start, *options) == 0
-    for name, value in weights(tmp_path / "r").items():
-        distance = (value - before[name.removeprefix("model.")]).abs().max()
+    now = final_state(tmp_path / "r")["state_dict"]
+    for name, value in before.items():
+        distance = (now[f"model.{name}"] - value).abs().max()
         if ".layer.2." in name and name.endswith("dense.weight"):
             assert distance > 0.01
         elif ".layer.2." not in name:
@@ -145,8 +137,7 @@ def test_with_decay_to_start_a_resumed_run_still_knows_where_it_started(recipe, 
     stop = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps", "3"]
     assert fit(recipe, tmp_path, "parts", *start, *stop) == 0
     assert fit(recipe, tmp_path, "parts", *start) == 0
-    whole, parts_ = weights(tmp_path / "whole"), weights(tmp_path / "parts")
-    assert all(torch.equal(whole[name], parts_[name]) for name in whole)
+    assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
 class Counting(torch.optim.SGD):
@@ -189,13 +180,3 @@ def test_another_optimizer_is_a_class_path(path, recipe, tmp_path):
 def test_settings_that_cannot_be_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         Optimization(**settings)
-
-
-@pytest.mark.slow
-def test_the_average_of_the_weights_is_a_callback_of_lightnings(recipe, tmp_path):
-    ema = ["--trainer.callbacks+", "lightning.pytorch.callbacks.EMAWeightAveraging", "--trainer.callbacks.decay", "0.5"]
-    assert fit(recipe, tmp_path, "ema", *ema) == 0
-    assert fit(recipe, tmp_path, "plain") == 0
-    averaged, plain = weights(tmp_path / "ema"), weights(tmp_path / "plain")
-    assert TINY_MODEL["hidden_size"] in plain["model.lm.bert.embeddings.word_embeddings.weight"].shape
-    assert any(not torch.equal(averaged[name], plain[name]) for name in plain)

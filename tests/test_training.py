@@ -6,7 +6,6 @@ import os
 import re
 import runpy
 import signal
-import sys
 import time
 from datetime import timedelta
 from functools import partial
@@ -28,10 +27,10 @@ from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.condenser import Condenser
-from condenser.runs import changed_keys, checkpoints, newest_valid_checkpoint
+from condenser.runs import changed_keys, checkpoints
 from condenser.training.checkpoints import WholeFiles
 from condenser.training.logs import MetricsCSV
-from condenser.training.optim import Optimization, build_optimizer, build_schedule
+from condenser.training.optim import Optimization, build_optimizer
 
 METRICS = {
     *(f"train/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "head_mlm_accuracy")),
@@ -45,22 +44,6 @@ METRICS = {
 
 def fit(recipe, runs, name, *options):
     return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", name, *options])
-
-
-def command(recipe, runs, name, *options):
-    return [
-        sys.executable,
-        "-m",
-        "condenser",
-        "fit",
-        "--config",
-        str(recipe),
-        "--runs_dir",
-        str(runs),
-        "--name",
-        name,
-        *options,
-    ]
 
 
 def metrics_of(
@@ -135,20 +118,6 @@ class StopAfter(Timer):
         return self.left
 
 
-def test_a_run_that_was_stopped_is_not_finished_and_goes_on(recipe, tmp_path, capsys):
-    stop = ["--trainer.callbacks", f"{__name__}.StopAfter", "--trainer.callbacks.n_steps", "3"]
-    for end in (3, 6):
-        assert fit(recipe, tmp_path, "stopped", *stop) == 0
-        assert not (tmp_path / "stopped" / "summary.json").exists()
-        assert checkpoints(tmp_path / "stopped")[0].name == f"last-step={end}.ckpt"
-    assert fit(recipe, tmp_path, "stopped") == 0
-    assert capsys.readouterr().out.count("goes on from") == 2
-    assert fit(recipe, tmp_path, "whole") == 0
-    assert_same_weights(tmp_path / "stopped", tmp_path / "whole")
-    logged = [[row for row in metrics_of(tmp_path / name) if row["train/loss"]] for name in ("stopped", "whole")]
-    assert logged[0] == logged[1]
-
-
 def test_a_changed_configuration_is_refused_by_name(run, recipe, capsys):
     changes = ["--model.skip_from", "2", "--data.batch_size", "64", "--trainer.devices", "1"]
     assert fit(recipe, run.parent, run.name, *changes) == 1
@@ -167,16 +136,6 @@ def test_only_what_is_computed_counts_as_a_change():
     assert changed_keys(before, after) == []
     after["trainer"]["max_steps"] = 6
     assert changed_keys(before, after) == ["trainer.max_steps"]
-
-
-def test_a_damaged_newest_checkpoint_is_passed_over(run, tmp_path, capsys):
-    folder = tmp_path / "checkpoints"
-    folder.mkdir()
-    content = checkpoints(run)[0].read_bytes()
-    (folder / "last-step=4.ckpt").write_bytes(content)
-    (folder / "last-step=8.ckpt").write_bytes(content[: len(content) // 2])
-    assert newest_valid_checkpoint(tmp_path) == folder / "last-step=4.ckpt"
-    assert "last-step=8.ckpt is damaged" in capsys.readouterr().out
 
 
 def loader_of(store, num_workers=0, **settings):
@@ -263,49 +222,19 @@ def test_a_pass_is_what_the_design_says(store):
     assert step.buffer.numel() == sum(value.numel() for f in step for value in f.values() if torch.is_tensor(value))
 
 
-def test_accumulated_micro_batches_give_the_gradient_of_the_mean_over_all_masked_tokens(store):
-    """Their masked counts differ, so a mean of means would not."""
-    apart = next(iter(loader_of(store)))
-    (together,) = next(iter(loader_of(store, tokens_per_pass=10**6)))
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=200, **TINY_MODEL)
-    model = Condenser.from_masked_lm(BertForMaskedLM(config), skip_from=1).eval()
-    assert len({fields["n_masked"] for fields in apart}) > 1
-    gradients = []
-    for passes in (apart, [together]):
-        model.zero_grad()
-        for fields in passes:
-            terms = model.losses(fields).values()
-            (sum(term.sum for term in terms) / together["n_masked"]).backward()
-        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
-
-
 def tiny_condenser():
     torch.manual_seed(0)
     return Condenser.from_masked_lm(BertForMaskedLM(BertConfig(vocab_size=50, **TINY_MODEL)), skip_from=1)
 
 
-def test_no_decay_on_biases_and_layer_norm_and_the_rate_rises_then_falls():
+def test_no_decay_on_biases_and_layer_norm():
     model = tiny_condenser()
-    settings = Optimization(learning_rate=2.0, warmup_fraction=0.1)
-    optimizer = build_optimizer(nn.ModuleDict({"model": model}), settings)
+    optimizer = build_optimizer(nn.ModuleDict({"model": model}), Optimization(learning_rate=2.0))
     decayed, plain = (set(map(id, group["params"])) for group in optimizer.param_groups)
     for name, parameter in model.named_parameters():
         assert (id(parameter) in plain) == ("bias" in name or "LayerNorm" in name), name
         assert (id(parameter) in plain) != (id(parameter) in decayed)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.0]
-
-    schedule, rates = build_schedule(optimizer, settings, total_steps=100), []
-    for _ in range(100):
-        rates.append(schedule.get_last_lr()[0])
-        optimizer.step()
-        schedule.step()
-    assert max(rates) == rates[10] == 2.0
-    assert (np.diff(rates[:11]) > 0).all()
-    assert (np.diff(rates[10:]) < 0).all()
-    assert 0 < rates[-1] < 0.03
-    assert schedule.get_last_lr()[0] == 0
 
 
 def test_the_gradient_is_clipped_to_its_setting(recipe, tmp_path):
@@ -314,20 +243,15 @@ def test_the_gradient_is_clipped_to_its_setting(recipe, tmp_path):
         assert fit(recipe, tmp_path, name, "--model.optimizer.gradient_clip", clip, "--trainer.max_steps", "2") == 0
     norms = [float(metrics_of(tmp_path / name)[0]["train/grad_norm"]) for name in ("free", "clipped")]
     assert min(norms) > 0.1
-    moments = [
-        final_state(tmp_path / name)["optimizer_states"][0]["state"][0]["exp_avg"] for name in ("free", "clipped")
-    ]
-    assert moments[1].norm() < 0.01 * moments[0].norm()
+    states = [final_state(tmp_path / name)["optimizer_states"][0]["state"] for name in ("free", "clipped")]
+    assert states[1][0]["exp_avg"].norm() < 0.01 * states[0][0]["exp_avg"].norm()
 
 
 VARIANTS = {
     "bf16": ["--trainer.precision", "bf16-mixed"],
-    "gradient checkpointing": ["--model.gradient_checkpointing", "true"],
     "plain MLM": ["--model.n_head_layers", "0"],
     "head alone": ["--model.late_mlm", "false"],
-    "not pruned": ["--model.pruned", "false"],
     "token masking": ["--data.mask_unit", "token", "--data.mask_probability", "0.3"],
-    "W&B offline": ["--wandb", "offline"],
 }
 
 
@@ -344,9 +268,6 @@ def test_variants_train(variant, recipe, tmp_path):
     if variant == "plain MLM":
         assert main(["export", str(tmp_path / "v"), "--output", str(tmp_path / "export")]) == 0
         assert len(load_export(tmp_path / "export").c_head) == 0
-    if variant == "W&B offline":
-        assert len((tmp_path / "v" / "wandb_id").read_text()) == 8
-        assert list((tmp_path / "v" / "wandb").glob("offline-run-*/*.wandb"))
 
 
 def test_pruned_and_gradient_checkpointing_change_nothing_but_the_work(recipe, tmp_path, run):
@@ -395,63 +316,8 @@ def test_a_resumed_csv_drops_what_was_logged_after_the_checkpoint(tmp_path):
     again = MetricsCSV(tmp_path)
     again.begin_at(4)
     again.log_metrics({"a": 40, "epoch": 1}, 4)
-    rows = metrics_of(tmp_path)
-    assert [(row["step"], row["a"]) for row in rows] == [
-        ("0", "0.0"),
-        ("1", "1.0"),
-        ("2", "2.0"),
-        ("3", "3.0"),
-        ("4", "40.0"),
-    ]
-
-
-REFUSED = {
-    "accumulate": (["--trainer.accumulate_grad_batches", "2"], "by data.micro_batches_per_step"),
-    "clip": (["--trainer.gradient_clip_val", "1"], "by model.optimizer.gradient_clip"),
-    "no store": (["--data.store", "nowhere"], "no token store at nowhere"),
-    "skip_from": (["--model.skip_from", "3"], r"skip_from=3 must be in 1..2"),
-    "fp16": (["--trainer.precision", "16-true"], "use bf16-mixed"),
-    "rates": (["--data.mask_rates", "[0.5,0.1,0.1]"], "sum to 1"),
-    "config key": (["--model.backbone_config.hiden_size", "3"], "has no setting 'hiden_size'"),
-    "batch": (["--data.batch_size", "2"], "micro_batches_per_step=4 needs at least as many"),
-    "backbone": (["--model.backbone", "./nowhere"], "no such folder: ./nowhere"),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_cannot_work_is_refused_in_one_line_before_any_work(case, recipe, tmp_path, capsys):
-    options, message = REFUSED[case]
-    assert fit(recipe, tmp_path, "r", *options) == 1
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("condenser fit: error: ")
-    assert message in error
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-def test_wandb_online_without_a_key_is_refused(recipe, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert fit(recipe, tmp_path, "r", "--wandb", "online") == 1
-    assert "run `wandb login`, or take offline" in capsys.readouterr().err
-
-
-def test_a_run_without_a_name_is_refused(recipe, capsys):
-    assert main(["fit", "--config", str(recipe)]) == 1
-    assert "the run needs a name" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("option", [["--model.skip_form", "2"], ["--data.batch_size", "many"], ["--trainer.what", "1"]])
-def test_unknown_keys_and_wrong_types_are_refused(option, recipe, tmp_path, capsys):
-    assert fit(recipe, tmp_path, "r", *option) == 2
-    assert option[0].removeprefix("--").split(".")[-1] in capsys.readouterr().err
-    assert not (tmp_path / "r").exists()
-
-
-def test_an_unfinished_store_is_refused(recipe, store, tmp_path, capsys):
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "unfinished.json").write_text("{}")
-    assert fit(recipe, tmp_path, "r", "--data.store", str(tmp_path / "half")) == 1
-    assert "has no manifest.json" in capsys.readouterr().err
+    expected = [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "3.0"), ("4", "40.0")]
+    assert [(row["step"], row["a"]) for row in metrics_of(tmp_path)] == expected
 
 
 def test_a_checkpoint_of_another_model_or_of_none_is_refused(run, recipe, tmp_path, capsys):

@@ -4,13 +4,10 @@ import contextlib
 import ctypes
 import faulthandler
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -18,12 +15,11 @@ from itertools import pairwise
 from pathlib import Path
 
 import psutil
-import torch
+import test_devices
 import yaml
 from conftest import TINY_MODEL
-from lightning.pytorch.utilities import rank_zero_only
+from test_devices import start_ranks
 
-from condenser.cli import main
 from condenser.cluster import signals
 
 N_STEPS, EVERY = 40, 4  # a checkpoint is saved every so many
@@ -33,19 +29,12 @@ END_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 WHERE = signal.SIGUSR2  # a process that hangs writes down where
 
 
-def be_a_rank(rank, world_size, port, log, arguments):
-    """One process of a run, as a launcher would start it, in a session by which what it leaves behind is found."""
+def be_a_rank(*arguments):
+    """One process of a run, in a session by which what it leaves behind is found; it ends with the campaign."""
     os.setsid()
     ctypes.CDLL(None).prctl(END_WITH_PARENT, signal.SIGKILL)
-    with open(f"{log}-{rank}", "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     faulthandler.register(WHERE)
-    torch.set_num_threads(1)
-    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process that was not forked
-    rank_zero_only.rank = rank  # Lightning reads it when it is imported, which was before
-    sys.exit(main(["fit", *arguments]))
+    test_devices.be_a_rank(*arguments)
 
 
 @dataclass
@@ -149,17 +138,9 @@ class Subject:
         }
 
     def start(self):
-        """Two processes, forked from one that has imported everything."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["subject", "condenser.training.fit", "transformers.models.bert.modeling_bert"])
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         log = self.folder / f"log-{len(self.attempts)}"
-        arguments = ["--config", str(self.recipe), "--runs_dir", str(self.disk), "--name", self.name]
-        ranks = [context.Process(target=be_a_rank, args=(rank, 2, port, str(log), arguments)) for rank in range(2)]
-        for process in ranks:
-            process.start()
+        arguments = ["--config", self.recipe, "--runs_dir", self.disk, "--name", self.name]
+        ranks = start_ranks(2, [arguments], log, {"CONDENSER_TRACEBACK": ""}, be_a_rank)
         self.attempts.append(Attempt(ranks, log))
         return self.attempts[-1]
 
