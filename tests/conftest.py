@@ -123,10 +123,9 @@ TINY_MODEL = {
 }
 
 
-@pytest.fixture(scope="session")
-def recipe(store, tmp_path_factory):
-    """A configuration file that trains 8 steps of a tiny Condenser."""
-    settings = {
+def tiny_recipe(store):
+    """Settings that train 8 steps of a tiny Condenser."""
+    return {
         "seed_everything": 1,
         "data": {"store": str(store), "batch_size": 32, "micro_batches_per_step": 4, "num_workers": 0},
         "model": {"backbone_config": TINY_MODEL, "skip_from": 1, "optimizer": {"learning_rate": 1e-3}},
@@ -141,8 +140,13 @@ def recipe(store, tmp_path_factory):
             "enable_model_summary": False,
         },
     }
+
+
+@pytest.fixture(scope="session")
+def recipe(store, tmp_path_factory):
+    """The recipe's file."""
     path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
-    path.write_text(yaml.safe_dump(settings))
+    path.write_text(yaml.safe_dump(tiny_recipe(store)))
     return path
 
 

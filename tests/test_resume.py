@@ -37,6 +37,12 @@ class Diary(Callback):
             file.write(json.dumps({"attempt": self.attempt, "step": trainer.global_step, "read": read}) + "\n")
 
 
+def entries(path):
+    """What a diary says, but for a line that is not finished."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 class Run:
     """A run of two and a half epochs with dropout, to be started again and again by any number of processes."""
 
@@ -86,9 +92,7 @@ class Run:
         assert not (self.path / "summary.json").exists(), "killed too late to test anything"
 
     def entries(self, rank):
-        path = self.folder / f"{self.name}-read-{rank}"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
+        return entries(self.folder / f"{self.name}-read-{rank}")
 
     def steps(self, rank=0):
         """The steps that count: of each attempt those before the next one's first."""
@@ -115,10 +119,13 @@ def assert_same_state(a, b):
     """Weights, optimizer and counters, bit for bit."""
     assert_same_weights(a, b)
     first, second = final_state(a), final_state(b)
-    assert first["lr_schedulers"] == second["lr_schedulers"]
+    for key in ("global_step", "epoch", "lr_schedulers", "tokens_seen"):
+        assert first[key] == second[key], f"{key} differs"
     first, second = (state["optimizer_states"][0]["state"] for state in (first, second))
     assert first.keys() == second.keys()
-    assert all(torch.equal(value, second[key][name]) for key in first for name, value in first[key].items())
+    for number, values in first.items():
+        for name, value in values.items():
+            assert torch.equal(value, second[number][name]), f"{name} of weight {number} differs"
 
 
 def assert_same_run(a, b):

@@ -26,24 +26,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from befalls import FAULTS
 from conftest import make_documents, write_jsonl
 from subject import EVERY, N_STEPS, Subject
-from test_training import final_state, metrics_of
+from test_resume import assert_same_state
+from test_training import metrics_of
 
 from condenser.cli import main
 from condenser.cluster import signals
 
-CODES = {
-    0,
-    1,
-    signals.LOST,
-    signals.STOPPED,
-    -signal.SIGKILL,
-    -signal.SIGTERM,
-    -signal.SIGUSR1,
-}  # of processes that ended as they may
+KILLED = {-signal.SIGKILL, -signal.SIGTERM, -signal.SIGUSR1}
+CODES = {0, 1, signals.LOST, signals.STOPPED} | KILLED  # of processes that ended as they may
 
 
 class Moment(NamedTuple):
@@ -68,16 +61,11 @@ class Outcome:
 
 def differences(run, whole):
     """What of a finished run is not as in the undisturbed one."""
-    ours, theirs = final_state(run), final_state(whole)
     wrong = []
-    if any(not torch.equal(value, ours["state_dict"][key]) for key, value in theirs["state_dict"].items()):
-        wrong.append("weights differ")
-    states = [state["optimizer_states"][0]["state"] for state in (ours, theirs)]
-    if any(not torch.equal(value, states[0][key][name]) for key in states[1] for name, value in states[1][key].items()):
-        wrong.append("optimizer differs")
-    for key in ("global_step", "epoch", "lr_schedulers", "tokens_seen"):
-        if ours[key] != theirs[key]:
-            wrong.append(f"{key} differs")
+    try:
+        assert_same_state(whole, run)
+    except AssertionError as error:
+        wrong.append(str(error))
     rows, expected = metrics_of(run), metrics_of(whole)
     if rows != expected:
         steps = [[(row["step"], bool(row["train/loss"])) for row in each] for each in (rows, expected)]

@@ -3,7 +3,6 @@
 import contextlib
 import ctypes
 import faulthandler
-import json
 import os
 import shutil
 import signal
@@ -17,8 +16,9 @@ from pathlib import Path
 import psutil
 import test_devices
 import yaml
-from conftest import TINY_MODEL
+from conftest import tiny_recipe
 from test_devices import start_ranks
+from test_resume import entries
 
 from condenser.cluster import signals
 
@@ -118,24 +118,12 @@ class Subject:
     def settings(self):
         diary = {"class_path": "test_resume.Diary", "init_args": {"file": str(self.folder / "read")}}
         ddp = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": f"0:00:{TIMEOUT}"}}
-        return {
-            "seed_everything": 1,
-            "data": {"store": str(self.store), "batch_size": 64, "micro_batches_per_step": 4, "num_workers": 2},
-            "model": {"backbone_config": TINY_MODEL, "skip_from": 1, "optimizer": {"learning_rate": 1e-3}},
-            "checkpoint": {"every_n_steps": EVERY},
-            "trainer": {
-                "accelerator": "cpu",
-                "devices": 2,
-                "strategy": ddp,
-                "callbacks": [diary],
-                "max_steps": N_STEPS,
-                "log_every_n_steps": 2,
-                "val_check_interval": 6,
-                "check_val_every_n_epoch": None,
-                "enable_progress_bar": False,
-                "enable_model_summary": False,
-            },
-        }
+        settings = tiny_recipe(self.store)
+        settings["data"] |= {"batch_size": 64, "num_workers": 2}
+        settings["checkpoint"] |= {"every_n_steps": EVERY}
+        settings["trainer"] |= {"devices": 2, "strategy": ddp, "callbacks": [diary]}
+        settings["trainer"] |= {"max_steps": N_STEPS, "val_check_interval": 6}
+        return settings
 
     def start(self):
         log = self.folder / f"log-{len(self.attempts)}"
@@ -149,11 +137,9 @@ class Subject:
 
     def begun(self):
         """The steps that each attempt has begun."""
-        path, found = self.folder / "read-0", defaultdict(list)
-        for line in path.read_text().splitlines(keepends=True) if path.is_file() else []:
-            if line.endswith("\n"):
-                entry = json.loads(line)
-                found[entry["attempt"]].append(entry["step"])
+        found = defaultdict(list)
+        for entry in entries(self.folder / "read-0"):
+            found[entry["attempt"]].append(entry["step"])
         return list(found.values())
 
     def newest_step(self):
