@@ -21,6 +21,7 @@ from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
+from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.cluster import signals
 from condenser.data.datamodule import CondenserDataModule, store_folder
@@ -37,7 +38,6 @@ from condenser.training.failures import explained, in_one_line
 from condenser.training.flags import check_callbacks, check_trainer
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
-from condenser.training.tracking import is_first_rank
 
 # Lightning has members of enumerations for defaults, which a configuration holds by their values
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -117,7 +117,7 @@ class RunCLI(LightningCLI):
         fits = self.subcommand == "fit"
         if given == "best" and fits:
             raise ValueError("--ckpt_path best: a run goes on from its last checkpoint; to begin another, give a file")
-        newest = newest_valid_checkpoint(self.run, say=print if is_first_rank() else lambda message: None)
+        newest = newest_valid_checkpoint(self.run, say=rank_zero_only(print))
         if given in (None, "last"):
             return newest
         path = find_checkpoint(str(self.run), best=True) if given == "best" else Path(str(given))
@@ -211,6 +211,11 @@ def as_list(value: Any, but: Any = None) -> list[Any]:
     if value is None or value is but:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def is_first_rank() -> bool:
+    known: Any = rank_zero_only
+    return known.rank == 0
 
 
 def run_folder(settings: Any) -> Path:

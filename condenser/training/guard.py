@@ -6,6 +6,7 @@ step on the device, so the weights stay as they were before it.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ class Guard:
             return
         path = self.folder / f"not-finite-step={watched.step}-rank={self.rank}.pt"
         torch.save([*watched.batch], path)
-        found = on_all_devices([*bad_losses([*watched.batch], losses)])
+        found = dict.fromkeys(chain(*on_all_devices([*bad_losses([*watched.batch], losses)])))
         if self.rank > 0:
             raise SystemExit(1)
         raise ValueError(
@@ -91,10 +92,10 @@ def bad_losses(passes: list[Any], finite: list[bool]) -> Iterator[str]:
         yield "the contrast of the [CLS] vectors"
 
 
-def on_all_devices(found: list[str]) -> list[str]:
-    """What each device has found, without repeating what several have."""
-    everywhere: list[Any] = [found]
-    if torch.distributed.is_initialized():
-        everywhere = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(everywhere, found)
-    return list(dict.fromkeys(each for of_device in everywhere for each in of_device))
+def on_all_devices(found: Any) -> list[Any]:
+    """What each device has found."""
+    if not torch.distributed.is_initialized():
+        return [found]
+    everywhere = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everywhere, found)
+    return everywhere

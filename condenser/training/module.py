@@ -216,9 +216,7 @@ class CondenserModule(L.LightningModule):
             torch.set_float32_matmul_precision("high")
         assert self.model is not None
         if self.device.type == "cuda" and self.trainer.is_global_zero and not self.model.backbone.has_kernel:
-            print(
-                f"{self.model.lm.config.model_type}: sequences are laid out in rows for attention, which takes longer"
-            )
+            print(f"{self.model.lm.config.model_type}: attention lays sequences out in rows, which takes longer")
         self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank, self.summed)
 
     def on_train_start(self) -> None:

@@ -30,8 +30,6 @@ from condenser.models.losses import at_least_fp32
 from condenser.models.objective import COUNTS, Objective, Term, check_terms
 
 Shares = dict[str, Tensor]  # of a pass in the step's means: "mlm_loss", and with score "mlm_accuracy", ... of each term
-
-
 OF_CLS, OF_WEIGHT = "gradient of [CLS]", "gradient of weight "  # that are known before a pass
 
 

@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import yaml
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.cluster import signals
 from condenser.data.store import MANIFEST
@@ -170,11 +169,6 @@ def forget(wandb: Any) -> None:
     with suppress(Exception):
         wandb.teardown(exit_code=1)
     os.environ.pop("WANDB_SERVICE", None)
-
-
-def is_first_rank() -> bool:
-    known: Any = rank_zero_only
-    return known.rank == 0
 
 
 def warn(message: str) -> None:

@@ -1,7 +1,6 @@
 """What a validation measures: means over the whole split, the same on any number of devices."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torchmetrics import MeanMetric
 
 from condenser.data.collate import StepBatch
 from condenser.models.objective import Objective, Term
+from condenser.training.guard import on_all_devices
 from condenser.training.step import cls_and_terms, gathered, inputs_of
 
 
@@ -61,11 +61,9 @@ class Validation:
 
     def result(self) -> dict[str, Tensor]:
         """All means, and of the terms the weighted sum, which is minimised: ``loss``."""
-        known = {name: self.weights.get(name.removesuffix("_loss")) for name in self.means}
-        if torch.distributed.is_initialized():  # a device may have no row, and know of none
-            everywhere: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(everywhere, known)
-            known = {name: weight for each in everywhere for name, weight in each.items()}
+        own = {name: self.weights.get(name.removesuffix("_loss")) for name in self.means}
+        # in one order everywhere; a device may have no row, and know of none
+        known = {name: weight for each in on_all_devices(own) for name, weight in each.items()}
         found = {name: self.mean(name).compute() for name in known}
         found = {name: mean for name, mean in found.items() if not (name.endswith("at_mask") and mean.isnan())}
         terms = [weight * found[name] for name, weight in known.items() if weight is not None]
