@@ -33,6 +33,7 @@ __all__ = ["DDP", "StopAfter"]
 
 WIDE = ["--data.batch_size", "248"]  # 4 steps an epoch
 EPOCHS = ["--trainer.max_steps", "-1", "--trainer.max_epochs"]
+SHAPE = ["--max-length", "32", "--validation-fraction", "0.1", "--workers", "1"]
 STOP = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps"]
 
 
@@ -251,8 +252,7 @@ def test_a_worse_end_is_not_the_best_and_is_exported_all_the_same(recipe, tmp_pa
 def test_a_run_does_not_go_on_over_other_data(change, recipe, tmp_path, capsys):
     def prepare(store, texts, *options):
         path = write_jsonl(tmp_path / f"{store}-{len(texts)}.jsonl", texts)
-        shape = ["--max-length", "32", "--workers", "1", "--validation-fraction", "0.1"]
-        assert main(["prepare", "--input", str(path), *shape, "--output", str(tmp_path / store), *options]) == 0
+        assert main(["prepare", "--input", str(path), *SHAPE, "--output", str(tmp_path / store), *options]) == 0
 
     data, texts = tmp_path / "data", make_documents(200)
     prepare("data", texts, "--tokenizer", "train:200")
@@ -281,8 +281,8 @@ def test_a_run_does_not_go_on_over_other_data(change, recipe, tmp_path, capsys):
 
 def test_a_store_that_was_made_again_from_the_same_text_is_the_same(recipe, store, corpus, run, tmp_path):
     for folder in ("a", "b"):
-        options = ["--max-length", "32", "--validation-fraction", "0.1", "--workers", "1", "--tokenizer", "train:200"]
-        assert main(["prepare", "--input", str(corpus), *options, "--output", str(tmp_path / "data")]) == 0
+        options = [*SHAPE, "--tokenizer", "train:200", "--output", str(tmp_path / "data")]
+        assert main(["prepare", "--input", str(corpus), *options]) == 0
         if folder == "a":
             assert fit(recipe, tmp_path, "r", "--data.store", str(tmp_path / "data"), *STOP, "3") == 0
             shutil.rmtree(tmp_path / "data")
@@ -611,7 +611,7 @@ def test_the_rate_that_is_shown_is_the_highest(recipe, tmp_path):
 def odd(tmp_path_factory):
     """A store with an odd number of validation rows, three or more."""
     folder = tmp_path_factory.mktemp("odd")
-    for n in range(60, 90):
+    for n in range(66, 90):  # the first, with the tokenizers of today
         options = ["--input", str(write_jsonl(folder / f"{n}.jsonl", make_documents(n))), "--tokenizer", "train:200"]
         options += ["--max-length", "32", "--validation-fraction", "0.05", "--workers", "1"]
         assert main(["prepare", *options, "--output", str(folder / str(n))]) == 0
