@@ -4,6 +4,7 @@ One Lightning batch is one optimizer step of one rank: its passes. Optimisation 
 step; here is what it is told (counts over all devices, settings of the device), and what is logged of it.
 """
 
+import os
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -168,6 +169,8 @@ class CondenserModule(L.LightningModule):
         trainer, datamodule = self.trainer, self.datamodule
         device, sharded = trainer.strategy.root_device, isinstance(trainer.strategy, ModelParallelStrategy)
         on_gpu = device.type == "cuda"
+        if not on_gpu:
+            keep_few_kernels()
         if self.compiled and sharded:
             raise ValueError("model.compile: sharded weights are gathered layer by layer, between compiled functions")
         able = on_gpu and torch.cuda.get_device_capability(device) >= (7, 0)  # for which there is a compiler
@@ -409,3 +412,10 @@ class CondenserModule(L.LightningModule):
                 raise ValueError(
                     f"the checkpoint is of another model: {name} is {shapes[0]} there and {shapes[1]} here"
                 )
+
+
+def keep_few_kernels() -> None:
+    """In half precision on CPUs oneDNN and torch each keep the kernels of 1,024 shapes, of some MB each, and flat
+    passes hardly repeat a shape: those of a step will do."""
+    for setting in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(setting, "128")
