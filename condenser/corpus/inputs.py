@@ -7,7 +7,7 @@ named, and so is what systems and people leave beside data.
 import glob
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +25,13 @@ OF_DATASETS = ("dataset_dict.json", "state.json", "dataset_info.json")
 FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
 
 
-def resolve(inputs: list[str], columns: Columns | None = None, split: str = "train") -> tuple[list[Source], list[str]]:
-    """Names -> sources in order, and the files that are left out, each with the reason.
+LeftOut = tuple[str, str]  # a path, and why it is not read
+
+
+def resolve(
+    inputs: list[str], columns: Columns | None = None, split: str = "train"
+) -> tuple[list[Source], list[LeftOut]]:
+    """Names -> sources in order, and what is left out.
 
     Raises:
         ValueError: no name, a path that is not there, a file that is empty or of no known format, one that is given
@@ -35,7 +40,7 @@ def resolve(inputs: list[str], columns: Columns | None = None, split: str = "tra
     if not inputs or not all(inputs):
         raise ValueError("--input names nothing: give files, folders, patterns or datasets")
     sources: list[Source] = []
-    left_out: list[str] = []
+    left_out: list[LeftOut] = []
     for name in inputs:
         found, others = sources_of(os.path.expanduser(name))
         if not found:
@@ -50,24 +55,22 @@ def resolve(inputs: list[str], columns: Columns | None = None, split: str = "tra
     return [replace(source, columns=columns or Columns(), split=split) for source in sources], left_out
 
 
-def sources_of(name: str) -> tuple[list[Source], list[str]]:
+def sources_of(name: str) -> tuple[list[Source], list[LeftOut]]:
     """Of one name, which may be that of a path although it looks like a pattern."""
     if os.path.isdir(name):
-        return chosen(list(within(name, set())))
+        return chosen(within(name, set()))
     if os.path.exists(name):
         return [file_source(name)], []
     seen: set[str] = set()
     paths = sorted(glob.glob(name, recursive=True), key=lambda path: (path.count(os.sep), path))  # round no loop
     if not paths:
         return [hub_source(name)], []
-    files: dict[str, str] = {}  # by real path, as a pattern may give what is in a folder that it gives too
+    found: dict[str, str] = {}  # by real path, as a pattern may give what is in a folder that it gives too
     for path in paths:
         for file in within(path, seen) if os.path.isdir(path) else [path]:
-            files.setdefault(os.path.realpath(file), file)
-    stores = {parent for file in files.values() for parent in Path(file).parents if is_store(str(parent))}
-    inside = {file for file in files.values() if not stores.isdisjoint(Path(file).parents)}
-    found, left_out = chosen(sorted({*files.values()} - inside))
-    return found, [*dict.fromkeys([*left_out, *(f"{store}: a token store" for store in sorted(map(str, stores)))])]
+            store = next(filter(is_store, map(str, Path(file).parents)), file)  # that it is in, which is left out
+            found.setdefault(os.path.realpath(store), store)
+    return chosen(sorted(found.values()))
 
 
 def within(folder: str, seen: set[str]) -> Iterator[str]:
@@ -83,8 +86,9 @@ def within(folder: str, seen: set[str]) -> Iterator[str]:
             folders.clear()
             yield directory
             files = [file for file in files if kind_of(file) and file not in OF_DATASETS]
-        apart = [each for each in folders if is_apart(os.path.join(directory, each))]
-        folders[:] = sorted({*folders} - {*apart})
+        stores = {each for each in folders if is_store(os.path.join(directory, each))}
+        apart = stores | {each for each in folders if each.startswith(".") or each in SYSTEMS_OWN}
+        folders[:] = sorted({*folders} - apart)
         yield from (os.path.join(directory, each) for each in sorted([*files, *apart]))
 
 
@@ -93,32 +97,25 @@ def is_dataset(folder: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in OF_DATASETS[:2])
 
 
-def is_apart(folder: str) -> bool:
-    """Whether a folder among data holds none: it is hidden, a system's own, or a token store."""
-    name = Path(folder).name
-    return name.startswith(".") or name in SYSTEMS_OWN or is_store(folder)
-
-
 def is_store(folder: str) -> bool:
     """Whether a token store is there, or in the making."""
-    has_units = os.path.isdir(os.path.join(folder, "units"))
-    in_the_making = os.path.isfile(os.path.join(folder, UNFINISHED))
-    return in_the_making or (has_units and os.path.isfile(os.path.join(folder, MANIFEST)))
+    has = {name for name in ("units", UNFINISHED, MANIFEST) if os.path.exists(os.path.join(folder, name))}
+    return UNFINISHED in has or has == {"units", MANIFEST}
 
 
-def chosen(paths: list[str]) -> tuple[list[Source], list[str]]:
+def chosen(paths: Iterable[str]) -> tuple[list[Source], list[LeftOut]]:
     """Of what was not named itself: what is read, and why the rest is not."""
     sources, left_out = [], []
     for path in paths:
         kind = "folder" if os.path.isdir(path) else kind_of(path)
         if reason := why_not(path, kind):
-            left_out.append(f"{path}: {reason}")
+            left_out.append((path, reason))
         else:
             sources.append(Source(path, str(kind), found=True))
-    if any(source.kind != "text" for source in sources):
-        left_out += [f"{source.name}: text beside data" for source in sources if source.kind == "text"]
-        sources = [source for source in sources if source.kind != "text"]
-    return sources, left_out
+    data = [source for source in sources if source.kind != "text"]
+    if not data:
+        return sources, left_out
+    return data, left_out + [(source.name, "text beside data") for source in sources if source.kind == "text"]
 
 
 def why_not(path: str, kind: str | None) -> str | None:
@@ -137,13 +134,12 @@ def why_not(path: str, kind: str | None) -> str | None:
     return "text beside data" if kind == "text" and name.startswith(ABOUT_DATA) else None
 
 
-def in_short(left_out: list[str]) -> str:
+def in_short(left_out: list[LeftOut]) -> str:
     """One line: how many files of which endings are not read, and the first of each reason."""
     if not left_out:
         return ""
     reasons: dict[str, list[str]] = {}
-    for each in left_out:
-        path, _, reason = each.rpartition(": ")
+    for path, reason in left_out:
         reasons.setdefault(reason, []).append(path)
     parts = []
     for reason, paths in reasons.items():

@@ -1,6 +1,6 @@
 """`condenser prepare merge`: the shares of the work, put together to a finished store; the end of every preparation."""
 
-import re
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,7 @@ import numpy as np
 
 from condenser.corpus.repeats import ID, TEXT, repeated
 from condenser.corpus.shards import dataset_files
-from condenser.corpus.work import BAD_NAMED, LOCK, UNFINISHED, busy, keys_path, outcome_path
-from condenser.data.lock import locked
+from condenser.corpus.work import BAD_NAMED, UNFINISHED, at_work, keys_path, outcome_path
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -24,10 +23,6 @@ from condenser.data.store import (
     write_json,
 )
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
-
-
-class EmptyStoreError(ValueError):
-    """No row is left of the input."""
 
 
 def merge(store: str, /) -> None:
@@ -46,14 +41,15 @@ def merge(store: str, /) -> None:
     folder = Path(store)
     if not (folder / UNFINISHED).is_file():
         raise ValueError(f"{store} is no store in the making: there is nothing to merge")
-    with locked(folder / LOCK, busy(folder)):
+    with at_work(folder):
         put_together(folder)
 
 
 def put_together(folder: Path) -> None:
     """What is left to do when all shares are done, see `merge`."""
     state = read_json(folder / UNFINISHED, "settings", "first_source")
-    names = names_of_units(folder, state["first_source"])
+    added = [name for name in shared_units(folder) if name >= f"{state['first_source']:05d}"]
+    names = sorted([*earlier_units(folder, state["first_source"]), *added])
     outcomes = [read_json(outcome_path(folder, name)) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
     splits = {split: totals([outcome[split] for outcome in outcomes]) for split in SPLITS}
@@ -61,21 +57,21 @@ def put_together(folder: Path) -> None:
     bad = [bad for outcome in outcomes for bad in outcome["bad"]][:BAD_NAMED]
     if not any(about["rows"] for about in splits.values()):
         reasons = in_words(counts, "bad", "empty", "too_short", "dropped_repeats")
-        raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
+        raise ValueError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
     verify(folder, splits)
-    counts_by_id = token_counts(folder, splits, "train", vocabulary_size(tokenizer))
-    save_array(folder / "token_counts.npy", counts_by_id)
+    n_ids = vocabulary_size(tokenizer)
+    by_split = {split: token_counts(folder / split, about["shards"], n_ids) for split, about in splits.items()}
+    save_array(folder / "token_counts.npy", by_split["train"])
     counts["kept"] = sum(about["documents"] for about in splits.values())
     keys = [keys_path(folder, name) for name in names]
     counts["repeated_ids"], counts["repeated_texts"] = repeated(keys, ID), repeated(keys, TEXT)
-    in_validation = token_counts(folder, splits, "validation", len(counts_by_id))
-    unknown = (counts_by_id + in_validation)[tokenizer.unk_token_id] if tokenizer.unk_token else 0
-    counts["tokens_unknown"] = int(unknown)
+    unknown = [tokenizer.unk_token_id] if tokenizer.unk_token else []
+    counts["tokens_unknown"] = int(sum(of_split[unknown].sum() for of_split in by_split.values()))
     for split, about in splits.items():
         dataset_files(folder / split, about["shards"])
     manifest = {
         "settings": state["settings"],
-        "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": len(counts_by_id)},
+        "tokenizer": {"hash": tokenizer_hash(tokenizer), "vocabulary": n_ids},
         "counts": counts,
         "bad": bad,
         "units": names,
@@ -88,27 +84,16 @@ def put_together(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """What a store needed while it was in the making, and what those who were killed have left."""
-    for pattern in ("units/share-*.json", "units/*.repeats.npy", "*/*.partial", "*.partial"):
-        for path in folder.glob(pattern):
-            if path.suffix != ".partial" or is_own(folder, path):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for path in [*folder.glob("units/share-*.json"), *folder.glob("units/*.repeats.npy"), *partial_files(folder)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     (folder / UNFINISHED).unlink(missing_ok=True)
 
 
-def is_own(folder: Path, path: Path) -> bool:
-    """Whether a temporary file or folder in a store was made here: it has such a name, and is where these are."""
-    if path.is_symlink():
-        return False
-    if path.parent != folder:
-        return path.parent.parent == folder and path.parent.name in ("units", *SPLITS)
-    names = "|".join(map(re.escape, ("tokenizer", UNFINISHED, MANIFEST, "token_counts.npy")))
-    return re.fullmatch(rf"({names})\.[0-9a-f]{{8}}\.partial", path.name) is not None
-
-
-def names_of_units(folder: Path, first_source: int) -> list[str]:
-    """In order: those that were in the store before, and those that are added, from ``first_source`` on."""
-    added = [name for name in shared_units(folder) if name >= f"{first_source:05d}"]
-    return sorted([*earlier_units(folder, first_source), *added])
+def partial_files(folder: Path) -> list[Path]:
+    """The temporary files and folders that the making of a store has left in it, and no others."""
+    names = ("tokenizer", UNFINISHED, MANIFEST, "token_counts.npy", "units/*", *(f"{split}/*" for split in SPLITS))
+    found = itertools.chain.from_iterable(folder.glob(f"{name}.{'[0-9a-f]' * 8}.partial") for name in names)
+    return [path for path in found if not path.is_symlink()]
 
 
 def earlier_units(folder: Path, first_source: int) -> list[str]:
@@ -144,10 +129,11 @@ def totals(parts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def token_counts(folder: Path, splits: dict[str, Any], split: str, vocabulary: int) -> np.ndarray:
-    counts = np.zeros(vocabulary, np.int64)
-    for shard in splits[split]["shards"]:
-        counts += np.bincount(Shard(folder / split / shard["file"], shard["bytes"]).tokens, minlength=vocabulary)
+def token_counts(folder: Path, shards: list[dict[str, Any]], n_ids: int) -> np.ndarray:
+    """How often each id occurs in a split."""
+    counts = np.zeros(n_ids, np.int64)
+    for shard in shards:
+        counts += np.bincount(Shard(folder / shard["file"], shard["bytes"]).tokens, minlength=n_ids)
     return counts
 
 

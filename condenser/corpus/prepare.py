@@ -16,6 +16,7 @@ with, or added to.
     visit      how often a row was seen before, which its masks depend on; in one store alone, the epoch
 """
 
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -29,23 +30,22 @@ import numpy as np
 from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
-from condenser.corpus.merge import EmptyStoreError, earlier_units, is_own, put_together, remove_leftovers
+from condenser.corpus.merge import earlier_units, partial_files, put_together, remove_leftovers
 from condenser.corpus.readers import Columns, Source
 from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
-    LOCK,
     UNFINISHED,
     Job,
     Share,
+    at_work,
     available_cores,
-    busy,
     do_share,
+    do_shares_on_ray,
     find_repeats,
     outcome_path,
     progress,
 )
-from condenser.data.lock import locked
 from condenser.data.store import MANIFEST, SPLITS, checksum, missing_files, read_json, read_manifest, write_json
 
 UNIT_BYTES = 4 << 20, 32 << 20  # the least and the most of the input in one unit; in between, there are 512 units
@@ -113,7 +113,7 @@ def prepare(
     Raises:
         ValueError: unreadable input, an unsuitable tokenizer, or an output folder that holds something else.
     """
-    tokenizer, output = os.path.expanduser(tokenizer), os.path.expanduser(output)
+    tokenizer, folder = os.path.expanduser(tokenizer), Path(os.path.expanduser(output))
     index, count = share_of(shard)
     if engine not in ("processes", "ray"):
         raise ValueError(f"--engine {engine} must be processes or ray")
@@ -128,27 +128,25 @@ def prepare(
     sources, left_out = resolve([str(each) for each in inputs], Columns(text_column, title_column, id_column), split)
     empty = check(sources, skip_bad_lines)  # what cannot work stops here, before anything is written
     sources = [source for source in sources if source not in empty]
-    if left_out := left_out + [f"{source.name}: without a document" for source in empty]:
+    if left_out := left_out + [(source.name, "without a document") for source in empty]:
         print(in_short(left_out))
     settings: dict[str, Any] = {"tokenizer": tokenizer, "text_column": text_column, "title_column": title_column}
     settings |= {"title_prepended": title_column is not None, "id_column": id_column, **asdict(blocks)}
     settings |= {"deduplicate": deduplicate, "near_duplicates": near_duplicates}
-    folder = Path(output)
-    fingerprints = [source.fingerprint() for source in sources]
     unit_bytes = int(np.clip(sum(source.size() for source in sources) // 512, *UNIT_BYTES))
-    settings |= {"unit_bytes": unit_bytes, "sources": fingerprints}
+    settings |= {"unit_bytes": unit_bytes, "sources": [source.fingerprint for source in sources]}
     if next_state(folder, settings, append, alone=count == 1) is None:
         if (folder / UNFINISHED).is_file():  # whoever finished it was killed at once
-            with locked(folder / LOCK, busy(folder)):
+            with at_work(folder):
                 remove_leftovers(folder)
-        print(f"{output} is already prepared: nothing to do")
+        print(f"{folder} is already prepared: nothing to do")
         return
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with locked(folder / LOCK, busy(folder), shared=count > 1):
+        with at_work(folder, shared=count > 1):
             state = next_state(folder, settings, append, alone=count == 1)
             if state is not None:  # as another process has just done it
-                make(folder, state, sources, fingerprints, blocks, skip_bad_lines, (index, count), workers, engine)
+                make(folder, state, sources, blocks, skip_bad_lines, (index, count), workers, engine)
     finally:
         with suppress(OSError):  # it is not empty
             folder.rmdir()
@@ -158,7 +156,6 @@ def make(
     folder: Path,
     state: dict[str, Any],
     sources: list[Source],
-    fingerprints: list[dict[str, Any]],
     blocks: Blocks,
     skip_bad_lines: bool,
     part: tuple[int, int],
@@ -166,25 +163,22 @@ def make(
     engine: str,
 ) -> None:
     """The share ``part`` of the work that is left in a ``state``, and the end of it where there is one share."""
-    settings, (index, count) = state["settings"], part
-    todo = state["settings"]["sources"][state["first_source"] :]
-    sources = [source for source, each in zip(sources, fingerprints, strict=True) if each in todo]
-    sources = [replace(source, number=number) for number, source in enumerate(sources, state["first_source"])]
+    settings, first, (index, count) = state["settings"], state["first_source"], part
+    sources = [source for source in sources if source.fingerprint in settings["sources"][first:]]
+    sources = [replace(source, number=number) for number, source in enumerate(sources, first)]
     share = Share(sources, settings["unit_bytes"], index, count)
     if state.pop("anew", False):
-        remove_units(folder, state["first_source"])
+        remove(files_of_units(folder, first))
     with in_the_making(folder, state, alone=count == 1):
         store_tokenizer(folder, settings["tokenizer"], lambda: texts(share, skip_bad_lines))
         tokenizer_checksum = checksum(folder / "tokenizer" / "tokenizer.json")
         near = settings["near_duplicates"]
         job = Job(folder, tokenizer_checksum, blocks, skip_bad_lines, settings["deduplicate"], near)
         if job.deduplicate:
-            earlier = earlier_units(folder, state["first_source"])
-            find_repeats(job, replace(share, index=0, count=1), earlier, workers or available_cores())
+            everything = replace(share, index=0, count=1)
+            find_repeats(job, everything, earlier_units(folder, first), workers or available_cores())
         if engine == "ray":
-            from condenser.corpus.ray_engine import do_shares
-
-            do_shares(job, share, workers)
+            do_shares_on_ray(job, share, workers)
         else:
             do_share(job, share, workers or available_cores())
         if count == 1:
@@ -215,6 +209,7 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
     first_source = state.get("first_source", len(existing["sources"]) if append else 0)
     done = existing["sources"][:first_source]
     sources = [*done, *(each for each in settings["sources"] if not append or each not in done)]
+    wanted = {"first_source": first_source, "settings": existing | {"sources": sources}}
     added_anew = append and (finished or (alone and first_source > 0))
     changed = [] if sources == existing["sources"] or added_anew else ["input"]
     changed += sorted(
@@ -225,10 +220,8 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
             f"{folder} holds a store made with another {', '.join(changed)}; choose another --output, or remove it"
             + (" (--append adds inputs to it)" if changed == ["input"] and not append else "")
         )
-    if not finished and sources == existing["sources"]:
-        return state
     if not finished:
-        return {"first_source": first_source, "settings": existing | {"sources": sources}, "anew": True}
+        return state if sources == existing["sources"] else wanted | {"anew": True}
     lost = lost_files(folder, state)
     if lost and append:
         names = " ".join(source["name"] for source in existing["sources"])
@@ -236,9 +229,7 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
             f"{lost[0]} is missing or damaged: first repair the store, by all its inputs ({names}) in one command "
             "without --append"
         )
-    if not lost and sources == existing["sources"]:
-        return None
-    return {"first_source": first_source, "settings": existing | {"sources": sources}}
+    return wanted if lost or sources != existing["sources"] else None
 
 
 def existing_state(folder: Path) -> dict[str, Any] | None:
@@ -254,7 +245,8 @@ def existing_state(folder: Path) -> dict[str, Any] | None:
             return state
     if manifest is not None:  # it says the same where whoever wrote it was killed at once
         return manifest
-    if folder.exists() and not all(path.name.startswith(".") or is_own(folder, path) for path in folder.iterdir()):
+    own = partial_files(folder)
+    if folder.exists() and not all(path.name.startswith(".") or path in own for path in folder.iterdir()):
         raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
     return None
 
@@ -271,29 +263,31 @@ def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[
     write_json(folder / UNFINISHED, state)
     try:
         yield
-    except BaseException as error:
-        begun = any(folder.glob(f"units/{state['first_source']:05d}-*.json"))
-        if alone and (isinstance(error, EmptyStoreError) or not begun):
-            remove_units(folder, state["first_source"])
-            (folder / UNFINISHED).unlink(missing_ok=True)
+    except BaseException:
+        made = files_of_units(folder, state["first_source"])
+        if alone and not any(path.suffix == ".arrow" for path in made):
+            remove([*made, folder / UNFINISHED])
             if not state["first_source"]:
                 for name in ("units", "tokenizer", *SPLITS):
                     shutil.rmtree(folder / name, ignore_errors=True)
-                (folder / "token_counts.npy").unlink(missing_ok=True)
         raise
 
 
-def remove_units(folder: Path, first_source: int) -> None:
-    """What was done of this source and those after it."""
-    for pattern in ("units/[0-9]*", "units/share-*", *(f"{split}/data-*" for split in SPLITS)):
-        for path in folder.glob(pattern):
-            name = path.name.removeprefix("data-")
-            if name.startswith("share-") or name >= f"{first_source:05d}":
-                path.unlink()
+def files_of_units(folder: Path, first_source: int) -> list[Path]:
+    """What was made of this source and those after it, and the lists of shares."""
+    patterns = "units/[0-9]*", *(f"{split}/data-*" for split in SPLITS)
+    found = itertools.chain.from_iterable(map(folder.glob, patterns))
+    added = [path for path in found if path.name.removeprefix("data-") >= f"{first_source:05d}"]
+    return [*added, *folder.glob("units/share-*")]
+
+
+def remove(files: list[Path]) -> None:
+    for path in files:
+        path.unlink(missing_ok=True)
 
 
 def texts(share: Share, skip_bad_lines: bool) -> Iterator[str]:
-    with progress(share, "training the tokenizer", shown=True) as show:
+    with progress(share, "training the tokenizer") as show:
         for unit in share.units():
             yield from (document.text for document in documents(unit, skip_bad_lines)[0])
             show(unit)

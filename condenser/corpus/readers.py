@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -57,6 +58,7 @@ class Source:
     def is_dataset(self) -> bool:
         return self.kind in ("folder", "hub")
 
+    @cached_property
     def fingerprint(self) -> dict[str, Any]:
         """Enough to tell another input: name, size, and a hash of both ends of a file; of a dataset its split, and a
         hash of what its folder says of its files."""

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -30,10 +30,10 @@ from condenser.corpus.readers import Source, Unit, units
 from condenser.corpus.repeats import keys_of, mark_repeats
 from condenser.corpus.shards import write_shard
 from condenser.corpus.words import load_segmenter
+from condenser.data.lock import locked
 from condenser.data.store import SPLITS, load_array, missing_files, read_json, save_array, write_json
 
 UNFINISHED = "unfinished.json"  # the settings of a store in the making; gone once the manifest says the same
-LOCK = ".lock"  # which several shares hold together, and everything else alone
 BAD_NAMED = 20  # records that could not be used and are named in the manifest; all are counted
 
 
@@ -76,14 +76,36 @@ def do_share(job: Job, share: Share, workers: int, show_progress: bool = True) -
     """
     for name in ("units", *SPLITS):
         (job.folder / name).mkdir(parents=True, exist_ok=True)
-    names = []
-    with pool(partial(do_unit, job), workers) as submit, progress(share, "preparing", show_progress) as show:
-        for unit in share.units():
-            names.append(unit.name)
-            if not is_done(job.folder, unit.name):
-                submit(unit)
-            show(unit)
+    names = each_unit(partial(do_unit, job), share, partial(is_done, job.folder), workers, "preparing", show_progress)
     write_json(job.folder / "units" / f"share-{share.index}-of-{share.count}.json", names)
+
+
+def do_shares_on_ray(job: Job, everything: Share, count: int | None = None) -> None:
+    """Do ``count`` shares, each in one task of the cluster that Ray is connected to; by default as many as it has CPUs.
+
+    The input and the store must be reachable under the same path on every node.
+
+    Raises:
+        ValueError: Ray is not installed, or a share that failed.
+    """
+    try:
+        import ray
+    except ImportError:
+        raise ValueError("--engine ray needs Ray: pip install 'condenser[ray]'") from None
+
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    count = count or int(ray.cluster_resources()["CPU"])
+    job = replace(job, folder=job.folder.resolve())  # Ray's workers have a folder of their own
+    sources = [
+        source if source.kind == "hub" else replace(source, name=str(Path(source.name).resolve()))
+        for source in everything.sources
+    ]
+    shares = [replace(everything, sources=sources, index=index, count=count) for index in range(count)]
+    task = ray.remote(do_share)
+    try:
+        ray.get([task.remote(job, share, workers=1, show_progress=False) for share in shares])
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from None
 
 
 def find_repeats(job: Job, everything: Share, earlier: list[str], workers: int) -> None:
@@ -91,15 +113,9 @@ def find_repeats(job: Job, everything: Share, earlier: list[str], workers: int) 
 
     Every machine that does a share does this for all of them: to read and hash takes a small part of the time.
     """
-    names = []
     (job.folder / "units").mkdir(exist_ok=True)
-    doing = "looking for repeats"
-    with pool(partial(write_keys, job), workers) as submit, progress(everything, doing, shown=True) as show:
-        for unit in everything.units():
-            names.append(unit.name)
-            if not keys_path(job.folder, unit.name).is_file():
-                submit(unit)
-            show(unit)
+    is_done = lambda name: keys_path(job.folder, name).is_file()  # noqa: E731
+    names = each_unit(partial(write_keys, job), everything, is_done, workers, "looking for repeats")
     keys = [keys_path(job.folder, name) for name in (*earlier, *names)]
     mark_repeats(keys, [repeats_path(job.folder, name) for name in names])
 
@@ -107,6 +123,25 @@ def find_repeats(job: Job, everything: Share, earlier: list[str], workers: int) 
 def write_keys(job: Job, unit: Unit) -> None:
     good, _ = documents(unit, job.skip_bad_lines)
     save_array(keys_path(job.folder, unit.name), keys_of(good, job.near_duplicates))
+
+
+def each_unit(
+    work: Callable[[Unit], None],
+    share: Share,
+    is_done: Callable[[str], bool],
+    workers: int,
+    doing: str,
+    shown: bool = True,
+) -> list[str]:
+    """Do the units of a share that are not done; gives the names of all."""
+    names = []
+    with pool(work, workers) as submit, progress(share, doing, shown) as show:
+        for unit in share.units():
+            names.append(unit.name)
+            if not is_done(unit.name):
+                submit(unit)
+            show(unit)
+    return names
 
 
 @contextmanager
@@ -161,7 +196,7 @@ def prepare_worker() -> None:
 
 
 @contextmanager
-def progress(share: Share, doing: str, shown: bool) -> Iterator[Callable[[Unit], None]]:
+def progress(share: Share, doing: str, shown: bool = True) -> Iterator[Callable[[Unit], None]]:
     """A bar over the bytes of all sources; gives the function that moves it to the end of a unit."""
     from rich.progress import Progress
 
@@ -181,7 +216,7 @@ def do_unit(job: Job, unit: Unit) -> None:
     """Write a unit's shards and the hashes of its documents, then its outcome."""
     good, bad = documents(unit, job.skip_bad_lines)
     repeats = load_array(repeats_path(job.folder, unit.name)) if job.deduplicate else np.zeros(len(good), bool)
-    encoder = load_encoder(job.folder, job.tokenizer_checksum, job.blocks.language, job.blocks.word_segmenter)
+    encoder = load_encoder(job)
     kept = [document for document, is_repeat in zip(good, repeats, strict=True) if not is_repeat]
     cut, counts = cut_documents(kept, encoder, job.blocks)
     token_type = "uint16" if encoder.n_ids <= 65536 else "uint32"
@@ -198,12 +233,12 @@ def do_unit(job: Job, unit: Unit) -> None:
 
 
 @lru_cache(maxsize=1)
-def load_encoder(folder: Path, checksum: str, language: str, word_segmenter: str | None) -> Encoder:
-    """The encoder of a store, kept for the next unit; the ``checksum`` tells its tokenizer from one before it."""
+def load_encoder(job: Job) -> Encoder:
+    """The encoder of a store, kept for the next unit; the checksum tells its tokenizer from one before it."""
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(folder / "tokenizer" / "tokenizer.json"))
-    return Encoder(tokenizer, language, load_segmenter(word_segmenter))
+    tokenizer = Tokenizer.from_file(str(job.folder / "tokenizer" / "tokenizer.json"))
+    return Encoder(tokenizer, job.blocks.language, load_segmenter(job.blocks.word_segmenter))
 
 
 def is_done(folder: Path, unit: str) -> bool:
@@ -214,12 +249,13 @@ def is_done(folder: Path, unit: str) -> bool:
     return not missing_files(folder, {split: outcome[split] for split in SPLITS})
 
 
+def at_work(folder: Path, shared: bool = False) -> AbstractContextManager[None]:
+    """Holds a store's lock: several shares hold it together, everything else alone."""
+    return locked(folder / ".lock", f"{folder} is being made by {{holder}}: wait for its end, or stop it", shared)
+
+
 def outcome_path(folder: Path, unit: str) -> Path:
     return folder / "units" / f"{unit}.json"
-
-
-def busy(folder: Path) -> str:
-    return f"{folder} is being made by {{holder}}: wait for its end, or stop it"
 
 
 def keys_path(folder: Path, unit: str) -> Path:
