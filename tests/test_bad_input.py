@@ -21,17 +21,18 @@ import zstandard
 from conftest import make_documents, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_prepare import all_tokens, contents, prepare
+from test_prepare import all_tokens, contents, prepare, prepared, refused
 from transformers import AutoTokenizer
 
 from condenser.cli import main
 from condenser.corpus.documents import documents
 from condenser.corpus.readers import Source, Unit, units
-from condenser.data.store import read_manifest
+from condenser.data.store import TokenStore, read_manifest
 
 
-def accounted(folder):
-    counts = read_manifest(folder)["counts"]
+def accounted(*arguments):
+    """Makes a store; what it counted, of which nothing is missing."""
+    counts = prepared(*arguments)
     assert counts["documents"] == counts["kept"] + counts["empty"] + counts["too_short"] + counts["bad"]
     return counts
 
@@ -54,8 +55,7 @@ def test_every_document_is_accounted_for_and_bad_ones_are_named(store, tmp_path,
     ]
     source = tmp_path / "mixed.jsonl"
     source.write_bytes(b"\n".join(lines))
-    assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines", "--min-length", "3") == 0
-    counts = accounted(tmp_path / "out")
+    counts = accounted(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines", "--min-length", "3")
     expected = {"documents": 11, "kept": 2, "empty": 3, "too_short": 1, "bad": 5, "repeated_ids": 2}
     assert {name: counts[name] for name in expected} == expected  # two repeat: the good one, and the empty text
     named = read_manifest(tmp_path / "out")["bad"]
@@ -66,12 +66,11 @@ def test_every_document_is_accounted_for_and_bad_ones_are_named(store, tmp_path,
 
 
 @pytest.mark.parametrize("n_good", [0, 400])
-def test_without_skipping_the_first_bad_line_stops_it_and_is_named(n_good, store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (4000, 4000))
+def test_without_skipping_the_first_bad_line_stops_it_and_is_named(n_good, store, small_units, tmp_path, capsys):
     source = write_jsonl(tmp_path / "some.jsonl", make_documents(n_good))
     source.write_bytes(source.read_bytes() + b'{"text": "caf\xe9"}\n')
-    assert prepare(source, store / "tokenizer", tmp_path / "out") == 1
-    assert f"some.jsonl, line {n_good + 1}: not UTF-8" in capsys.readouterr().err
+    error = refused(capsys, source, store / "tokenizer", tmp_path / "out")
+    assert f"some.jsonl, line {n_good + 1}: not UTF-8" in error
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz", ".zst"])
@@ -82,49 +81,50 @@ def test_a_compressed_file_that_is_cut_off_is_named(suffix, store, tmp_path, cap
     for name, content in (("cut", whole[: len(whole) // 2]), ("damaged", whole[:-2000] + b"x" * 1500 + whole[-500:])):
         path = tmp_path / f"{name}.jsonl{suffix}"
         path.write_bytes(content)
-        assert prepare(path, store / "tokenizer", tmp_path / "out") == 1
-        assert f"{path} cannot be decompressed" in capsys.readouterr().err
+        assert f"{path} cannot be decompressed" in refused(capsys, path, store / "tokenizer", tmp_path / "out")
         assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_a_byte_order_mark_is_no_text_and_deep_nesting_is_no_crash(store, tmp_path, capsys):
+def test_a_byte_order_mark_is_no_text_and_deep_nesting_is_no_crash(store, tmp_path):
     source = tmp_path / "bom.jsonl"
     source.write_bytes(b'\xef\xbb\xbf{"text": "Mask."}\n{"a": ' + b"[" * 200_000 + b"\n")
-    assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 0
-    assert accounted(tmp_path / "out")["kept"] == 1
+    assert accounted(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines")["kept"] == 1
     assert "line 2: not JSON" in read_manifest(tmp_path / "out")["bad"][0]
 
 
 def test_when_nothing_is_left_that_is_an_error_with_the_reason_and_no_store(store, tmp_path, capsys):
     source = tmp_path / "other.jsonl"
     source.write_text('{"body": "x"}\n' * 5)
-    assert prepare(source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 1
-    error = capsys.readouterr().err
+    error = refused(capsys, source, store / "tokenizer", tmp_path / "out", "--skip-bad-lines")
     assert "nothing is left of 5 documents: 5 bad" in error
     assert "line 1: no column 'text'; there are 'body'" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_an_input_given_twice_is_refused(corpus, store, tmp_path, capsys):
-    assert prepare([corpus, corpus], store / "tokenizer", tmp_path / "out") == 1
-    assert "given twice" in capsys.readouterr().err
+    assert "given twice" in refused(capsys, [corpus, corpus], store / "tokenizer", tmp_path / "out")
 
 
 def test_a_row_of_a_table_that_is_not_utf8_is_named_and_can_be_skipped(store, tmp_path, capsys):
     offsets, data = pa.array([0, 5, 9, 14], pa.int32()).buffers()[1], pa.py_buffer(b"Mask.caf\xe9Heads")
     texts = pa.StringArray.from_buffers(3, offsets, data)
     pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet")
-    assert prepare(tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out") == 1
-    assert "a.parquet, row 2: not UTF-8" in capsys.readouterr().err
-    assert prepare(tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out", "--skip-bad-lines") == 0
-    assert accounted(tmp_path / "out")["kept"] == 2
+    asked = tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out"
+    assert "a.parquet, row 2: not UTF-8" in refused(capsys, *asked)
+    assert accounted(*asked, "--skip-bad-lines")["kept"] == 2
 
 
-@pytest.mark.parametrize("column", [pa.array([["a"]]), pa.array([3])])
-def test_a_table_whose_text_is_no_text_is_named(column, store, tmp_path, capsys):
-    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
-    assert prepare(tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out") == 1
-    assert "'text' is not a text but" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"text": [["a"]]}, "'text' is not a text but list"),
+        ({"text": [3]}, "'text' is not a text but int"),
+        ({"body": ["x"]}, "no column 'text'; there are 'body'"),
+    ],
+)
+def test_a_table_without_text_is_named(columns, message, store, tmp_path, capsys):
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert message in refused(capsys, tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out")
 
 
 def test_a_damaged_table_is_named(store, tmp_path, capsys):
@@ -133,8 +133,7 @@ def test_a_damaged_table_is_named(store, tmp_path, capsys):
     content = bytearray(path.read_bytes())
     content[2000:4000] = os.urandom(2000)
     path.write_bytes(content)
-    assert prepare(path, store / "tokenizer", tmp_path / "out") == 1
-    assert f"{path} is not a parquet file, or damaged" in capsys.readouterr().err
+    assert f"{path} is not a parquet file, or damaged" in refused(capsys, path, store / "tokenizer", tmp_path / "out")
 
 
 def test_titles_are_put_before_the_text_and_the_manifest_says_so(store, tmp_path, capsys):
@@ -145,8 +144,8 @@ def test_titles_are_put_before_the_text_and_the_manifest_says_so(store, tmp_path
     assert sorted(tokenizer.decode(row) for row in all_tokens(tmp_path / "out")) == ["encoders heads rank.", "mask."]
     settings_ = read_manifest(tmp_path / "out")["settings"]
     assert (settings_["title_column"], settings_["title_prepended"]) == ("title", True)
-    assert prepare(source, store / "tokenizer", tmp_path / "none", "--title-column", "headline") == 1
-    assert "no column 'headline'; there are 'title', 'text': name one with --title-column" in capsys.readouterr().err
+    error = refused(capsys, source, store / "tokenizer", tmp_path / "none", "--title-column", "headline")
+    assert "no column 'headline'; there are 'title', 'text': name one with --title-column" in error
 
 
 @pytest.mark.parametrize("gap", [pytest.param(" ", marks=pytest.mark.slow), ""])
@@ -154,8 +153,7 @@ def test_a_line_of_many_megabytes_is_one_document_and_nothing_of_it_is_lost(gap,
     words = ["encoding", "heads", "ranked."] * 250_000
     source = tmp_path / "long.jsonl"
     source.write_text(json.dumps({"text": gap.join(words)}) + "\n" + json.dumps({"text": "Mask."}) + "\n")
-    assert prepare(source, store / "tokenizer", tmp_path / "out") == 0
-    counts = accounted(tmp_path / "out")
+    counts = accounted(source, store / "tokenizer", tmp_path / "out")
     assert (counts["documents"], counts["kept"], counts["tokens_dropped"]) == (2, 2, 0)
     if gap:
         one = len(AutoTokenizer.from_pretrained(store / "tokenizer")("encoding heads ranked. ")["input_ids"]) - 2
@@ -166,8 +164,7 @@ def test_a_file_without_ends_of_documents_is_refused(store, tmp_path, capsys, mo
     monkeypatch.setattr("condenser.corpus.readers.LONGEST_RECORD", 10_000)
     source = tmp_path / "endless.txt"
     source.write_text("one line\n" * 20_000)
-    assert prepare(source, store / "tokenizer", tmp_path / "out") == 1
-    assert "endless.txt holds a document of more than" in capsys.readouterr().err
+    assert "endless.txt holds a document of more than" in refused(capsys, source, store / "tokenizer", tmp_path / "out")
 
 
 LINES = st.lists(st.sampled_from([b'{"text": "a"}', b"\n", b"\n\n", b"\r\n", b"{", b"\x00", b"\xff", b" "]))
@@ -199,60 +196,58 @@ def test_readers_survive_any_bytes_and_number_every_line(tmp_path_factory, conte
 # --- killed, and short of room
 
 
-def slow_preparation(corpus, tokenizer, output, workers):
-    """The command in a process of its own, with units small enough to be hit in the middle of."""
+@pytest.fixture
+def slow_command(store, tmp_path):
+    """The command for a folder in a process of its own, with units small enough to be hit in the middle of."""
+    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
     code = "import sys, condenser.cli as c, condenser.corpus.prepare as p; p.UNIT_BYTES = 20000, 20000; "
-    code += "c.main(sys.argv[1:])"
-    arguments = ["prepare", "--input", str(corpus), "--tokenizer", str(tokenizer), "--output", str(output)]
-    return [sys.executable, "-c", code, *arguments, "--max-length", "32", "--workers", str(workers)]
+    arguments = ["prepare", "--input", str(corpus), "--tokenizer", str(store / "tokenizer"), "--max-length", "32"]
+    command = [sys.executable, "-c", code + "c.main(sys.argv[1:])", *arguments, "--workers", "2", "--output"]
+    return lambda name: [*command, str(tmp_path / name)]
 
 
 @pytest.mark.slow
-def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(store, tmp_path):
-    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
-    command = slow_preparation(corpus, store / "tokenizer", tmp_path / "whole", 2)
+def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(slow_command, tmp_path):
     started = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(slow_command("whole"), check=True, capture_output=True)
     duration = time.monotonic() - started
-    command = slow_preparation(corpus, store / "tokenizer", tmp_path / "killed", 2)
     for moment in np.random.default_rng(0).uniform(0.1, 0.9, 10):
         process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+            slow_command("killed"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
         time.sleep(moment * duration)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(slow_command("killed"), check=True, capture_output=True)
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_workers_end_when_the_one_who_started_them_is_killed(store, tmp_path):
-    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
-    process = subprocess.Popen(
-        slow_preparation(corpus, store / "tokenizer", tmp_path / "out", 2),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    wait_for(lambda: list((tmp_path / "out").glob("units/*.json")))
+def test_workers_end_when_the_one_who_started_them_is_killed_and_the_command_goes_on(slow_command, tmp_path):
+    out = tmp_path / "out"
+    process = subprocess.Popen(slow_command("out"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait_for(lambda: list(out.glob("units/*.json")))
     children = psutil.Process(process.pid).children(recursive=True)
     assert len(children) >= 2
     process.kill()
     process.wait()
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
+    with pytest.raises(ValueError, match="unfinished"):
+        TokenStore(out, "train")
+    kept = {path: path.stat().st_mtime_ns for path in out.glob("units/*.json")}
+    subprocess.run(slow_command("out"), check=True, capture_output=True)
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
 
 
-def test_a_worker_that_is_killed_is_one_clear_error_and_the_command_goes_on(store, tmp_path):
-    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
-    command = slow_preparation(corpus, store / "tokenizer", tmp_path / "out", 2)
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def test_a_worker_that_is_killed_is_one_clear_error_and_the_command_goes_on(slow_command, tmp_path):
+    process = subprocess.Popen(slow_command("out"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list((tmp_path / "out").glob("units/*.json")))
     workers = [c for c in psutil.Process(process.pid).children() if "resource_tracker" not in " ".join(c.cmdline())]
     random.Random(0).choice(workers).kill()
     _, errors = process.communicate(timeout=60)
     assert "a worker process was killed" in errors
     assert "Traceback" not in errors
-    assert subprocess.run(command, capture_output=True).returncode == 0
+    assert subprocess.run(slow_command("out"), capture_output=True).returncode == 0
     assert read_manifest(tmp_path / "out")["counts"]["kept"] == 6000
 
 
@@ -263,22 +258,22 @@ def wait_for(condition):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists() or os.geteuid() != 0, reason="needs root to mount a small disk")
-def test_a_disk_that_fills_up_while_appending_leaves_the_store_and_the_command_goes_on(corpus, store, tmp_path, capsys):
+def test_a_disk_that_fills_up_leaves_the_store_and_the_command_goes_on(corpus, store, tmp_path, capsys):
     disk, more = tmp_path / "disk", write_jsonl(tmp_path / "more.jsonl", make_documents(3000, seed=8))
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=450k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
+    first, appended = ((each, store / "tokenizer", disk / "out") for each in (corpus, more))
     try:
-        assert prepare(corpus, store / "tokenizer", disk / "out") == 0
+        assert "No space left on device" in refused(capsys, *first)
+        subprocess.run(["mount", "-o", "remount,size=450k", str(disk)], check=True)
+        accounted(*first)
         before = contents(disk / "out")
-        assert prepare(more, store / "tokenizer", disk / "out", "--append") == 1
-        assert "No space left on device" in capsys.readouterr().err
-        after = contents(disk / "out")
-        assert before.items() <= after.items()
+        assert "No space left on device" in refused(capsys, *appended, "--append")
+        assert before.items() <= contents(disk / "out").items()
         assert main(["inspect", str(disk / "out"), "--verify"]) == 0
         subprocess.run(["mount", "-o", "remount,size=10m", str(disk)], check=True)
-        assert prepare(more, store / "tokenizer", disk / "out", "--append") == 0
-        assert accounted(disk / "out")["kept"] == 3400
+        assert accounted(*appended, "--append")["kept"] == 3400
         assert not list((disk / "out").rglob("*.partial"))
     finally:
         subprocess.run(["umount", str(disk)], check=False)

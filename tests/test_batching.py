@@ -113,14 +113,6 @@ def test_a_hundred_million_rows_take_two_bytes_each_and_any_step_a_moment(capsys
     assert peaks[1] < 1.5 * peaks[0] < 2**21
 
 
-@pytest.mark.parametrize("n_parts", [1, 2, 7, 64])
-@pytest.mark.parametrize("lengths", [[5] * 64, list(range(100, 0, -1)), [128] * 3 + [3] * 200])
-def test_equal_bounds_cut_everything_into_parts_that_are_not_empty(lengths, n_parts):
-    bounds = equal_bounds(np.array(lengths), n_parts)
-    assert (bounds[0], bounds[-1], len(bounds)) == (0, len(lengths), n_parts + 1)
-    assert (np.diff(bounds) > 0).all()
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

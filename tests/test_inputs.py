@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import make_documents, write_jsonl
-from test_prepare import all_tokens, contents, prepare
+from test_prepare import all_tokens, contents, prepare, prepared, refused, rows_of
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -68,8 +68,7 @@ def test_a_folder_gives_all_that_can_be_read_and_names_the_rest(folder, store, t
     assert found == [str(folder / name) for name in READ]
     for part in ("8 hidden, or left behind", "2 no format that is read", "1 .csv, 1 .arrow", "README.txt", "1 empty"):
         assert part in left_out
-    assert prepare(folder, store / "tokenizer", tmp_path / "out") == 0
-    assert read_manifest(tmp_path / "out")["counts"]["documents"] == 11
+    assert prepared(folder, store / "tokenizer", tmp_path / "out")["documents"] == 11
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "f.csv" in line]
     assert line == left_out
 
@@ -111,13 +110,6 @@ def test_links_are_followed_once_and_only_hidden_folders_are_left_out(tmp_path, 
     assert read_from(root / "**/wiki*")[0] == [str(expected[3])]
 
 
-def test_text_is_read_where_the_data_beside_it_are_hidden_or_empty(tmp_path):
-    (tmp_path / "a.txt").write_text("Words.")
-    (tmp_path / ".meta.json").write_text("{}")
-    (tmp_path / "z.json").touch()
-    assert read_from(tmp_path)[0] == [str(tmp_path / "a.txt")]
-
-
 def test_a_file_without_documents_is_named_and_stops_only_where_it_was_named(store, tmp_path, capsys):
     root = tmp_path / "in"
     root.mkdir()
@@ -127,40 +119,36 @@ def test_a_file_without_documents_is_named_and_stops_only_where_it_was_named(sto
         pass
     assert prepare(root, store / "tokenizer", tmp_path / "out") == 0
     assert "2 without a document (1 .jsonl, 1 .GZ" in capsys.readouterr().out
-    assert prepare(root / "b.jsonl", store / "tokenizer", tmp_path / "no") == 1
-    assert "holds no documents" in capsys.readouterr().err
+    assert "holds no documents" in refused(capsys, root / "b.jsonl", store / "tokenizer", tmp_path / "no")
 
 
-def test_a_store_among_its_own_input_is_no_input(store, tmp_path, capsys):
-    write_jsonl(tmp_path / "a.jsonl", make_documents(3))
-    for _ in range(2):
-        assert prepare(tmp_path, store / "tokenizer", tmp_path / "store") == 0
-    assert "nothing to do" in capsys.readouterr().out
-
-
-def test_a_pattern_leaves_stores_out_too_and_names_them(store, tmp_path, capsys):
+@pytest.mark.parametrize("source", ["", "**"], ids=["folder", "pattern"])
+def test_a_store_among_its_own_input_is_no_input_and_named(source, store, tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", make_documents(3))
     for output in ("store", "store", "other"):
-        assert prepare(tmp_path / "**", store / "tokenizer", tmp_path / output) == 0
+        assert prepare(tmp_path / source, store / "tokenizer", tmp_path / output) == 0
     out = capsys.readouterr().out
     assert "nothing to do" in out
     assert f"a token store (1 without an ending; {tmp_path / 'store'})" in out
     assert contents(tmp_path / "store") == contents(tmp_path / "other")
 
 
-@pytest.mark.parametrize("source", [[], [""], ""])
-def test_no_name_is_one_line(source, store, tmp_path):
-    with pytest.raises(ValueError, match="--input names nothing"):
-        prepare_from_python(input=source, tokenizer=store / "tokenizer", output=tmp_path / "out")
-
-
 @pytest.mark.parametrize(
-    "setting", [{"kind": "foo"}, {"engine": "foo"}, {"language": "english"}, {"shard": "\u00b2/3"}]
+    ("name", "value"),
+    [
+        ("input", []),
+        ("input", [""]),
+        ("input", ""),
+        ("kind", "foo"),
+        ("engine", "foo"),
+        ("language", "english"),
+        ("shard", "\u00b2/3"),
+    ],
 )
-def test_from_python_settings_are_looked_at_too(setting, store, corpus, tmp_path):
-    (name,) = setting
+def test_from_python_settings_are_looked_at_too(name, value, store, corpus, tmp_path):
+    settings = {"input": corpus, "tokenizer": store / "tokenizer", "output": tmp_path / "out"}
     with pytest.raises(ValueError, match=f"--{name}"):
-        prepare_from_python(input=corpus, tokenizer=store / "tokenizer", output=tmp_path / "out", **setting)
+        prepare_from_python(**settings | {name: value})
 
 
 def test_home_is_known_to_the_name_of_a_file(folder, monkeypatch):
@@ -169,8 +157,10 @@ def test_home_is_known_to_the_name_of_a_file(folder, monkeypatch):
 
 
 def test_a_folder_of_texts_alone_gives_texts_but_what_is_about_them(tmp_path):
-    for name in ("b.txt", "a.TXT", "README.txt", "LICENSE.txt"):
+    """Data that are hidden or empty are none."""
+    for name in ("b.txt", "a.TXT", "README.txt", "LICENSE.txt", ".meta.json"):
         (tmp_path / name).write_text("Words.")
+    (tmp_path / "z.json").touch()
     found, left_out = read_from(tmp_path)
     assert found == [str(tmp_path / "a.TXT"), str(tmp_path / "b.txt")]
     assert "2 text beside data" in left_out
@@ -178,8 +168,7 @@ def test_a_folder_of_texts_alone_gives_texts_but_what_is_about_them(tmp_path):
 
 @pytest.mark.parametrize("name", ["f.csv", "_SUCCESS.json", "*.csv", "deep/.ipynb_checkpoints/*.json", "nothing/**"])
 def test_what_is_named_and_cannot_be_read_is_refused_by_name(name, folder, store, tmp_path, capsys):
-    assert prepare(folder / name, store / "tokenizer", tmp_path / "out") == 1
-    error = capsys.readouterr().err
+    error = refused(capsys, folder / name, store / "tokenizer", tmp_path / "out")
     assert "\n" not in error.strip()
     assert name in error
     assert not (tmp_path / "out").exists()
@@ -196,8 +185,7 @@ def splits(tmp_path):
 
 def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
     saved, texts = splits
-    assert prepare(saved, store / "tokenizer", tmp_path / "out") == 1
-    error = capsys.readouterr().err
+    error = refused(capsys, saved, store / "tokenizer", tmp_path / "out")
     assert "no split 'train' but 'a', 'b': name one with --split" in error
     assert not (tmp_path / "out").exists()
     plain = write_jsonl(tmp_path / "plain.jsonl", texts["a"] + texts["b"])
@@ -205,23 +193,21 @@ def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
         assert prepare(source, store / "tokenizer", tmp_path / output, *options) == 0
     assert all_tokens(tmp_path / "both") == all_tokens(tmp_path / "plain")
     assert prepare(saved, store / "tokenizer", tmp_path / "both", "--split", "a") == 1  # another store than that
-    assert prepare(plain, store / "tokenizer", tmp_path / "no", "--split", "a") == 1
-    assert "none of the inputs is a dataset" in capsys.readouterr().err
+    error = refused(capsys, plain, store / "tokenizer", tmp_path / "no", "--split", "a")
+    assert "none of the inputs is a dataset" in error
 
 
 def test_splits_are_added_one_after_the_other_and_other_data_under_the_same_name_are_other_data(
-    splits, store, tmp_path, monkeypatch, capsys
+    splits, store, tmp_path, monkeypatch
 ):
     saved, _ = splits
-    for split, options in (("a", []), ("b", ["--append"])):
-        assert prepare(saved, store / "tokenizer", tmp_path / "out", "--split", split, *options) == 0
-    assert read_manifest(tmp_path / "out")["counts"]["documents"] == 9
+    assert prepared(saved, store / "tokenizer", tmp_path / "out", "--split", "a")["documents"] == 5
+    assert prepared(saved, store / "tokenizer", tmp_path / "out", "--split", "b", "--append")["documents"] == 9
     others = datasets.Dataset.from_dict({"text": make_documents(4, seed=7), "id": [1, 2, 3, 4]})
     (tmp_path / "other").mkdir()
     others.with_format("numpy", columns=["id"]).save_to_disk(tmp_path / "other" / "saved")
     monkeypatch.chdir(tmp_path / "other")
-    assert prepare("saved", store / "tokenizer", tmp_path / "out", "--append") == 0
-    assert read_manifest(tmp_path / "out")["counts"]["documents"] == 13
+    assert prepared("saved", store / "tokenizer", tmp_path / "out", "--append")["documents"] == 13
     write_jsonl(tmp_path / "other/saved/beside.jsonl", ["beside a dataset"])
     assert [source.kind for source in resolve(["saved"])[0]] == ["folder", "jsonl"]
 
@@ -249,8 +235,7 @@ def test_parquet_holds_text_in_any_type_and_ids_are_the_same_as_numbers_and_text
         assert all_tokens(tmp_path / f"out{number}") == all_tokens(tmp_path / "out0")
     write_jsonl(tmp_path / "lines.jsonl", texts)  # its ids are numbers
     files = [*tmp_path.glob("*.parquet"), tmp_path / "lines.jsonl"]
-    assert prepare(files, store / "tokenizer", tmp_path / "all") == 0
-    counts = read_manifest(tmp_path / "all")["counts"]
+    counts = prepared(files, store / "tokenizer", tmp_path / "all")
     assert (counts["repeated_ids"], counts["repeated_texts"]) == (50, 50)
 
 
@@ -273,30 +258,27 @@ def test_an_id_need_not_be_a_text_and_never_costs_its_document(store, tmp_path):
     lines = [b'{"id": "\\ud800", "text": "Good text."}', b'{"id": ' + b"7" * 5000 + b', "text": "Good text, too."}']
     (tmp_path / "lines.jsonl").write_bytes(b"\n".join(lines))
     for name in ("binary.parquet", "lines.jsonl"):
-        assert prepare(tmp_path / name, store / "tokenizer", tmp_path / f"{name}.out") == 0
-        assert read_manifest(tmp_path / f"{name}.out")["counts"]["kept"] == 2
+        assert prepared(tmp_path / name, store / "tokenizer", tmp_path / f"{name}.out")["kept"] == 2
 
 
 def test_lines_of_old_macs_and_a_mark_before_a_blank_line(store, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"One line.\rAnother.\r\rA second document.\r\r\rA third.\r")
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbf\n\nThe first.\n")
     for name, n in (("a.txt", 3), ("b.txt", 1)):
-        assert prepare(tmp_path / name, store / "tokenizer", tmp_path / f"{name}.out") == 0
-        counts = read_manifest(tmp_path / f"{name}.out")["counts"]
+        counts = prepared(tmp_path / name, store / "tokenizer", tmp_path / f"{name}.out")
         assert (counts["documents"], counts["kept"]) == (n, n)
 
 
 def test_unknown_tokens_are_counted_in_both_splits(store, tmp_path):
     source = write_jsonl(tmp_path / "in.jsonl", ["\u2603 rank. " * 4 + str(number) for number in range(20)])
-    counts = []
-    for share in ("0", "0.5", "0.99"):
-        options = ["--validation-fraction", share]
-        assert prepare(source, store / "tokenizer", tmp_path / share, *options) == 0
-        counts.append(read_manifest(tmp_path / share)["counts"]["tokens_unknown"])
-    assert counts[0] == counts[1] == counts[2] > 80
+    none, half, most = (
+        prepared(source, store / "tokenizer", tmp_path / share, "--validation-fraction", share)["tokens_unknown"]
+        for share in ("0", "0.5", "0.99")
+    )
+    assert none == half == most > 80
 
 
-def test_what_fails_removes_what_it_made_and_nothing_else(store, corpus, tmp_path, capsys):
+def test_what_fails_removes_what_it_made_and_nothing_else(store, corpus, tmp_path):
     out = tmp_path / "out"
     (out / ".git").mkdir(parents=True)
     (out / ".git/HEAD").write_text("ref")
@@ -313,7 +295,7 @@ def test_what_fails_removes_what_it_made_and_nothing_else(store, corpus, tmp_pat
 
 
 @pytest.mark.parametrize("options", [[], ["--deduplicate"]])
-def test_after_an_input_that_failed_another_may_be_added(options, store, small_units, tmp_path, capsys):
+def test_after_an_input_that_failed_another_may_be_added(options, store, small_units, tmp_path):
     """As if it had never been: no repeat of what is not there, none overlooked."""
     first = write_jsonl(tmp_path / "first.jsonl", make_documents(60, seed=1))
     failing = write_jsonl(tmp_path / "failing.jsonl", make_documents(60, seed=2) * 2)
@@ -323,20 +305,19 @@ def test_after_an_input_that_failed_another_may_be_added(options, store, small_u
         assert prepare(first, store / "tokenizer", tmp_path / name, *options) == 0
     assert prepare(failing, store / "tokenizer", tmp_path / "out", "--append", *options) == 1
     for name in ("out", "clean"):
-        assert prepare(good, store / "tokenizer", tmp_path / name, "--append", *options) == 0
+        assert prepared(good, store / "tokenizer", tmp_path / name, "--append", *options)["repeated_texts"] == 60
     assert contents(tmp_path / "out") == contents(tmp_path / "clean")
-    assert read_manifest(tmp_path / "out")["counts"]["repeated_texts"] == 60
 
 
 @pytest.mark.parametrize("options", [[], ["--deduplicate"]])
 def test_one_who_was_killed_when_all_was_done_but_the_clearing_up_has_finished(options, store, tmp_path, capsys):
     files = [write_jsonl(tmp_path / f"{seed}.jsonl", make_documents(20, seed)) for seed in range(3)]
-    add = lambda name, *numbers: prepare(  # noqa: E731
-        [files[number] for number in numbers], store / "tokenizer", tmp_path / name, "--append", *options
-    )
+
+    def add(name, number):
+        return prepare(files[number], store / "tokenizer", tmp_path / name, "--append", *options)
+
     for name in ("same", "other", "clean"):
-        assert prepare(files[0], store / "tokenizer", tmp_path / name, *options) == 0
-        assert add(name, 1) == 0
+        assert add(name, 0) == add(name, 1) == 0
     before = contents(tmp_path / "same")
     for name in ("same", "other"):
         state = {"first_source": 1, "settings": read_manifest(tmp_path / name)["settings"]}
@@ -356,8 +337,8 @@ def test_one_process_makes_a_store_or_several_shares_of_it(store, corpus, tmp_pa
     out.mkdir()
     with locked(out / ".lock", "busy"):
         for options in ([], ["--shard", "0/2"]):
-            assert prepare(corpus, store / "tokenizer", out, *options) == 1
-            assert f"{out} is being made by process {os.getpid()} on" in capsys.readouterr().err
+            error = refused(capsys, corpus, store / "tokenizer", out, *options)
+            assert f"{out} is being made by process {os.getpid()} on" in error
     with locked(out / ".lock", "busy", shared=True):
         assert prepare(corpus, store / "tokenizer", out) == 1
         for index in range(2):
@@ -379,8 +360,7 @@ def test_temporary_files_of_others_stay(store, corpus, tmp_path, capsys):
     other = tmp_path / "other"
     other.mkdir()
     (other / "video.partial").touch()
-    assert prepare(corpus, store / "tokenizer", other) == 1
-    assert "holds no token store" in capsys.readouterr().err
+    assert "holds no token store" in refused(capsys, corpus, store / "tokenizer", other)
     assert [path.name for path in other.iterdir()] == ["video.partial"]
 
 
@@ -446,23 +426,17 @@ def test_repeated_texts_are_counted_and_on_request_only_the_first_is_kept(
     repeating, store, small_units, tmp_path, capsys
 ):
     files, texts = repeating
-    once = write_jsonl(tmp_path / "once.jsonl", texts)
-    for source, name, options in (
-        (files, "all", []),
-        (files, "first", ["--deduplicate"]),
-        (once, "once", []),
-    ):
-        assert prepare(source, store / "tokenizer", tmp_path / name, *options) == 0
+    every = prepared(files, store / "tokenizer", tmp_path / "all")
+    once = prepared(write_jsonl(tmp_path / "once.jsonl", texts), store / "tokenizer", tmp_path / "once")
+    first = prepared(files, store / "tokenizer", tmp_path / "first", "--deduplicate")
     assert sorted(all_tokens(tmp_path / "first")) == sorted(all_tokens(tmp_path / "once"))
-    counts = {name: read_manifest(tmp_path / name)["counts"] for name in ("all", "first", "once")}
-    assert [counts[name]["repeated_texts"] for name in counts] == [22, 22, 0]
-    assert [counts[name]["dropped_repeats"] for name in counts] == [0, 22, 0]
-    assert counts["first"]["documents"] == 82 == counts["first"]["kept"] + 22
+    assert [counts["repeated_texts"] for counts in (every, first, once)] == [22, 22, 0]
+    assert [counts["dropped_repeats"] for counts in (every, first, once)] == [0, 22, 0]
+    assert first["documents"] == 82 == first["kept"] + 22
     assert "22 dropped repeats" in capsys.readouterr().out
     assert main(["inspect", str(tmp_path / "first")]) == 0
     assert "22 dropped repeats" in " ".join(capsys.readouterr().out.split())
-    assert prepare(files, store / "tokenizer", tmp_path / "first") == 1
-    assert "another deduplicate" in capsys.readouterr().err
+    assert "another deduplicate" in refused(capsys, files, store / "tokenizer", tmp_path / "first")
 
 
 def test_repeats_are_the_same_for_any_number_of_workers_and_shares_and_for_input_that_is_added(
@@ -518,29 +492,23 @@ def test_near_duplicates_are_dropped_in_languages_with_and_without_spaces(option
     chinese = "北京是中国的首都它有三千年的历史我们去学校吗很好今天天气不错明天也许会下雨所以请带上雨伞出门"
     texts = [english, chinese, *make_documents(3, seed=9), english + " Rank.", chinese + "啊"]
     source = write_jsonl(tmp_path / "in.jsonl", texts)
-    for name, more in (("all", ["--deduplicate"]), ("out", options)):
-        assert prepare(source, store / "tokenizer", tmp_path / name, *more) == 0
-    counts = [read_manifest(tmp_path / name)["counts"]["dropped_repeats"] for name in ("all", "out")]
-    assert counts == [0, 2]
+    assert prepared(source, store / "tokenizer", tmp_path / "all", "--deduplicate")["dropped_repeats"] == 0
+    assert prepared(source, store / "tokenizer", tmp_path / "out", *options)["dropped_repeats"] == 2
 
 
 def test_without_the_library_near_duplicates_are_one_line(corpus, store, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "rensa", None)
-    assert prepare(corpus, store / "tokenizer", tmp_path / "out", "--near-duplicates") == 1
-    assert "pip install 'condenser[near]'" in capsys.readouterr().err
+    error = refused(capsys, corpus, store / "tokenizer", tmp_path / "out", "--near-duplicates")
+    assert "pip install 'condenser[near]'" in error
     assert not (tmp_path / "out").exists()
 
 
 def test_no_text_is_in_both_splits_however_often_it_comes(repeating, store, tmp_path):
     files, _ = repeating
     assert prepare(files, store / "tokenizer", tmp_path / "out", "--validation-fraction", "0.4") == 0
-    texts = {}
-    for split in ("train", "validation"):
-        rows = TokenStore(tmp_path / "out", split)
-        texts[split] = {tuple(rows.rows(np.array([number])).tokens.tolist()) for number in range(len(rows))}
-        assert len(texts[split]) > 10
-    long = {row for row in texts["train"] if len(row) > 12}  # no two documents share so many tokens by chance
-    assert not long & texts["validation"]
+    train, validation = ({*map(tuple, rows_of(tmp_path / "out", split))} for split in ("train", "validation"))
+    assert min(len(train), len(validation)) > 10
+    assert not {row for row in train if len(row) > 12} & validation  # so many tokens are not the same by chance
 
 
 def test_from_python_a_path_a_name_or_a_list_will_do(store, corpus, tmp_path):

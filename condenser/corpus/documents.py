@@ -91,9 +91,9 @@ def document_of(record: bytes | dict[str, Any], source: Source) -> Document:
         raise ValueError("holds NUL characters: binary data, or a damaged file")
     identity = record.get(columns.id)
     try:
-        content = hash64(text)
+        content = hash64(text.encode())
         has_none = identity is None or identity != identity  # tables hold NaN where a number is missing
-        return Document(text, content, content if has_none else hash_bytes(same_id(identity)))
+        return Document(text, content, content if has_none else hash64(same_id(identity)))
     except UnicodeEncodeError as error:
         raise ValueError(f"no valid Unicode: {error.reason}") from None
 
@@ -137,9 +137,5 @@ def same_id(identity: Any) -> bytes:
     return str(identity).encode("utf-8", "surrogatepass")
 
 
-def hash64(text: str) -> int:
-    return hash_bytes(text.encode())
-
-
-def hash_bytes(text: bytes) -> int:
+def hash64(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")

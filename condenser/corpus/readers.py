@@ -29,8 +29,8 @@ DECOMPRESSED: dict[str, Callable[[BinaryIO], Any]] = {
     ".zst": lambda raw: io.BufferedReader(pa.CompressedInputStream(raw, "zstd")),  # which notices where one is cut off
 }
 COMPRESSED = tuple(DECOMPRESSED)
-READERS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".txt": "text", ".text": "text"}
-READERS |= {".parquet": "parquet"}
+READERS = dict.fromkeys((".jsonl", ".ndjson", ".json"), "jsonl")
+READERS |= {".txt": "text", ".text": "text", ".parquet": "parquet"}
 LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is not what it was taken for
 
 
@@ -185,20 +185,17 @@ def saved_dataset(source: Source) -> Any:
 
     check_dataset(Path(source.name))
     try:
-        dataset: Any = datasets.load_from_disk(source.name)
+        saved: Any = datasets.load_from_disk(source.name)
     except Exception as error:  # the library raises many kinds
         raise ValueError(f"{source.name} is no saved dataset, is empty or damaged: {error}") from error
-    if not isinstance(dataset, datasets.DatasetDict):
-        if source.split != "train":
-            raise ValueError(f"--split {source.split}: {source.name} is a dataset without splits")
-        return dataset
+    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
     wanted = source.split.split("+")
-    if missing := [split for split in wanted if split not in dataset]:
+    if missing := [split for split in wanted if split not in splits]:
         raise ValueError(
-            f"{source.name} has no split {missing[0]!r} but {', '.join(map(repr, dataset))}: name one with --split, or "
+            f"{source.name} has no split {missing[0]!r} but {', '.join(map(repr, splits))}: name one with --split, or "
             "several (a+b)"
         )
-    return datasets.concatenate_datasets([dataset[split] for split in wanted])
+    return datasets.concatenate_datasets([splits[split] for split in wanted])
 
 
 def hub_dataset(source: Source) -> Any:
@@ -228,22 +225,17 @@ def parquet_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
             table = pq.ParquetFile(file)
             needed = needed_columns(source, table.schema_arrow.names)
             for batch in table.iter_batches(batch_size=256, columns=needed):
-                for record in as_bytes(batch).to_pylist():
+                as_bytes = batch.cast(pa.schema([(each.name, bytes_type(each.type)) for each in batch.schema]))
+                for record in as_bytes.to_pylist():
                     yield record, file.tell()
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{source.name} is not a parquet file, or damaged: {error}") from None
 
 
-def as_bytes(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """Texts as bytes, so that one that is not UTF-8 spoils its own record only."""
-    return batch.cast(pa.schema([pa.field(each.name, binary_of(each.type)) for each in batch.schema]))
-
-
-def binary_of(kind: pa.DataType) -> pa.DataType:
-    """The type of bytes for one of texts, whichever way they are stored; others stay."""
+def bytes_type(kind: pa.DataType) -> pa.DataType:
+    """Bytes for texts, however they are stored, so that one that is not UTF-8 spoils its own record only."""
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    texts = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
-    return pa.large_binary() if any(is_text(kind) for is_text in texts) else kind
+    return pa.large_binary() if kind in (pa.string(), pa.large_string(), pa.string_view()) else kind
 
 
 def needed_columns(source: Source, existing: list[str]) -> list[str]:

@@ -114,8 +114,11 @@ def find_repeats(job: Job, everything: Share, earlier: list[str], workers: int) 
     Every machine that does a share does this for all of them: to read and hash takes a small part of the time.
     """
     (job.folder / "units").mkdir(exist_ok=True)
-    is_done = lambda name: keys_path(job.folder, name).is_file()  # noqa: E731
-    names = each_unit(partial(write_keys, job), everything, is_done, workers, "looking for repeats")
+
+    def has_keys(name: str) -> bool:
+        return keys_path(job.folder, name).is_file()
+
+    names = each_unit(partial(write_keys, job), everything, has_keys, workers, "looking for repeats")
     keys = [keys_path(job.folder, name) for name in (*earlier, *names)]
     mark_repeats(keys, [repeats_path(job.folder, name) for name in names])
 

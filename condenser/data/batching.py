@@ -15,6 +15,7 @@ Memory: the lengths, 2 bytes a sample, and the samples of one window.
 """
 
 import itertools
+from typing import Any
 
 import numpy as np
 
@@ -69,26 +70,22 @@ class BucketedBatches:
         self.least = least = max(min(each, self.n), -(-micro_batches_per_step // each))
         self.steps_per_epoch = min(max(1, round(self.n * each / batch_size)), self.n // least)
         self.n_windows = -(-self.steps_per_epoch // window)
-        self._cached: tuple[tuple[int, int], list[list[np.ndarray]]] | None = None
+        self._cached: tuple[Any, list[list[np.ndarray]]] = None, []  # the last window, as steps are asked for in order
 
     def step(self, i: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:
         """The micro-batches of optimizer step ``i`` (counted over epochs) on ``rank``: arrays of sequence numbers, of
         which those of sample n begin at ``n * each``."""
         epoch, step = divmod(i, self.steps_per_epoch)
         window = ((step + 1) * self.n_windows - 1) // self.steps_per_epoch
-        return self._window(epoch, window)[step - self._first_step(window)][rank::world_size]
+        if self._cached[0] != (epoch, window):
+            self._cached = (epoch, window), self.steps_of_window(epoch, window)
+        return self._cached[1][step - self.first_step(window)][rank::world_size]
 
-    def _first_step(self, window: int) -> int:
+    def first_step(self, window: int) -> int:
         return window * self.steps_per_epoch // self.n_windows
 
-    def _window(self, epoch: int, window: int) -> list[list[np.ndarray]]:
-        """All steps of a window; the last one computed is kept, since steps are asked for in order."""
-        if self._cached is None or self._cached[0] != (epoch, window):
-            self._cached = (epoch, window), self._compute_window(epoch, window)
-        return self._cached[1]
-
-    def _compute_window(self, epoch: int, window: int) -> list[list[np.ndarray]]:
-        first, end = self._first_step(window), self._first_step(window + 1)
+    def steps_of_window(self, epoch: int, window: int) -> list[list[np.ndarray]]:
+        first, end = self.first_step(window), self.first_step(window + 1)
         places = np.arange(first * self.n // self.steps_per_epoch, end * self.n // self.steps_per_epoch)
         numbers = permuted(places, self.n, self.seed, ORDER, epoch)
         tokens = self.samples.tokens(epoch, numbers) + self.added  # [n, each]

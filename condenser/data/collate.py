@@ -38,15 +38,13 @@ class Vocabulary:
     @classmethod
     def of(cls, tokenizer: Any) -> "Vocabulary":
         """Raises ValueError for a tokenizer without one of the tokens."""
-        ids = {}
-        for name in ("cls", "sep", "pad", "mask"):
-            ids[f"{name}_id"] = getattr(tokenizer, f"{name}_token_id")
-            if ids[f"{name}_id"] is None:
-                raise ValueError(
-                    f"the tokenizer {tokenizer.name_or_path!r} has no {name} token, which Condenser pre-training needs"
-                )
+        ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("cls", "sep", "pad", "mask")}
+        if missing := [name for name in ids if ids[name] is None]:
+            raise ValueError(
+                f"the tokenizer {tokenizer.name_or_path!r} has no {missing[0]} token, which pre-training needs"
+            )
         ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], tokenizer.all_special_ids)
-        return cls(**ids, random_ids=ordinary)
+        return cls(ids["cls"], ids["sep"], ids["pad"], ids["mask"], random_ids=ordinary)
 
 
 @dataclass(frozen=True)

@@ -79,11 +79,10 @@ class CondenserDataModule(L.LightningDataModule):
         self.weights = {
             store_folder(name): weight for name, weight in ({store: 1.0} if store else stores or {}).items()
         }
-        for name, value in (("batch_size", batch_size), ("micro_batches_per_step", micro_batches_per_step)):
-            if value < 1:
+        sizes = {"batch_size": batch_size, "micro_batches_per_step": micro_batches_per_step}
+        for name, value in (sizes | {"tokens_per_pass": tokens_per_pass}).items():
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
-        if tokens_per_pass is not None and tokens_per_pass < 1:
-            raise ValueError(f"data.tokens_per_pass={tokens_per_pass} must be at least 1; leave it out for the default")
         self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step
         self.tokens_per_pass, self.few_shapes = tokens_per_pass, False  # the module settles what depends on the device
         self.pairs, self.span_length = pairs, span_length
@@ -360,7 +359,6 @@ class StepLoader(DataLoader):
             steps,
             batch_size=None,
             sampler=Upcoming(steps.batches.steps_per_epoch, steps_per_epoch, self.progress),
-            collate_fn=as_it_is,
             num_workers=num_workers,
             worker_init_fn=ends_with_its_parent,
             pin_memory=torch.cuda.is_available(),
@@ -388,7 +386,3 @@ class StepLoader(DataLoader):
 def ends_with_its_parent(worker: int) -> None:
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):  # the run is to stop, but needs its loader still
         signal.signal(number, signal.SIG_IGN)
-
-
-def as_it_is(item: Any) -> Any:
-    return item

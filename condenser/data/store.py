@@ -183,10 +183,10 @@ def shard_files(folder: Path, splits: dict[str, Any]) -> list[tuple[Path, dict[s
     Raises:
         ValueError: a shard outside of the folder.
     """
-    for about in splits.values():
-        for shard in about["shards"]:
-            check_file_name(shard["file"], folder)
-    return [(folder / split / shard["file"], shard) for split, about in splits.items() for shard in about["shards"]]
+    files = [(folder / split / shard["file"], shard) for split, about in splits.items() for shard in about["shards"]]
+    for _, shard in files:
+        check_file_name(shard["file"], folder)
+    return files
 
 
 def missing_files(folder: Path, splits: dict[str, Any]) -> list[Path]:

@@ -9,12 +9,13 @@ from condenser.online import ask_hub
 def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 
-    if not Path(name).is_dir() and (is_path(str(name)) or Path(name).exists()):
+    if Path(name).is_dir():
+        if not has_tokenizer(Path(name)):  # the library would make an empty one
+            raise ValueError(f"no tokenizer in {name}: there is no tokenizer.json, vocab.txt or the like")
+    elif is_path(str(name)) or Path(name).exists():
         raise ValueError(f"no tokenizer folder at {name}: give the folder that holds tokenizer.json, or a hub name")
-    if not Path(name).is_dir():
+    else:
         ask_hub()
-    elif not has_tokenizer(Path(name)):  # the library would make an empty one
-        raise ValueError(f"no tokenizer in {name}: there is no tokenizer.json, vocab.txt or the like")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # missing folder, no network, broken files: the library raises many kinds
