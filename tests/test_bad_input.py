@@ -199,7 +199,7 @@ def test_readers_survive_any_bytes_and_number_every_line(tmp_path_factory, conte
 @pytest.fixture
 def slow_command(store, tmp_path):
     """The command for a folder in a process of its own, with units small enough to be hit in the middle of."""
-    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(6000))
+    corpus = write_jsonl(tmp_path / "big.jsonl", make_documents(4000))
     code = "import sys, condenser.cli as c, condenser.corpus.prepare as p; p.UNIT_BYTES = 20000, 20000; "
     arguments = ["prepare", "--input", str(corpus), "--tokenizer", str(store / "tokenizer"), "--max-length", "32"]
     command = [sys.executable, "-c", code + "c.main(sys.argv[1:])", *arguments, "--workers", "2", "--output"]
@@ -248,7 +248,7 @@ def test_a_worker_that_is_killed_is_one_clear_error_and_the_command_goes_on(slow
     assert "a worker process was killed" in errors
     assert "Traceback" not in errors
     assert subprocess.run(slow_command("out"), capture_output=True).returncode == 0
-    assert read_manifest(tmp_path / "out")["counts"]["kept"] == 6000
+    assert read_manifest(tmp_path / "out")["counts"]["kept"] == 4000
 
 
 def wait_for(condition):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -138,7 +139,6 @@ def test_a_store_among_its_own_input_is_no_input_and_named(source, store, tmp_pa
     [
         ("input", []),
         ("input", [""]),
-        ("input", ""),
         ("kind", "foo"),
         ("engine", "foo"),
         ("language", "english"),
@@ -364,22 +364,12 @@ def test_temporary_files_of_others_stay(store, corpus, tmp_path, capsys):
     assert [path.name for path in other.iterdir()] == ["video.partial"]
 
 
-def with_a_hole(folder):
-    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "the": 7, "word": 9, ".": 11}
-    return saved(words, folder)
-
-
-def with_large_ids(folder):
-    words = {"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4, "the": 70_000, "word": 70_001, ".": 5}
-    return saved(words, folder)
-
-
-def saved(words, folder):
-    backend = Tokenizer(models.WordPiece(words, unk_token="[UNK]"))
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+def with_words(folder, words):
     names = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+    special = {token: number for number, token in enumerate(names.values())}
+    backend = Tokenizer(models.WordPiece(special | words, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     PreTrainedTokenizerFast(tokenizer_object=backend, **names).save_pretrained(folder)
-    return folder
 
 
 def with_blank_and_double_lines(folder):
@@ -388,14 +378,22 @@ def with_blank_and_double_lines(folder):
     (folder / "vocab.txt").write_text("\n".join(lines) + "\n")
     (folder / "config.json").write_text('{"model_type": "bert"}')
     (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
-    return folder
 
 
-@pytest.mark.parametrize("made", [with_a_hole, with_large_ids, with_blank_and_double_lines])
+@pytest.mark.parametrize(
+    "made",
+    [
+        partial(with_words, words={"the": 7, "word": 9, ".": 11}),
+        partial(with_words, words={"the": 70_000, "word": 70_001, ".": 5}),
+        with_blank_and_double_lines,
+    ],
+    ids=["a hole", "large ids", "blank and double lines"],
+)
 def test_a_vocabulary_may_have_ids_without_a_token(made, tmp_path):
     """From text to a model: no id wraps around, none is drawn that does not exist, none is without an embedding."""
     (tmp_path / ".DS_Store").write_bytes(b"\0")
-    place = made(tmp_path / "tokenizer")
+    place = tmp_path / "tokenizer"
+    made(place)
     (place / ".DS_Store").write_bytes(b"\0")
     source = write_jsonl(tmp_path / "words.jsonl", ["the word. " * 12] * 8)
     assert prepare(source, place, tmp_path / "out") == 0
@@ -439,18 +437,9 @@ def test_repeated_texts_are_counted_and_on_request_only_the_first_is_kept(
     assert "another deduplicate" in refused(capsys, files, store / "tokenizer", tmp_path / "first")
 
 
-def test_repeats_are_the_same_for_any_number_of_workers_and_shares_and_for_input_that_is_added(
-    repeating, store, small_units, tmp_path
-):
+def test_repeats_are_the_same_for_input_that_is_added(repeating, store, small_units, tmp_path):
     files, _ = repeating
     assert prepare(files, store / "tokenizer", tmp_path / "one", "--deduplicate") == 0
-    assert prepare(files, store / "tokenizer", tmp_path / "two", "--deduplicate", "--workers", "2") == 0
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    for index in (1, 0, 2):
-        options = ["--deduplicate", "--shard", f"{index}/3"]
-        assert prepare(files, store / "tokenizer", tmp_path / "shares", *options) == 0
-    assert main(["prepare", "merge", str(tmp_path / "shares")]) == 0
-    assert contents(tmp_path / "shares") == contents(tmp_path / "one")
     assert prepare(files[:1], store / "tokenizer", tmp_path / "added", "--deduplicate") == 0
     assert prepare(files, store / "tokenizer", tmp_path / "added", "--deduplicate", "--append") == 0
     assert sorted(all_tokens(tmp_path / "added")) == sorted(all_tokens(tmp_path / "one"))

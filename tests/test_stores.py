@@ -37,11 +37,16 @@ def files(tmp_path_factory):
 # --- sharing the work
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 7])
-def test_shares_of_several_machines_merge_to_the_bytes_of_one(count, files, store, small_units, tmp_path, capsys):
-    assert prepare(files, store / "tokenizer", tmp_path / "one") == 0
+@pytest.mark.parametrize("options", [[], ["--deduplicate"]], ids=["all", "deduplicated"])
+@pytest.mark.parametrize(("count", "workers"), [(1, "3"), (2, "1"), (3, "1"), (7, "1")])
+def test_shares_and_processes_give_the_bytes_of_one(
+    count, workers, options, files, store, small_units, tmp_path, capsys
+):
+    source = [*files, write_jsonl(tmp_path / "again.jsonl", make_documents(60, seed=0)[::2])]
+    assert prepare(source, store / "tokenizer", tmp_path / "one", *options) == 0
     for index in reversed(range(count)):
-        assert prepare(files, store / "tokenizer", tmp_path / "shared", "--shard", f"{index}/{count}") == 0
+        share = ["--shard", f"{index}/{count}", "--workers", workers]
+        assert prepare(source, store / "tokenizer", tmp_path / "shared", *share, *options) == 0
         if index:
             assert main(["prepare", "merge", str(tmp_path / "shared")]) == 1
             assert "unfinished" in capsys.readouterr().err

@@ -5,6 +5,7 @@ What cannot be used is named, with its file and line, in an error, or in a list 
 
 import codecs
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -66,17 +67,14 @@ def records(unit: Unit) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
     payload = unit.payload.removeprefix(codecs.BOM_UTF8) if unit.first == 1 else unit.payload
     if unit.source.kind == "text":
         payload = payload.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    lines = payload.split(b"\n")
+    lines = enumerate(payload.split(b"\n"), unit.first)
     if unit.source.kind == "jsonl":
-        yield from ((number, line) for number, line in enumerate(lines, unit.first) if line.strip())
+        yield from ((number, line) for number, line in lines if line.strip())
         return
-    document: list[bytes] = []
-    for number, line in enumerate([*lines, b""], unit.first):
-        if line.strip():
-            document.append(line)
-        elif document:
-            yield number - len(document), b"\n".join(document).rstrip()
-            document = []
+    for is_blank, run in itertools.groupby(lines, lambda numbered: not numbered[1].strip()):
+        if not is_blank:
+            numbers, document = zip(*run, strict=True)
+            yield numbers[0], b"\n".join(document).rstrip()
 
 
 def document_of(record: bytes | dict[str, Any], source: Source) -> Document:

@@ -31,7 +31,7 @@ from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
 from condenser.corpus.merge import earlier_units, partial_files, put_together, remove_leftovers
-from condenser.corpus.readers import Columns, Source
+from condenser.corpus.readers import Columns
 from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
@@ -134,6 +134,8 @@ def prepare(
     settings |= {"title_prepended": title_column is not None, "id_column": id_column, **asdict(blocks)}
     settings |= {"deduplicate": deduplicate, "near_duplicates": near_duplicates}
     unit_bytes = int(np.clip(sum(source.size() for source in sources) // 512, *UNIT_BYTES))
+    job = Job(folder, blocks, skip_bad_lines, deduplicate, near_duplicates)
+    share = Share(sources, unit_bytes, index, count)
     settings |= {"unit_bytes": unit_bytes, "sources": [source.fingerprint for source in sources]}
     if next_state(folder, settings, append, alone=count == 1) is None:
         if (folder / UNFINISHED).is_file():  # whoever finished it was killed at once
@@ -146,34 +148,23 @@ def prepare(
         with at_work(folder, shared=count > 1):
             state = next_state(folder, settings, append, alone=count == 1)
             if state is not None:  # as another process has just done it
-                make(folder, state, sources, blocks, skip_bad_lines, (index, count), workers, engine)
+                make(job, share, state, workers, engine)
     finally:
         with suppress(OSError):  # it is not empty
             folder.rmdir()
 
 
-def make(
-    folder: Path,
-    state: dict[str, Any],
-    sources: list[Source],
-    blocks: Blocks,
-    skip_bad_lines: bool,
-    part: tuple[int, int],
-    workers: int | None,
-    engine: str,
-) -> None:
-    """The share ``part`` of the work that is left in a ``state``, and the end of it where there is one share."""
-    settings, first, (index, count) = state["settings"], state["first_source"], part
-    sources = [source for source in sources if source.fingerprint in settings["sources"][first:]]
-    sources = [replace(source, number=number) for number, source in enumerate(sources, first)]
-    share = Share(sources, settings["unit_bytes"], index, count)
+def make(job: Job, share: Share, state: dict[str, Any], workers: int | None, engine: str) -> None:
+    """A share of the work that is left in a ``state``, and the end of it where there is one share."""
+    folder, settings, first = job.folder, state["settings"], state["first_source"]
+    left = [source for source in share.sources if source.fingerprint in settings["sources"][first:]]
+    numbered = [replace(source, number=number) for number, source in enumerate(left, first)]
+    share = replace(share, sources=numbered, unit_bytes=settings["unit_bytes"])
     if state.pop("anew", False):
         remove(files_of_units(folder, first))
-    with in_the_making(folder, state, alone=count == 1):
-        store_tokenizer(folder, settings["tokenizer"], lambda: texts(share, skip_bad_lines))
-        tokenizer_checksum = checksum(folder / "tokenizer" / "tokenizer.json")
-        near = settings["near_duplicates"]
-        job = Job(folder, tokenizer_checksum, blocks, skip_bad_lines, settings["deduplicate"], near)
+    with in_the_making(folder, state, alone=share.count == 1):
+        store_tokenizer(folder, settings["tokenizer"], lambda: texts(share, job.skip_bad_lines))
+        job = replace(job, tokenizer_checksum=checksum(folder / "tokenizer" / "tokenizer.json"))
         if job.deduplicate:
             everything = replace(share, index=0, count=1)
             find_repeats(job, everything, earlier_units(folder, first), workers or available_cores())
@@ -181,10 +172,11 @@ def make(
             do_shares_on_ray(job, share, workers)
         else:
             do_share(job, share, workers or available_cores())
-        if count == 1:
+        if share.count == 1:
             put_together(folder)
         else:
-            print(f"{folder}: share {index} of {count} is done; `condenser prepare merge {folder}` when all are")
+            about = f"share {share.index} of {share.count} is done"
+            print(f"{folder}: {about}; `condenser prepare merge {folder}` when all are")
 
 
 def share_of(shard: str | None) -> tuple[int, int]:

@@ -78,10 +78,10 @@ def train_wordpiece(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
 
 def frequent_characters(texts: Iterator[str], at_most: int) -> list[str]:
     """The most frequent characters, up to 99.99 % of all occurrences, in code point order."""
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
-    ranked = sorted((c for c in counts if not c.isspace()), key=lambda c: (-counts[c], c))[:at_most]
+    counts = Counter(itertools.chain.from_iterable(texts))
+    for space in filter(str.isspace, [*counts]):
+        del counts[space]
+    ranked = sorted(counts, key=lambda c: (-counts[c], c))[:at_most]
     covered_before = itertools.accumulate((counts[c] for c in ranked), initial=0)
-    enough = 0.9999 * sum(counts[c] for c in counts if not c.isspace())
+    enough = 0.9999 * counts.total()
     return sorted(c for c, covered in zip(ranked, covered_before, strict=False) if covered < enough)

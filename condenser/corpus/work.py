@@ -41,12 +41,12 @@ BAD_NAMED = 20  # records that could not be used and are named in the manifest; 
 class Job:
     """What is done with each unit."""
 
-    folder: Path  # of the store, where its tokenizer is already
-    tokenizer_checksum: str
+    folder: Path  # of the store
     blocks: Blocks
     skip_bad_lines: bool
     deduplicate: bool
     near_duplicates: bool
+    tokenizer_checksum: str = ""  # once the store has its tokenizer
 
 
 @dataclass(frozen=True)
