@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, SequentialSampler
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import EXTRAS, Fields, Masking, Shapes, StepBatch, Vocabulary, collate, filled
 from condenser.data.masking import Unit
-from condenser.data.mixing import Mixture, check_one_tokenizer
+from condenser.data.mixing import Mixture
 from condenser.data.pairs import Pairs
 from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, digest, load_array, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
@@ -134,7 +134,10 @@ class CondenserDataModule(L.LightningDataModule):
         self.stores = {split: [TokenStore(folder, split) for folder in self.weights] for split in SPLITS}
         self.made: dict[Any, Mixture] = {}
         self.digests = [digest(folder) for folder in self.weights]
-        check_one_tokenizer(self.stores["train"])
+        first, *others = self.stores["train"]
+        for store in others:
+            if store.manifest["tokenizer"] != first.manifest["tokenizer"]:
+                raise ValueError(f"{store.folder} and {first.folder} were made with different tokenizers")
         shares = zip(self.weights.values(), self.stores["train"], strict=True)
         if not any(weight and len(store) for weight, store in shares):
             raise ValueError(f"{', '.join(map(str, self.weights))}: nothing to train on, no rows or no weight")

@@ -36,13 +36,13 @@ class Mixture:
     """The samples of all epochs over some stores.
 
     Args:
-        stores: read with the same tokenizer.
+        stores: made with the same tokenizer.
         weights: passes over each store in an epoch; 1 for each by default.
         seed: seed of the order of the passes.
         sizes: samples in each store; its rows by default.
 
     Raises:
-        ValueError: a negative weight, or stores of different tokenizers.
+        ValueError: a negative weight.
     """
 
     each = 1  # sequences of a sample
@@ -61,7 +61,6 @@ class Mixture:
         if min(weights) < 0:
             raise ValueError(f"the weights of stores must not be negative: {list(weights)}")
         self.quotas = np.rint(np.array(weights) * self.sizes).astype(np.int64)
-        check_one_tokenizer(self.stores)
         alone = len(self.stores) == 1
         self.lengths = stores[0].lengths if alone else np.concatenate([store.lengths for store in self.stores])  # [N]
         self.first_rows = np.cumsum([0, *map(len, self.stores)])[:-1]
@@ -102,10 +101,3 @@ class Mixture:
         shards = [shard for store in self.stores for shard in store.shards]
         in_order = zip(self.first_rows, self.stores, strict=True)
         return read_rows(shards, np.concatenate([first + store.first_rows for first, store in in_order]), rows)
-
-
-def check_one_tokenizer(stores: Sequence[TokenStore]) -> None:
-    """Raises ValueError for stores of different tokenizers."""
-    for store in stores[1:]:
-        if store.manifest["tokenizer"] != stores[0].manifest["tokenizer"]:
-            raise ValueError(f"{store.folder} and {stores[0].folder} were made with different tokenizers")

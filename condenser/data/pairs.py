@@ -28,7 +28,7 @@ class Pairs(Mixture):
         span_length: cut spans of so many tokens; by default they are the rows that are stored.
 
     Raises:
-        ValueError: as `Mixture`, a store of blocks, or a document of one span.
+        ValueError: as `Mixture`, or a store of blocks.
     """
 
     each = 2
@@ -49,10 +49,7 @@ class Pairs(Mixture):
         firsts = [each + first for each, first in zip(bounds, self.first_rows, strict=True)]
         self.begins = np.concatenate([each[:-1] for each in firsts])  # [D], in rows of all stores
         self.ends = np.concatenate([each[1:] for each in firsts])
-        alone = np.flatnonzero(self.ends - self.begins < 2)
-        if len(alone):
-            names = ", ".join(str(store.folder) for store in stores)
-            raise ValueError(f"document {alone[0]} of {names} has one span, which has no sibling: prepare it anew")
+        assert (self.ends - self.begins >= 2).all(), "a document of one span"
         self.n_tokens = np.add.reduceat(self.lengths, self.begins, dtype=np.int64) if len(self.begins) else self.begins
 
     def typical_lengths(self) -> np.ndarray:
