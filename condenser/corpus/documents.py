@@ -79,15 +79,14 @@ def records(unit: Unit) -> Iterator[tuple[int, bytes | dict[str, Any]]]:
 
 def document_of(record: bytes | dict[str, Any], source: Source) -> Document:
     """Raises ValueError for what is not a record, a field that is missing or no text, and text that is none."""
-    columns = source.columns
     if isinstance(record, bytes):
-        record = {columns.text: decoded(record)} if source.kind == "text" else json_object(record)
-    text = field(record, columns.text, "--text-column")
-    if columns.title is not None and (title := field(record, columns.title, "--title-column")):
+        record = {source.text_column: decoded(record)} if source.kind == "text" else json_object(record)
+    text = field(record, source.text_column, "--text-column")
+    if source.title_column is not None and (title := field(record, source.title_column, "--title-column")):
         text = f"{title}\n{text}"
     if "\0" in text:
         raise ValueError("holds NUL characters: binary data, or a damaged file")
-    identity = record.get(columns.id)
+    identity = record.get(source.id_column)
     try:
         content = hash64(text.encode())
         has_none = identity is None or identity != identity  # tables hold NaN where a number is missing

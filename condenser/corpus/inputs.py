@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from condenser.corpus.documents import documents
-from condenser.corpus.readers import COMPRESSED, READERS, Columns, Source, suffix_of, units
+from condenser.corpus.readers import COMPRESSED, READERS, Source, suffix_of, units
 from condenser.corpus.work import UNFINISHED
 from condenser.data.store import MANIFEST
 from condenser.data.tokenizers import is_path
@@ -28,10 +29,8 @@ FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
 LeftOut = tuple[str, str]  # a path, and why it is not read
 
 
-def resolve(
-    inputs: list[str], columns: Columns | None = None, split: str = "train"
-) -> tuple[list[Source], list[LeftOut]]:
-    """Names -> sources in order, and what is left out.
+def resolve(inputs: list[str], split: str = "train", **columns: Any) -> tuple[list[Source], list[LeftOut]]:
+    """Names -> sources in order, and what is left out. ``columns``: see `Source`.
 
     Raises:
         ValueError: no name, a path that is not there, a file that is empty or of no known format, one that is given
@@ -52,7 +51,7 @@ def resolve(
         raise ValueError(f"{repeated[0]} is given twice among the inputs")
     if split != "train" and not any(source.is_dataset for source in sources):
         raise ValueError(f"--split {split}: none of the inputs is a dataset with splits")
-    return [replace(source, columns=columns or Columns(), split=split) for source in sources], left_out
+    return [replace(source, split=split, **columns) for source in sources], left_out
 
 
 def sources_of(name: str) -> tuple[list[Source], list[LeftOut]]:

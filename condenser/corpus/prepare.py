@@ -31,7 +31,6 @@ from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
 from condenser.corpus.merge import earlier_units, partial_files, put_together, remove_leftovers
-from condenser.corpus.readers import Columns
 from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
@@ -125,7 +124,8 @@ def prepare(
     deduplicate = deduplicate or near_duplicates
     blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
     inputs = [input] if isinstance(input, str | Path) else input
-    sources, left_out = resolve([str(each) for each in inputs], Columns(text_column, title_column, id_column), split)
+    columns = {"text_column": text_column, "title_column": title_column, "id_column": id_column}
+    sources, left_out = resolve([str(each) for each in inputs], split, **columns)
     empty = check(sources, skip_bad_lines)  # what cannot work stops here, before anything is written
     sources = [source for source in sources if source not in empty]
     if left_out := left_out + [(source.name, "without a document") for source in empty]:

@@ -35,21 +35,14 @@ LONGEST_RECORD = 1 << 28  # bytes; a file where no record ends for so long is no
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Where the parts of a document are in a record; plain text has only the first."""
-
-    text: str = "text"
-    title: str | None = None
-    id: str = "id"
-
-
-@dataclass(frozen=True)
 class Source:
     """One input: a file, a dataset folder, or the name of a dataset on the hub (``NAME`` or ``NAME:CONFIGURATION``)."""
 
     name: str
     kind: str  # jsonl, text, parquet, folder, hub
-    columns: Columns = Columns()
+    text_column: str = "text"  # where the parts of a document are in a record; plain text has only this
+    title_column: str | None = None
+    id_column: str = "id"
     split: str = "train"  # of a dataset
     found: bool = False  # in a folder or by a pattern, not named itself
     number: int = 0  # among all sources of the store
@@ -132,7 +125,7 @@ def parts_of_table(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
     """Records of at least ``size`` characters of text at a time, and the position after them."""
 
     def characters(found: tuple[dict[str, Any], int]) -> int:
-        text = found[0][source.columns.text]
+        text = found[0][source.text_column]
         return len(text) if isinstance(text, str | bytes) else 0
 
     for group in groups(table_records(source), size, characters):
@@ -239,11 +232,11 @@ def bytes_type(kind: pa.DataType) -> pa.DataType:
 
 
 def needed_columns(source: Source, existing: list[str]) -> list[str]:
-    columns = source.columns
-    for column, option in ((columns.text, "--text-column"), (columns.title, "--title-column")):
+    text, title = source.text_column, source.title_column
+    for column, option in ((text, "--text-column"), (title, "--title-column")):
         if column is not None and column not in existing:
             raise ValueError(f"{source.name}: {missing_column(column, option, existing)}")
-    return [column for column in dict.fromkeys((columns.text, columns.title, columns.id)) if column in existing]
+    return [column for column in dict.fromkeys((text, title, source.id_column)) if column in existing]
 
 
 def missing_column(column: str, option: str, existing: list[str]) -> str:
