@@ -338,8 +338,9 @@ def test_a_second_start_is_refused_while_the_first_lives_and_takes_over_when_it_
 
 
 def test_a_lock_goes_with_its_holder_and_not_with_a_file(tmp_path):
-    with locked(tmp_path / "lock", "busy with {holder}"):
-        with pytest.raises(ValueError, match="busy with process"), locked(tmp_path / "lock", "busy with {holder}"):
+    with locked(tmp_path / "lock", "{me} is busy with {holder}"):
+        busy = pytest.raises(ValueError, match=r"\{me} is busy with process")
+        with busy, locked(tmp_path / "lock", "{me} is busy with {holder}"):
             pass
         assert (tmp_path / "lock").read_text().startswith(f"process {os.getpid()} on")
     (tmp_path / "lock").write_text("process 1 on elsewhere")

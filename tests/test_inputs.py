@@ -333,7 +333,7 @@ def test_one_who_was_killed_when_all_was_done_but_the_clearing_up_has_finished(o
 
 
 def test_one_process_makes_a_store_or_several_shares_of_it(store, corpus, tmp_path, capsys):
-    out = tmp_path / "out"
+    out = tmp_path / "{out}"
     out.mkdir()
     with locked(out / ".lock", "busy"):
         for options in ([], ["--shard", "0/2"]):

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -262,3 +263,28 @@ def test_metrics_of_every_step_are_gone_on_with_and_read_in_little_memory(tmp_pa
         tracemalloc.stop()
     assert all((curves[name][0] == np.arange(n - 1)).all() for name in names)
     assert [each.tolist() for each in curves["another"]] == [[n - 1], [1.0]]
+
+
+VARIED = """
+import resource, sys, torch
+from condenser.training.module import keep_few_kernels
+
+if sys.argv[1] == "few":
+    keep_few_kernels()
+layer = torch.nn.Linear(128, 384)
+for n in range(500, 900):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.ones(n, 128)).sum().backward()
+    if n == 510:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_in_half_precision_a_cpu_does_not_keep_a_kernel_of_every_shape():
+    grown = {}
+    for kept in ("few", "all"):
+        done = subprocess.run([sys.executable, "-c", VARIED, kept], check=True, capture_output=True, text=True)
+        grown[kept] = int(done.stdout)
+    assert grown["few"] < 0.6 * grown["all"], grown

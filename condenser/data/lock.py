@@ -47,7 +47,7 @@ def opened(path: Path, busy: str, kind: int) -> Any:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
-            raise ValueError(busy.format(holder=holder)) from None
+            raise ValueError(busy.replace("{holder}", holder)) from None
         except OSError as error:  # a file system without locks
             print(f"{path} cannot be locked ({error.strerror}): see to it that nothing else is at work there")
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
