@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,6 @@ def export(
 def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> Path:
     """A .ckpt file, or one of a run folder's: its last that is whole, its best, or that of a ``step``."""
     path = Path(name)
-    path = path.parent if path.name == "checkpoints" and path.is_dir() else path
     if best and step is not None:
         raise ValueError("--best and --step: give one of them")
     if path.is_file():
@@ -85,50 +84,60 @@ def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> P
         if not is_intact(path):
             raise ValueError(f"{name} is damaged, or no checkpoint: its bytes are not those that were written")
         return path
-    if not path.is_dir():
-        raise ValueError(f"no such checkpoint or run folder: {name}")
-    found = checkpoints(path)
-    if not found and (path / "config.json").is_file():
-        raise ValueError(
-            f"{name} is a model and no run: CondenserForPreTraining.from_pretrained reads it, and its "
-            "model.lm.save_pretrained writes the encoder"
-        )
-    if not found:
-        raise ValueError(f"{name} has no checkpoints/*.ckpt: is it a run folder, and has it saved one yet?")
+    found = checkpoints_of(path)
     wanted = [path for path in found if (not best or path.name.startswith("best")) and step in (None, step_of(path))]
     if not wanted:
         there = ", ".join(path.name for path in found)
         raise ValueError(f"{name} has no {'best checkpoint' if best else f'checkpoint of step {step}'}, but {there}")
-    for path in wanted:
+    return next(whole(wanted))
+
+
+def checkpoints_of(run: Path) -> list[Path]:
+    """Those of a run folder, the newest first. Raises ValueError where there are none."""
+    if not run.is_dir():
+        raise ValueError(f"no such checkpoint or run folder: {run}")
+    found = checkpoints(run.parent if run.name == "checkpoints" else run)
+    if not found and (run / "config.json").is_file():
+        raise ValueError(
+            f"{run} is a model and no run: CondenserForPreTraining.from_pretrained reads it, and its "
+            "model.lm.save_pretrained writes the encoder"
+        )
+    if not found:
+        raise ValueError(f"{run} has no checkpoints/*.ckpt: is it a run folder, and has it saved one yet?")
+    return found
+
+
+def whole(paths: list[Path]) -> Iterator[Path]:
+    """Without damaged ones, which are named. Raises ValueError where all are."""
+    is_left = False
+    for path in paths:
         if is_intact(path):
-            return path
-        print(f"{path} is damaged and is passed over")
-    raise ValueError(
-        f"{name}: {', '.join(path.name for path in wanted)}: damaged; export another step, or go on training"
-    )
+            is_left = True
+            yield path
+        else:
+            print(f"{path} is damaged and is passed over")
+    if not is_left:
+        raise ValueError(f"{', '.join(map(str, paths))}: damaged; export another step, or go on training")
 
 
 def already_exported(target: Path, source: dict[str, Any]) -> bool:
+    """Raises ValueError where something else is there, or an export that has changed."""
     if not target.exists():
         return False
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
         return False
-    about = target / ABOUT_FILE
-    if about.is_file():
-        content = json.loads(about.read_text())
-        there = content["source"]
-        if (there["sha256"], there.get("options", {})) == (source["sha256"], source["options"]):
-            for name, digest in content.get("files", {}).items():
-                if not (target / name).is_file() or sha256(target / name) != digest:
-                    raise ValueError(
-                        f"{target / name} is missing or has changed since the export: remove {target} first"
-                    )
-            return True
-    raise ValueError(
-        f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "
-        "another folder"
-    )
+    content = read_mapping(target / ABOUT_FILE) or {"source": {}}
+    there = content["source"]
+    if (there.get("sha256"), there.get("options", {})) != (source["sha256"], source["options"]):
+        raise ValueError(
+            f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "
+            "another folder"
+        )
+    for name, digest in content.get("files", {}).items():
+        if not (target / name).is_file() or sha256(target / name) != digest:
+            raise ValueError(f"{target / name} is missing or has changed since the export: remove {target} first")
+    return True
 
 
 def note_files(folder: Path) -> None:
@@ -205,10 +214,8 @@ def compare_with_live(folder: Path, model: Objective) -> None:
     input_ids = torch.randint(0, model.lm.config.vocab_size, (2, 16), generator=generator)
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
     with torch.inference_mode():
-        again = load_export(folder)
-        pairs = {
-            f"load_export ({name})": (weight, again.state_dict()[name]) for name, weight in model.state_dict().items()
-        }
+        again, weights = load_export(folder).state_dict(), model.state_dict()
+        pairs = {f"load_export ({name})": (weight, again[name]) for name, weight in weights.items()}
         encoder = getattr(model.lm, model.lm.base_model_prefix)
         states = AutoModel.from_pretrained(folder, trust_remote_code=False)(**batch).last_hidden_state
         pairs["AutoModel"] = encoder(**batch).last_hidden_state, states

@@ -17,7 +17,7 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
     "hub": {"models", "data"},
     "export": {"models", "hub", "runs", "card"},
     "card": {"models"},
-    "exports": {"models", "corpus", "evaluation", "export", "runs"},
+    "exports": {"models", "corpus", "evaluation", "hub", "export", "runs"},
     "training": {"models", "data", "hub", "export", "recipes", "runs", "cluster"},
     "evaluation": {"models", "data", "corpus", "hub", "export", "reports", "runs"},
     "reports": {"models", "data", "corpus", "training", "recipes", "runs"},

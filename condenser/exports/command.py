@@ -7,18 +7,23 @@ condenser export runs/my-condenser --output steps --all-steps --push me/my-conde
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+
+import huggingface_hub
+import torch
 
 from condenser import export as one
 from condenser.corpus.inputs import resolve
 from condenser.evaluation.pooling import check_name
-from condenser.exports.authors import write_authors_layout
 from condenser.exports.onnx import check_installed, write_onnx
-from condenser.exports.upload import upload
 from condenser.exports.vectors import write_vectors
+from condenser.hub import load_authors_checkpoint
+from condenser.models.condenser import Condenser
+from condenser.models.heads import AUTHORS_FILE, HEAD_FILE
 from condenser.models.objective import Objective
-from condenser.runs import checkpoints, step_of
+from condenser.runs import step_of
 
 
 def export(
@@ -79,41 +84,38 @@ def export(
         "onnx": (onnx, False),
     }
     changed = {name: value for name, (value, usual) in requested.items() if value != usual}
-    check_options(changed, all_steps and (best or step is not None), dry_run and push is None)
+    if all_steps and (best or step is not None):
+        raise ValueError("--all-steps takes every checkpoint: leave --best and --step out")
+    if dry_run and push is None:
+        raise ValueError("--dry-run says what --push would send: give it too")
+    check_options(changed)
     if push is not None:
         check_repository(push)
     if all_steps:
-        paths = {f"step-{step_of(path)}": path for path in all_checkpoints(checkpoint)}
-        targets = {branch: (path, Path(output) / branch) for branch, path in paths.items()}
+        exports = {f"step-{step_of(path)}": path for path in all_checkpoints(checkpoint)}
+        folders = {branch: Path(output) / branch for branch in exports}
     else:
-        targets = {"main": (one.find_checkpoint(checkpoint, best, step), Path(output))}
-    for path, target in targets.values():
-        one.export(path, target, changed, lambda folder, model: finish(folder, model, changed))
+        exports, folders = {"main": one.find_checkpoint(checkpoint, best, step)}, {"main": Path(output)}
+    for branch, path in exports.items():
+        one.export(path, folders[branch], changed, lambda folder, model: finish(folder, model, changed))
     if push is not None:
-        folders = {branch: target for branch, (_, target) in targets.items()}
-        newest = next(iter(folders.values()))
-        upload(push, {"main": newest} | folders, dry_run)
+        upload(push, {"main": next(iter(folders.values()))} | folders, dry_run)
 
 
-def check_options(changed: dict[str, Any], two_choices: bool, dry_alone: bool) -> None:
+def check_options(changed: dict[str, Any]) -> None:
     """Raises ValueError for options that do not go together, or that want what is not there, before any work."""
-    if two_choices:
-        raise ValueError("--all-steps takes every checkpoint: leave --best and --step out")
-    if dry_alone:
-        raise ValueError("--dry-run says what --push would send: give it too")
+    pooling = changed.get("pooling", "cls")
     if "dimensions" in changed and "whitening" not in changed:
         raise ValueError("--dimensions is of --whitening: give the texts to whiten by")
     if changed.get("layout") == "authors" and len(changed) > 1:
         others = ", ".join(sorted(changed.keys() - {"layout"}))
         raise ValueError(f"--layout authors is for the authors' code, which knows no {others}")
-    check_name(changed.get("pooling", "cls"))
-    if "onnx" in changed and re.match("last|weighted", changed.get("pooling", "cls")):
-        raise ValueError(
-            f"--pooling {changed['pooling']} reads several layers, and --onnx writes the last: leave one out"
-        )
+    check_name(pooling)
+    if "onnx" in changed and re.match("last|weighted", pooling):
+        raise ValueError(f"--pooling {pooling} reads several layers, and --onnx writes the last: leave one out")
     if changed.get("dimensions", 1) < 1:
         raise ValueError(f"--dimensions {changed['dimensions']} must be at least 1")
-    if changed.get("pooling") == "attention":
+    if pooling == "attention":
         raise ValueError("--pooling attention: it is learnt by fine-tuning, and sentence-transformers cannot save it")
     if "onnx" in changed:
         check_installed()
@@ -129,18 +131,12 @@ def check_repository(name: str) -> None:
 
 
 def all_checkpoints(name: str) -> list[Path]:
-    """One of each step, the newest first; damaged ones are passed over, and said so."""
+    """One of each step, the newest first."""
     if not Path(name).is_dir():
         raise ValueError(f"--all-steps wants a run folder, not {name}")
-    one.find_checkpoint(name)  # or there is none that can be read
     by_step: dict[int, Path] = {}
-    for path in checkpoints(Path(name)):
-        if step_of(path) in by_step:
-            continue
-        if one.is_intact(path):
-            by_step[step_of(path)] = path
-        else:
-            print(f"{path} is damaged and is passed over")
+    for path in one.whole(one.checkpoints_of(Path(name))):
+        by_step.setdefault(step_of(path), path)
     return [*by_step.values()]
 
 
@@ -159,3 +155,52 @@ def finish(folder: Path, model: Objective, changed: dict[str, Any]) -> None:
                 f"{numbers['largest_difference']:.2g}, the lowest cosine of two [CLS] vectors is "
                 f"{numbers['lowest_cosine_of_cls']:.6f}"
             )
+
+
+def write_authors_layout(folder: Path, model: Objective) -> None:
+    """Turn an export into the layout of the authors' code: pickles of plain tensors, ``pytorch_model.bin`` and, for the
+    head, ``model.pt``.
+
+    Raises:
+        ValueError: a model without a Condenser head, which the layout is for, or one that reads back otherwise.
+    """
+    if not isinstance(model, Condenser) or not len(model.c_head):
+        raise ValueError(f"--layout authors is for a Condenser with its head; this is a {type(model).__name__} without")
+    for name, weights in (("pytorch_model.bin", model.lm.state_dict()), (AUTHORS_FILE, model.head_state())):
+        torch.save({key: weight.clone() for key, weight in weights.items()}, folder / name)
+    for name in ("model.safetensors", HEAD_FILE):
+        (folder / name).unlink()
+    again = load_authors_checkpoint(folder, model.skip_from, model.late_mlm).state_dict()
+    for name, weight in model.state_dict().items():
+        if not torch.equal(weight, again[name]):
+            raise ValueError(f"{name} reads back otherwise from the authors' layout")
+
+
+def upload(repository: str, folders: Mapping[str, Path], dry_run: bool) -> None:
+    """Make each folder the content of a branch of a repository on the hub, which is made, private, where it is new.
+
+    Raises:
+        ValueError: the hub does not answer, or refuses.
+    """
+    for branch, folder in folders.items():
+        sizes = {path: path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+        print(f"{repository}@{branch}: {len(sizes)} files, {sum(sizes.values()) / 1e6:,.1f} MB from {folder}")
+        for path in sizes if dry_run else ():
+            print(f"  {path.relative_to(folder)}  {sizes[path]:,} bytes")
+    if dry_run:
+        print("nothing was sent: --dry-run")
+        return
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(repository, private=True, exist_ok=True)
+        for branch, folder in folders.items():
+            if branch != "main":
+                api.create_branch(repository, branch=branch, exist_ok=True)
+            message = f"{folder.name} by condenser export"
+            api.upload_folder(repo_id=repository, folder_path=folder, revision=branch, commit_message=message)
+            print(f"{repository}@{branch} is there")
+    except Exception as error:  # of the network, the token, the name
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--push {repository}: {reason}; the exports are in {', '.join(map(str, folders.values()))}"
+        ) from error
