@@ -762,11 +762,8 @@ def test_the_authors_recipe_of_the_bench_is_the_same_loss(n_head_layers, monkeyp
     torch.manual_seed(0)
     model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2, n_head_layers=n_head_layers).eval()
     monkeypatch.setattr(Authors, "longest", 40)
-    authors = Authors(model.lm, 2, n_head_layers, pruned=False).eval()
-    authors.c_head = model.c_head
-    torch.testing.assert_close(
-        loss_and_gradients(authors, inputs()), loss_and_gradients(model, inputs()), rtol=1e-4, atol=1e-6
-    )
+    authors, ours = (loss_and_gradients(each, inputs()) for each in (Authors.of(model), model))
+    torch.testing.assert_close(authors, ours, rtol=1e-4, atol=1e-6)
 
 
 def test_what_is_minimised_is_the_weighted_sum_of_means(monkeypatch):

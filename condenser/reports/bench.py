@@ -78,10 +78,10 @@ def bench(
     Raises:
         ValueError: no such store or configuration, or too few rows.
     """
-    given = {"max_length": max_length, "sequences": sequences, "micro_batches": micro_batches, "steps": steps}
-    for name, value in (given | {"rounds": rounds, "tokens_per_pass": tokens_per_pass}).items():
+    given = {"max-length": max_length, "sequences": sequences, "micro-batches": micro_batches, "steps": steps}
+    for name, value in (given | {"rounds": rounds, "tokens-per-pass": tokens_per_pass}).items():
         if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least 1")
+            raise ValueError(f"--{name} {value} must be at least 1")
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     sequences, steps = sequences or (1024 if on_gpu else 32), steps or (10 if on_gpu else 1)
@@ -108,8 +108,9 @@ def bench(
         tokens_per_pass=tokens_per_pass or (65536 if on_gpu else 1),
     )
     compile = on_gpu if compile is None else compile
-    beside_mlm = objective is not None or kind is not Condenser
-    all_recipes = (Recipe("plain MLM", mlm=True), Recipe(kind.__name__), *FASTER) if beside_mlm else RECIPES
+    all_recipes = RECIPES
+    if objective is not None or kind is not Condenser:
+        all_recipes = (Recipe("plain MLM", mlm=True), Recipe(kind.__name__), *FASTER)
     recipes = [each for each in all_recipes if (compile or not each.compiled) and (on_gpu or not each.replayed)]
     console = Console(highlight=False)
     console.print(setting(trial))
@@ -128,12 +129,10 @@ def bench(
 
 def model_settings(config: str | None) -> dict[str, Any]:
     """``model`` in a recipe (a YAML file for `condenser fit`). Raises ValueError if there is no such file."""
-    if config is None:
-        return {}
-    file = Path(file_of(config))
-    if not file.is_file():
+    settings = {} if config is None else read_mapping(Path(file_of(config)))
+    if settings is None:
         raise ValueError(f"--config: no such file: {config}")
-    return read_mapping(file).get("model", {})
+    return settings.get("model", {})
 
 
 def class_of(path: str | None) -> type[Objective]:

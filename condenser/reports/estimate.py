@@ -90,7 +90,7 @@ def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any
         "parameters": parameters(rehearsal.model),
         "data": {"lengths": data.source, "rows_per_epoch": data.n_rows, "tokens_per_epoch": data.tokens},
         "run": {"steps": steps, "tokens": tokens, "flops_per_token": per_token, "flops": per_token * tokens},
-        "pass": {"sequences": len(first_pass), "tokens": tokens_of(first_pass)},
+        "pass": {"sequences": len(first_pass), "tokens": int((first_pass + SPECIAL_TOKENS).sum())},
         "memory": memory(rehearsal, setting, first_pass, n_devices(trainer)),
         "gpus": on_gpus(rehearsal, setting, data, per_token * tokens, options),
         "assumptions": list(assumptions(module, setting, options.mfu)),
@@ -128,10 +128,6 @@ def lengths_of(steps: Steps, numbers: np.ndarray) -> np.ndarray:
     """Of these sequences of the first epoch, without special tokens."""
     samples, which = np.divmod(numbers, steps.mixture.each)
     return steps.mixture.tokens(0, samples)[np.arange(len(numbers)), which]
-
-
-def tokens_of(lengths: np.ndarray) -> int:
-    return int(lengths.sum(dtype=np.int64)) + SPECIAL_TOKENS * len(lengths)
 
 
 def length_of_run(trainer: Any, batch_size: int, data: Data) -> tuple[float, float]:

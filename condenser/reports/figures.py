@@ -121,10 +121,10 @@ def plot(axes: Axes, panel: Panel, metric: str, x: np.ndarray, values: np.ndarra
         axes.plot(x, values, color=colour, lw=0.7, alpha=0.3)
         values = np.convolve(values, np.full(width, 1 / width), mode="valid")
         x = x[width // 2 :][: len(values)]
-    axes.plot(x, values, color=colour, markevery=max(1, len(x) // 30), **style_of(panel, metric, colour))
+    axes.plot(x, values, color=colour, markevery=max(1, len(x) // 30), **style_of(panel, metric))
 
 
-def style_of(panel: Panel, metric: str, colour: str) -> dict[str, Any]:
+def style_of(panel: Panel, metric: str) -> dict[str, Any]:
     """Validation: dots, hollow for the head. Of a run's probes each has a name: a layer is paler the lower it is, all
     else is dashed."""
     if metric.startswith("val/head_"):

@@ -51,20 +51,19 @@ class Rehearsal:
         self.module, self.datamodule, self.fake = module, datamodule, FakeTensorMode()
         has_store = all(folder.is_dir() for folder in datamodule.weights)
         defaults = {"vocab_size": vocabulary_size(datamodule.tokenizer)} if has_store else {}
-        options: dict[str, Any] = module.options
         with self.fake:
             lm = skeleton(module.backbone, module.backbone_config, **defaults)
             if module.beginning["max_positions"] is not None:
                 lm = with_positions(lm, module.beginning["max_positions"])
             fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
-            module.model = self.model = module.objective.from_masked_lm(lm, **options).train()
+            module.model = self.model = module.objective.from_masked_lm(lm, **module.options).train()
             prepare_layers(lm, **module.layers)
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-            in_backbone = [name for name in self.trained if name.startswith("lm.")]
-            kept = in_backbone if module.optimization.decay_to_start else []
-            self.start = {name: self.trained[name].detach().clone() for name in kept}
+            self.start: dict[str, Tensor] = {}
+            if module.optimization.decay_to_start:
+                self.start = {name: p.detach().clone() for name, p in self.trained.items() if name.startswith("lm.")}
             self.optimizer = build_optimizer(module, module.optimization, self.start)
-        self.gradients = sum(p.numel() * p.element_size() for p in self.trained.values())  # bytes
+        self.gradients = sum(p.nbytes for p in self.trained.values())
 
     def peak(self, setting: Setting, lengths: np.ndarray) -> dict[str, int]:
         """Bytes alive, by kind, at the worst moment of a step with a pass of rows of these ``lengths`` (without special

@@ -56,6 +56,13 @@ class Authors(Condenser):
 
     longest = 0  # tokens of the longest row of all
 
+    @classmethod
+    def of(cls, model: Condenser) -> "Authors":
+        """With the same weights."""
+        made = cls(model.lm, model.skip_from, len(model.c_head), model.late_mlm, pruned=False)
+        made.c_head = model.c_head
+        return made.train(model.training)
+
     def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
         bounds = batch["cu_seqlens"]
         n, length = len(bounds) - 1, self.longest
@@ -98,7 +105,6 @@ class Trial:
 
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
-        self.backend = torch.get_device_module(self.device)  # torch.cuda or torch.cpu
         self.dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
         self.kernels: dict[str, dict[str, float]] = {}  # milliseconds a step by kind, of each recipe, on a GPU
         Authors.longest = int(self.rows.mixture.typical_lengths().max()) + SPECIAL_TOKENS
@@ -118,19 +124,13 @@ class Trial:
         return found
 
     def step_of(self, recipe: Recipe) -> TrainingStep:
-        objective = self.objective_of(recipe)
+        objective: Any = self.model
+        if recipe.mlm:
+            objective = Condenser(objective.lm, n_head_layers=0).train()
+        elif recipe.authors:
+            objective = Authors.of(objective)
         optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-6, fused=None if recipe.authors else True)
         return TrainingStep(objective, optimizer, clip=1.0, compiled=recipe.compiled, replayed=recipe.replayed)
-
-    def objective_of(self, recipe: Recipe) -> Objective:
-        model: Any = self.model
-        if recipe.mlm:
-            return Condenser(model.lm, n_head_layers=0).train()
-        if not recipe.authors:
-            return model
-        authors = Authors(model.lm, model.skip_from, len(model.c_head), model.late_mlm, pruned=False).train()
-        authors.c_head = model.c_head
-        return authors
 
     def loader(self, recipe: Recipe, first: int) -> StepLoader:
         rows, kind = self.rows, Mixed if recipe.authors else Steps
@@ -163,7 +163,7 @@ class Trial:
             self.take(step, batch)
             host += time.perf_counter() - began
             batches.append(batch)
-        self.backend.synchronize()
+        torch.get_device_module(self.device).synchronize()
         seconds = time.perf_counter() - start
         tokens, flops = sum(batch.total("n_tokens") for batch in batches), step.objective.flops
         return {
@@ -188,7 +188,7 @@ class Trial:
                 seen |= shapes
         with without_stderr(), torch.profiler.profile(profile_memory=not on_gpu) as profiler:
             self.take(step, batch)
-            self.backend.synchronize()
+            torch.get_device_module(self.device).synchronize()
         events = profiler.events()
         if on_gpu:
             self.kernels[recipe.name] = times_by_kind(events)
@@ -210,7 +210,7 @@ def work_done(recipe: Recipe, batch: StepBatch) -> Work:
 def kept(step: TrainingStep) -> int:
     """Bytes of weights, gradients and optimizer states."""
     states = [state for each in step.optimizer.state.values() for state in each.values() if torch.is_tensor(state)]
-    return sum(each.numel() * each.element_size() for each in [*step.weights, *step.gradients, *states])
+    return sum(each.nbytes for each in [*step.weights, *step.gradients, *states])
 
 
 def allocated_at_most(profiler: Any) -> int:
@@ -237,12 +237,9 @@ def times_by_kind(events: Any) -> dict[str, float]:
     times: Counter[str] = Counter()
     for event in events:
         if event.device_type == torch.autograd.DeviceType.CUDA:
-            times[kind_of(event.name)] += event.device_time_total / 1e3
+            kind = next(kind for kind, parts in KINDS.items() if any(part in event.name for part in parts))
+            times[kind] += event.device_time_total / 1e3
     return dict(times)
-
-
-def kind_of(kernel: str) -> str:
-    return next(kind for kind, parts in KINDS.items() if any(part in kernel for part in parts))
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
