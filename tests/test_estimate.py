@@ -1,6 +1,7 @@
 """What `condenser estimate` says, against real steps: memory, operations, hours."""
 
 import functools
+import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -8,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -50,11 +50,9 @@ def small_module(**settings):
     return CondenserModule(**{"backbone_config": SMALL, "skip_from": 2, **settings})
 
 
-def with_real_model(module, setting=None):
+def with_real_model(module):
     lm = build_masked_lm(None, module.backbone_config)
     module.model = Condenser.from_masked_lm(lm, **module.options).train()
-    if setting:
-        module.model.gradient_checkpointing, module.model.fused_loss = setting.checkpointing, setting.fused
     return module
 
 
@@ -64,13 +62,11 @@ def real_batch(lengths):
     return StepBatch.of([fields | small | {"step": 0, "micro_batch": 0}])
 
 
-def train(module, setting, lengths):
+def train(module, setting):
     """Two steps on a model that is made here too."""
-    module = with_real_model(module, setting)
-    step, batch = (
-        TrainingStep(module.model, build_optimizer(module, module.optimization), clip=1.0),
-        real_batch(lengths),
-    )
+    model = with_real_model(module).model
+    model.gradient_checkpointing, model.fused_loss = setting.checkpointing, setting.fused
+    step, batch = TrainingStep(model, build_optimizer(module, module.optimization), clip=1.0), real_batch(LENGTHS)
     for _ in range(2):
         with torch.autocast("cpu", torch.bfloat16, setting.precision == "bf16-mixed"):
             step.take(batch, torch.full((3,), 1e-3))
@@ -84,33 +80,25 @@ def allocated_at_most(function, *args):
     return max(np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]))
 
 
+PLAIN = Setting("32-true", checkpointing=False, fused=False, on_gpu=False)
+CHOICES = itertools.product(("32-true", "bf16-mixed"), (False, True))
+SETTINGS = [PLAIN._replace(precision=precision, checkpointing=checkpointing) for precision, checkpointing in CHOICES]
+FUSED = Setting("bf16-mixed", checkpointing=True, fused=True, on_gpu=False)
+NEEDS_NEW_TORCH = pytest.mark.skipif(not FUSED_AVAILABLE, reason="needs torch 2.13")
+
+
 @pytest.mark.parametrize("pruned", [True, False])
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_memory_is_that_of_real_steps(precision, checkpointing, pruned):
-    setting = Setting(precision, checkpointing, fused=False, on_gpu=False)
+@pytest.mark.parametrize("setting", [*SETTINGS, pytest.param(FUSED, marks=NEEDS_NEW_TORCH)])
+def test_memory_is_that_of_real_steps(setting, pruned):
     rehearsed = rehearsal_of(pruned=pruned).peak(setting, LENGTHS)
-    measured = allocated_at_most(train, small_module(pruned=pruned), setting, LENGTHS)
-    assert sum(rehearsed.values()) == pytest.approx(measured, rel=0.015)
-
-
-@pytest.mark.skipif(not FUSED_AVAILABLE, reason="needs torch 2.13")
-def test_memory_of_the_fused_loss_is_that_of_real_steps():
-    setting = Setting(
-        "bf16-mixed", True, fused=True, on_gpu=False
-    )  # its bf16 kernels on the CPU take memory of their own
-    rehearsed = rehearsal_of(pruned=True).peak(setting, LENGTHS)
-    assert sum(rehearsed.values()) == pytest.approx(
-        allocated_at_most(train, small_module(), setting, LENGTHS), rel=0.15
-    )
+    measured = allocated_at_most(train, small_module(pruned=pruned), setting)
+    tolerance = 0.15 if setting.fused else 0.015  # its bf16 kernels on the CPU take memory of their own
+    assert sum(rehearsed.values()) == pytest.approx(measured, rel=tolerance)
 
 
 def test_memory_on_a_gpu_goes_with_settings_as_it_should():
     rehearsal = rehearsal_of(pruned=True)
-    plain, bf16, recomputed = (
-        rehearsal.peak(Setting(precision, checkpointing, False, True), LENGTHS)
-        for precision, checkpointing in (("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True))
-    )
+    plain, _, bf16, recomputed = (rehearsal.peak(each._replace(on_gpu=True), LENGTHS) for each in SETTINGS)
     n_bytes = 4 * sum(p.numel() for p in rehearsal.model.parameters())
     assert plain["weights"] == pytest.approx(n_bytes, rel=2e-3)  # buffers too
     assert plain["optimizer"] == pytest.approx(2 * n_bytes, rel=1e-3)
@@ -119,9 +107,8 @@ def test_memory_on_a_gpu_goes_with_settings_as_it_should():
 
 
 def test_frozen_layers_have_no_gradients_and_no_states():
-    setting = Setting("32-true", False, False, False)
     frozen = Rehearsal(small_module(freeze_embeddings=True, freeze_layers=3), NO_STORE)
-    found = frozen.peak(setting, LENGTHS)
+    found = frozen.peak(PLAIN, LENGTHS)
     trainable = estimating.parameters(frozen.model)["trainable"]
     assert trainable < estimating.parameters(frozen.model)["head"] + 30_000  # the MLM head's transform
     assert found["optimizer"] == pytest.approx(8 * trainable, rel=1e-2)
@@ -130,7 +117,7 @@ def test_frozen_layers_have_no_gradients_and_no_states():
 
 def test_starting_values_to_decay_to_are_counted():
     rehearsal = Rehearsal(small_module(optimizer=Optimization(decay_to_start=True)), NO_STORE)
-    found = rehearsal.peak(Setting("32-true", False, False, False), LENGTHS)
+    found = rehearsal.peak(PLAIN, LENGTHS)
     sizes = estimating.parameters(rehearsal.model)
     assert found["optimizer"] == pytest.approx(4 * (2 * sizes["total"] + sizes["backbone"]), rel=1e-2)
 
@@ -150,6 +137,13 @@ def estimated(capsys, tmp_path, *args):
     return json.loads((tmp_path / "costs.json").read_text()), " ".join(capsys.readouterr().out.split())
 
 
+@pytest.fixture
+def no_rehearsal(monkeypatch):
+    """A byte for each row, and a torch without the fused loss."""
+    monkeypatch.setattr(estimating, "FUSED_AVAILABLE", False)
+    monkeypatch.setattr(Rehearsal, "peak", lambda self, setting, lengths: dict.fromkeys(KINDS, len(lengths)))
+
+
 @pytest.mark.parametrize("objective", ["cocondenser.CoCondenser", "retromae.RetroMAE"])
 def test_the_other_objectives_are_estimated_over_what_they_train_on(objective, spans, tmp_path, capsys):
     """The demo's recipe: two spans of 32 tokens of each document."""
@@ -163,8 +157,7 @@ def test_the_other_objectives_are_estimated_over_what_they_train_on(objective, s
     assert all(row["peak"] > 0 for row in found["memory"])
 
 
-def test_a_shipped_recipe_over_a_store(store, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(estimating, "FUSED_AVAILABLE", False)
+def test_a_shipped_recipe_over_a_store(store, tmp_path, capsys, no_rehearsal):
     options = ["--data.store", store, "--model.gradient_checkpointing", "true", "--mfu", "0.3", "--gpus", "4"]
     found, shown = estimated(capsys, tmp_path, "--config", CONFIGS / "small.yaml", *options)
     n_rows, lengths = found["data"]["rows_per_epoch"], TokenStore(store, "train").lengths
@@ -185,13 +178,10 @@ def test_a_shipped_recipe_over_a_store(store, tmp_path, capsys, monkeypatch):
     assert "repeats the forward pass" in shown
 
 
-def test_a_shipped_recipe_without_a_store_and_an_older_torch(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(estimating, "FUSED_AVAILABLE", False)
-    monkeypatch.setattr(Rehearsal, "peak", lambda self, setting, lengths: dict.fromkeys(KINDS, len(lengths)))
-    overlay = tmp_path / "overlay.yaml"
-    overlay.write_text(yaml.safe_dump({"data": {"store": str(tmp_path / "none")}, "trainer": {"max_epochs": 2}}))
-    options = ["--trainer.max_steps", "-1", "--model.skip_from", "3", "--tokens", "2e9"]
-    found, shown = estimated(capsys, tmp_path, "--config", CONFIGS / "small.yaml", "-c", overlay, *options)
+def test_a_shipped_recipe_without_a_store_and_an_older_torch(tmp_path, capsys, no_rehearsal):
+    options = ["--data.store", tmp_path / "none", "--trainer.max_epochs", "2", "--trainer.max_steps", "-1"]
+    small = ["--config", CONFIGS / "small.yaml", "--model.skip_from", "3", "--tokens", "2e9"]
+    found, shown = estimated(capsys, tmp_path, *small, *options)
     assert "NOT of your data" in shown
     assert found["run"]["tokens"] == pytest.approx(4e9)
     assert not any(row["fused"] for row in found["memory"])
@@ -201,7 +191,7 @@ def test_a_shipped_recipe_without_a_store_and_an_older_torch(tmp_path, capsys, m
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(estimating, "GPUS", {"L4": 2})
     two_layers = small_module(backbone_config={**SMALL, "num_hidden_layers": 2}, skip_from=1, n_head_layers=1)
-    rehearsal, setting = Rehearsal(two_layers, NO_STORE), Setting("32-true", False, False, True)
+    rehearsal, setting = Rehearsal(two_layers, NO_STORE), PLAIN._replace(on_gpu=True)
     data = estimating.Data(None, np.full(100, 126), 100, 12_800, "")
     alone, two = estimating.on_gpus(rehearsal, setting, data, 1, Namespace(mfu=0.4, gpus=2))
     budget = 0.9 * 2e9 - 1e9
@@ -237,5 +227,4 @@ def test_a_backbone_in_a_folder_is_read_without_its_weights(tmp_path):
     assert rehearsal.model.lm.config.num_hidden_layers == 2
     head = estimating.parameters(rehearsal.model)["head"]
     assert head == 2 * (4 * (128 * 128 + 128) + 2 * 128 * 512 + 512 + 128 + 4 * 128)
-    found = rehearsal.peak(Setting("bf16-mixed", False, False, True), LENGTHS)
-    assert found["forward"] > 0
+    assert rehearsal.peak(PLAIN, LENGTHS)["forward"] > 0
