@@ -179,40 +179,57 @@ def malicious(checkpoint, path, trace):
     return path
 
 
-def test_a_checkpoint_that_would_run_code_is_not_gone_on_from(run, recipe, trace, tmp_path, capsys):
-    path = malicious(checkpoints(run)[0], tmp_path / "step=1.ckpt", trace)
-    for options in ((), ("--weights_only", "false")):
-        assert fit(recipe, tmp_path, "--ckpt_path", path, *options) == 1
-        assert f"{path} cannot be read: it would run code (posix.mkdir)" in capsys.readouterr().err
-
-
-def test_a_run_folder_with_a_checkpoint_that_would_run_code(run, recipe, trace, tmp_path, capsys):
-    (tmp_path / "victim" / "checkpoints").mkdir(parents=True)
-    path = malicious(checkpoints(run)[0], tmp_path / "victim" / "checkpoints" / "last-step=4.ckpt", trace)
-    assert fit(recipe, tmp_path) == 1
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["fit", "--ckpt_path", "CHECKPOINT"],
+        ["fit", "--ckpt_path", "CHECKPOINT", "--weights_only", "false"],
+        ["fit"],  # goes on from the run folder's newest
+        ["validate", "--ckpt_path", "CHECKPOINT"],
+        ["export", "CHECKPOINT", "--output", "OUT"],
+    ],
+    ids=" ".join,
+)
+def test_a_checkpoint_that_would_run_code_is_not_read(words, run, recipe, trace, tmp_path, capsys):
+    folder = tmp_path / ("victim" if words == ["fit"] else "elsewhere") / "checkpoints"
+    folder.mkdir(parents=True)
+    path = malicious(checkpoints(run)[0], folder / "last-step=4.ckpt", trace)
+    places = {"CHECKPOINT": str(path), "OUT": str(tmp_path / "out")}
+    command, *options = (places.get(word, word) for word in words)
+    if command != "export":
+        options += ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
+    assert main([command, *options]) == 1
     assert f"{path} cannot be read: it would run code (posix.mkdir)" in capsys.readouterr().err
-
-
-def test_a_checkpoint_that_would_run_code_is_not_exported(run, trace, tmp_path, capsys):
-    path = malicious(checkpoints(run)[0], tmp_path / "a.ckpt", trace)
-    assert main(["export", str(path), "--output", str(tmp_path / "out")]) == 1
-    one_line(capsys, path, "it would run code (posix.mkdir)")
     assert not (tmp_path / "out").exists()
 
 
-def test_arrays_of_a_store_are_not_unpickled(store, corpus, trace, tmp_path, capsys):
+def in_the_making(folder):
+    """As a store is before its shares are merged."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").unlink()
+    (folder / "unfinished.json").write_text(json.dumps({"first_source": 0, "settings": manifest["settings"]}))
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    """A copy of the store, and a file beside it that has what a shard has."""
     folder = tmp_path / "store"
     shutil.copytree(store, folder)
+    shutil.copy(next((folder / "train").glob("*.arrow")), tmp_path / "outside.arrow")
+    return folder
+
+
+def test_arrays_of_a_store_are_not_unpickled(copied, trace, capsys):
     payload = np.array([Payload(trace)])
-    np.save(folder / "token_counts.npy", payload, allow_pickle=True)
-    with pytest.raises(ValueError, match=str(folder / "token_counts.npy")):
-        _ = CondenserDataModule(str(folder)).unigram_nats
-    unit = sorted((folder / "units").glob("*.npy"))[0]
+    np.save(copied / "token_counts.npy", payload, allow_pickle=True)
+    with pytest.raises(ValueError, match=str(copied / "token_counts.npy")):
+        _ = CondenserDataModule(str(copied)).unigram_nats
+    unit = sorted((copied / "units").glob("*.npy"))[0]
     np.save(unit, payload, allow_pickle=True)
-    names = sorted(path.stem for path in (folder / "units").glob("*.json"))
-    (folder / "units" / "share-0-of-1.json").write_text(json.dumps(names))
-    in_the_making(folder)
-    assert main(["prepare", "merge", str(folder)]) == 1
+    names = sorted(path.stem for path in (copied / "units").glob("*.json"))
+    (copied / "units" / "share-0-of-1.json").write_text(json.dumps(names))
+    in_the_making(copied)
+    assert main(["prepare", "merge", str(copied)]) == 1
     one_line(capsys, unit)
 
 
@@ -227,71 +244,57 @@ def test_a_recipe_that_would_run_code_is_refused(command, recipe, trace, tmp_pat
     assert "os.mkdir" in capsys.readouterr().err
 
 
-def test_a_run_whose_settings_would_run_code_is_not_reported(run, trace, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.ckpt"))
-    (tmp_path / "run" / "config.yaml").write_text(f"name: {yaml_payload(trace)}\n")
-    assert main(["report", str(tmp_path / "run"), "--output", str(tmp_path / "report.html")]) == 1
-    one_line(capsys, tmp_path / "run" / "config.yaml", "os.mkdir")
+@pytest.mark.parametrize("command", ["fit", "launch", "report"])
+def test_a_run_whose_settings_would_run_code_is_not_read(command, run, recipe, trace, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "victim")
+    path = tmp_path / "victim" / "config.yaml"
+    path.write_text(f"name: {yaml_payload(trace)}\n")
+    of_fit = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
+    of_report = [str(path.parent), "--output", str(tmp_path / "report.html")]
+    options = {"fit": of_fit, "launch": [*of_fit, "--gpus", "0", "--dry-run"], "report": of_report}
+    assert main([command, *options[command]]) == 1
+    one_line(capsys, path, "os.mkdir")
 
 
 # --- names that leave their folder
 
 
-def in_the_making(folder):
-    """As a store is before its shares are merged."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").unlink()
-    (folder / "unfinished.json").write_text(json.dumps({"first_source": 0, "settings": manifest["settings"]}))
-
-
-@pytest.fixture
-def outside(store, tmp_path):
-    """A copy of the store, and a file beside it that has what a shard has."""
-    folder = tmp_path / "store"
-    shutil.copytree(store, folder)
-    shutil.copy(next((folder / "train").glob("*.arrow")), tmp_path / "outside.arrow")
-    return folder, tmp_path / "outside.arrow"
-
-
 @pytest.mark.parametrize("relative", [True, False])
-def test_a_manifest_whose_shards_lie_elsewhere_is_refused(relative, outside, recipe, tmp_path, capsys):
-    folder, path = outside
-    manifest = json.loads((folder / "manifest.json").read_text())
-    name = "../../outside.arrow" if relative else str(path)
+def test_a_manifest_whose_shards_lie_elsewhere_is_refused(relative, copied, recipe, tmp_path, capsys):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    name = "../../outside.arrow" if relative else str(tmp_path / "outside.arrow")
     manifest["splits"]["train"]["shards"][0]["file"] = name
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="outside of its folder"):
-        TokenStore(folder, "train")
-    of_fit = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
-    for command in (["fit", *of_fit, "--data.store"], ["inspect"]):
-        assert main([*command, str(folder)]) == 1
-        one_line(capsys, folder, repr(name), "outside of its folder")
+        TokenStore(copied, "train")
+    assert fit(recipe, tmp_path, "--data.store", copied) == 1
+    one_line(capsys, copied, repr(name), "outside of its folder")
+    assert main(["inspect", str(copied)]) == 1
+    one_line(capsys, copied, repr(name), "outside of its folder")
 
 
-def test_units_and_records_of_a_store_in_the_making_stay_in_it(outside, tmp_path, capsys):
-    folder, _ = outside
-    in_the_making(folder)
-    unit = sorted((folder / "units").glob("*.json"))[0]
-    share = folder / "units" / "share-0-of-1.json"
+def test_units_and_records_of_a_store_in_the_making_stay_in_it(copied, tmp_path, capsys):
+    in_the_making(copied)
+    unit = sorted((copied / "units").glob("*.json"))[0]
+    share = copied / "units" / "share-0-of-1.json"
     shutil.copy(unit, tmp_path / "00000-00000.json")
     share.write_text(json.dumps(["../../00000-00000"]))
-    assert main(["prepare", "merge", str(folder)]) == 1
-    one_line(capsys, folder / "units", "'../../00000-00000'", "outside of its folder")
+    assert main(["prepare", "merge", str(copied)]) == 1
+    one_line(capsys, copied / "units", "'../../00000-00000'", "outside of its folder")
     record = json.loads(unit.read_text())
     record["train"]["shards"][0]["file"] = "../../outside.arrow"
     unit.write_text(json.dumps(record))
     share.write_text(json.dumps([unit.stem]))
-    assert main(["prepare", "merge", str(folder)]) == 1
-    one_line(capsys, folder, "'../../outside.arrow'", "outside of its folder")
-    assert not (folder / "manifest.json").exists()
+    assert main(["prepare", "merge", str(copied)]) == 1
+    one_line(capsys, copied, "'../../outside.arrow'", "outside of its folder")
+    assert not (copied / "manifest.json").exists()
 
 
-def test_units_in_a_manifest_stay_in_the_store(outside, capsys):
-    folder, _ = outside
-    manifest = json.loads((folder / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"units": ["../../x"]}))
-    assert main(["inspect", str(folder)]) == 1
-    one_line(capsys, folder / "manifest.json", "'../../x'")
+def test_units_in_a_manifest_stay_in_the_store(copied, capsys):
+    manifest = json.loads((copied / "manifest.json").read_text())
+    (copied / "manifest.json").write_text(json.dumps(manifest | {"units": ["../../x"]}))
+    assert main(["inspect", str(copied)]) == 1
+    one_line(capsys, copied / "manifest.json", "'../../x'")
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/absolute/evil", ".."])
@@ -437,20 +440,3 @@ def test_torch_load_is_called_in_one_place():
 def test_what_is_unsafe_is_found(line, tmp_path):
     (tmp_path / "a.py").write_text(line)
     assert [unsafe(*call) for call in calls(tmp_path / "a.py")] == [True]
-
-
-def test_a_checkpoint_that_would_run_code_is_not_validated(run, recipe, trace, tmp_path, capsys):
-    path = malicious(checkpoints(run)[0], tmp_path / "step=1.ckpt", trace)
-    options = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path), "--ckpt_path", str(path)]
-    assert main(["validate", *options]) == 1
-    assert f"{path} cannot be read: it would run code (posix.mkdir)" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("command", ["fit", "launch"])
-def test_a_run_whose_settings_would_run_code_is_not_gone_on_with(command, run, recipe, trace, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "victim")
-    path = tmp_path / "victim" / "config.yaml"
-    path.write_text(f"name: {yaml_payload(trace)}\n")
-    options = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
-    assert main([command, *options, *(["--gpus", "0", "--dry-run"] if command == "launch" else [])]) == 1
-    one_line(capsys, path, "os.mkdir")
