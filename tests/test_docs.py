@@ -3,10 +3,10 @@ examples of changing one idea. What pages say of commands, settings, files and n
 
 import gzip
 import importlib
-import importlib.util
 import itertools
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import yaml
 from conftest import TINY_MODEL
+from sentence_transformers import SentenceTransformer
 from test_training import metrics_of
 from transformers import AutoModel, AutoTokenizer, ErnieConfig, ErnieForMaskedLM
 
@@ -28,44 +29,45 @@ from condenser.hub import load_export
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def script(name, arguments):
+    runpy.run_path(str(DOCS / f"{name}.py"))["main"](arguments)
+
+
+def write_rows(path, rows):
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 @pytest.fixture
-def pairs(tmp_path, corpus):
-    """Questions that are the first words of their passages, in that order of columns, with a negative each."""
+def questions(corpus):
+    """That are the first words of their passages, in that order of columns, with a negative each."""
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:33]]
-    folder = tmp_path / "pairs"
-    folder.mkdir()
-    rows = [{"query": a[:30], "answer": a, "negative": b} for a, b in itertools.pairwise(texts)]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+    return [{"query": a[:30], "answer": a, "negative": b} for a, b in itertools.pairwise(texts)]
 
 
 @pytest.fixture
-def collection(tmp_path, pairs):
-    """The pairs as a BEIR folder."""
+def collection(tmp_path, questions):
+    """The questions as a BEIR folder."""
     folder = tmp_path / "collection"
     (folder / "qrels").mkdir(parents=True)
-    rows = [json.loads(line) for line in (pairs / "train.jsonl").read_text().splitlines()]
     for name, field in (("corpus", "answer"), ("queries", "query")):
-        lines = [json.dumps({"_id": str(i), "text": row[field]}) for i, row in enumerate(rows)]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines))
-    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(len(rows))))
+        write_rows(folder / f"{name}.jsonl", [{"_id": str(i), "text": row[field]} for i, row in enumerate(questions)])
+    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(len(questions))))
     return folder
 
 
-def test_the_script_fine_tunes_an_export_to_what_evaluate_reads(tiny_export, pairs, collection, tmp_path):
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    out = tmp_path / "retriever"
+def encoders_of(*folders):
+    return [SentenceTransformer(str(folder), device="cpu") for folder in folders]
+
+
+def test_the_script_fine_tunes_an_export_to_what_evaluate_reads(tiny_export, questions, collection, tmp_path):
+    out, pairs = tmp_path / "retriever", tmp_path / "pairs"
+    pairs.mkdir()
+    write_rows(pairs / "train.jsonl", questions)
     steps = ["--batch-size", "8", "--mini-batch", "4", "--learning-rate", "1e-3", "--max-steps", "3"]
-    fine_tune = script("finetune_sentence_transformers").main
-    fine_tune([str(tiny_export), "--output", str(out), "--dataset", str(pairs), *steps])
-    before, after = (sentence_transformers.SentenceTransformer(str(f), device="cpu") for f in (tiny_export, out))
+    export = [str(tiny_export), "--output", str(out), "--dataset", str(pairs)]
+    script("finetune_sentence_transformers", [*export, *steps])
+    before, after = encoders_of(tiny_export, out)
     assert [after.similarity_fn_name, after[1].pooling_mode] == ["dot", "cls"]
     assert after.max_seq_length == before.max_seq_length
     assert not np.allclose(before.encode(["the encoder attends"]), after.encode(["the encoder attends"]), atol=1e-3)
@@ -76,7 +78,6 @@ def test_the_script_fine_tunes_an_export_to_what_evaluate_reads(tiny_export, pai
 
 def test_a_folder_that_tevatron_wrote_is_a_retriever_with_the_exports_four_files(tiny_export, tmp_path):
     """Tevatron saves a Hugging Face folder; the files that are copied say [CLS] and dot product."""
-    sentence_transformers = pytest.importorskip("sentence_transformers")
     AutoModel.from_pretrained(tiny_export).save_pretrained(tmp_path / "marco")
     AutoTokenizer.from_pretrained(tiny_export).save_pretrained(tmp_path / "marco")
     copied = (DOCS / "fine-tuning.md").read_text().split("cp -r my-condenser-export/{")[1].split("}")[0].split(",")
@@ -84,26 +85,20 @@ def test_a_folder_that_tevatron_wrote_is_a_retriever_with_the_exports_four_files
     for name in copied:
         source, target = tiny_export / name, tmp_path / "marco" / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, target)
-    before, after = (
-        sentence_transformers.SentenceTransformer(str(f), device="cpu") for f in (tiny_export, tmp_path / "marco")
-    )
+    before, after = encoders_of(tiny_export, tmp_path / "marco")
     assert after.similarity_fn_name == "dot"
     np.testing.assert_allclose(before.encode(["masked"]), after.encode(["masked"]), rtol=1e-4, atol=1e-5)
 
 
 def test_mined_negatives_are_ranked_high_and_not_relevant(tmp_path):
-    def write(name, rows):
-        with gzip.open(tmp_path / name, "wt") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-
     passages = [{"docid": str(i), "title": "", "text": f"passage {i}"} for i in range(9)]
     question = {"query_id": "q", "query": "?", "positive_passages": passages[:2], "negative_passages": []}
-    write("train.jsonl.gz", [question, question | {"query_id": "not ranked"}])
-    write("corpus.jsonl.gz", passages)
+    write_rows(tmp_path / "train.jsonl.gz", [question, question | {"query_id": "not ranked"}])
+    write_rows(tmp_path / "corpus.jsonl.gz", passages)
     (tmp_path / "rank.tsv").write_text("".join(f"q\t{i}\t{-i}\n" for i in range(9)))
     files = {"train": "train.jsonl.gz", "corpus": "corpus.jsonl.gz", "ranking": "rank.tsv", "output": "mined.jsonl.gz"}
     options = [word for name, file in files.items() for word in (f"--{name}", str(tmp_path / file))]
-    script("mine_negatives").main([*options, "--depth", "5", "--negatives", "2"])
+    script("mine_negatives", [*options, "--depth", "5", "--negatives", "2"])
     with gzip.open(tmp_path / "mined.jsonl.gz", "rt") as file:
         (row,) = map(json.loads, file)
     found = {passage["docid"] for passage in row.pop("negative_passages")}
@@ -148,12 +143,7 @@ def test_another_objective_is_a_file_and_a_yaml(recipe, tmp_path, example, monke
 
 def test_another_masking_is_a_file_and_a_yaml(recipe, store, tmp_path, example):
     overlay = example("change-masking.md")
-    for workers in ("0", "2"):
-        options = ["--data.num_workers", workers, "--trainer.log_every_n_steps", "1"]
-        assert fit(recipe, tmp_path, workers, "-c", str(overlay), *options) == 0
-    assert [row["train/loss"] for row in metrics_of(tmp_path / "0")] == [
-        row["train/loss"] for row in metrics_of(tmp_path / "2")
-    ]
+    assert fit(recipe, tmp_path, "mine", "-c", str(overlay), "--data.num_workers", "1") == 0
     settings = yaml.safe_load(overlay.read_text())["data"]
     data = CondenserDataModule(str(store), batch_size=64, **settings | {"masking": locate(settings["masking"])})
     data.setup("fit")

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from condenser import hub
@@ -51,8 +52,7 @@ def test_the_export_loads_in_four_ways_and_equals_the_live_model(tiny_export, li
         labels = torch.where(torch.arange(batch["input_ids"].shape[1]) == 2, batch["input_ids"], -100)
         inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
         torch.testing.assert_close(load_export(tiny_export)(**inputs).head_mlm_loss, live(**inputs).head_mlm_loss)
-    sentence_transformers = pytest.importorskip("sentence_transformers")
-    vectors = sentence_transformers.SentenceTransformer(str(tiny_export), device="cpu").encode(TEXTS)
+    vectors = SentenceTransformer(str(tiny_export), device="cpu").encode(TEXTS)
     np.testing.assert_allclose(vectors, states[:, 0].numpy(), rtol=1e-4, atol=1e-5)  # [CLS], not the mean
 
 
@@ -95,46 +95,44 @@ def test_the_model_card_says_what_a_reader_of_the_hub_needs(run, tmp_path):
     assert "Validation losses at this step: not recorded" in lone
 
 
-def test_exporting_again_does_nothing_and_another_checkpoint_is_refused(tiny_export, run, tmp_path, capsys):
+def test_exporting_again_does_nothing_and_other_options_or_something_else_there_is_refused(
+    tiny_export, run, tmp_path, capsys
+):
+    (tmp_path / "notes.txt").touch()
     assert main(["export", str(run), "--output", str(tiny_export)]) == 0
     assert "nothing to do" in capsys.readouterr().out
-    (tmp_path / "notes.txt").touch()
-    assert main(["export", str(checkpoints(run)[0]), "--output", str(tmp_path)]) == 1
-    assert "is not this checkpoint's export" in capsys.readouterr().err
+    for output, *options in ([tiny_export, "--normalize"], [tmp_path]):
+        assert main(["export", str(run), "--output", str(output), *options]) == 1
+        assert "is not this checkpoint's export with these options" in capsys.readouterr().err
+
+
+def with_nan(content):
+    key = next(key for key in content["state_dict"] if "c_head.0.output.dense.weight" in key)
+    content["state_dict"][key][0, 0] = float("nan")
+    return content
+
+
+def of_another_shape(content):
+    config = json.loads(content["condenser"]["config"]) | {"hidden_size": 64}
+    content["condenser"]["config"] = json.dumps(config)
+    return content
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "no such checkpoint"),
-        (lambda path: path.write_bytes(b"x" * 100), "is damaged, or no checkpoint"),
-        (lambda path: torch.save({"state_dict": {}}, path), "is not a checkpoint of a Condenser run"),
+        (lambda path, content: None, "no such checkpoint"),
+        (lambda path, content: path.write_bytes(b"x" * 100), "is damaged, or no checkpoint"),
+        (lambda path, content: torch.save({"state_dict": {}}, path), "is not a checkpoint of a Condenser run"),
+        (lambda path, content: torch.save(with_nan(content), path), "not finite"),
+        (lambda path, content: torch.save(of_another_shape(content), path), "do not belong together"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused(make, message, tmp_path, capsys):
-    make(tmp_path / "a.ckpt")
+def test_what_is_no_checkpoint_or_a_broken_one_is_refused(make, message, run, tmp_path, capsys):
+    make(tmp_path / "a.ckpt", torch.load(checkpoints(run)[0], weights_only=True))
     assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "out")]) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_weights_that_are_not_finite_are_not_exported(run, tmp_path, capsys):
-    content = torch.load(checkpoints(run)[0], weights_only=True)
-    key = next(key for key in content["state_dict"] if "c_head.0.output.dense.weight" in key)
-    content["state_dict"][key][0, 0] = float("nan")
-    torch.save(content, tmp_path / "nan.ckpt")
-    assert main(["export", str(tmp_path / "nan.ckpt"), "--output", str(tmp_path / "out")]) == 1
-    assert "not finite" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_checkpoint_whose_weights_have_another_shape_is_refused(run, tmp_path, capsys):
-    content = torch.load(checkpoints(run)[0], weights_only=True)
-    config = json.loads(content["condenser"]["config"]) | {"hidden_size": 64}
-    content["condenser"]["config"] = json.dumps(config)
-    torch.save(content, tmp_path / "other.ckpt")
-    assert main(["export", str(tmp_path / "other.ckpt"), "--output", str(tmp_path / "out")]) == 1
-    assert "do not belong together" in capsys.readouterr().err
 
 
 def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
@@ -146,8 +144,9 @@ def test_an_interrupted_export_leaves_nothing(run, tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def warm(recipe, runs, *options):
-    return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", "warm", *options])
+def warm(recipe, runs, *options, backbone=None):
+    of_backbone = ["--model.backbone", str(backbone), "--model.backbone_config", "{}"] if backbone else []
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", "warm", *of_backbone, *options])
 
 
 def test_training_goes_on_from_an_export_with_its_head(recipe, tiny_export, tmp_path, run, live):
@@ -156,21 +155,15 @@ def test_training_goes_on_from_an_export_with_its_head(recipe, tiny_export, tmp_
     )
     for key, value in live.state_dict().items():
         torch.testing.assert_close(model.state_dict()[key], value, rtol=0, atol=0)
-    same_model = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}"]
-    assert warm(recipe, tmp_path, *same_model, "--trainer.max_steps", "2") == 0
+    assert warm(recipe, tmp_path, "--trainer.max_steps", "2", backbone=tiny_export) == 0
 
 
 def test_weights_that_were_loaded_train_with_dropout(recipe, tiny_export, tmp_path):
     """Hugging Face hands loaded models over in evaluation mode."""
     weights = []
     for dropout in ("0.0", "0.5"):
-        options = [
-            "--model.backbone",
-            str(tiny_export),
-            "--model.backbone_config",
-            f"{{hidden_dropout_prob: {dropout}}}",
-        ]
-        assert warm(recipe, tmp_path / dropout, *options, "--trainer.max_steps", "2") == 0
+        options = ["--model.backbone_config", f"{{hidden_dropout_prob: {dropout}}}", "--trainer.max_steps", "2"]
+        assert warm(recipe, tmp_path / dropout, *options, backbone=tiny_export) == 0
         state = torch.load(checkpoints(tmp_path / dropout / "warm")[0], weights_only=True)["state_dict"]
         weights.append(state["model.c_head.0.output.dense.weight"])
     assert not torch.equal(*weights)
@@ -204,16 +197,14 @@ def test_a_roberta_goes_from_text_to_export(roberta, corpus, recipe, tmp_path):
     store, out = str(tmp_path / "store"), tmp_path / "out"
     arguments = ["--tokenizer", str(roberta), "--max-length", "32", "--workers", "1", "--validation-fraction", "0.1"]
     assert main(["prepare", "--input", str(corpus), "--output", store, *arguments]) == 0
-    model = ["--model.backbone", str(roberta), "--model.backbone_config", "{}", "--data.store", store]
-    assert warm(recipe, tmp_path, *model, "--trainer.max_steps", "4") == 0
+    assert warm(recipe, tmp_path, "--data.store", store, "--trainer.max_steps", "4", backbone=roberta) == 0
     assert main(["export", str(tmp_path / "warm"), "--output", str(out)]) == 0
     assert type(AutoModelForMaskedLM.from_pretrained(out)).__name__ == "RobertaForMaskedLM"
     assert len(load_export(out).c_head) == 2
 
 
 def test_a_head_of_another_depth_is_refused(recipe, tiny_export, tmp_path, capsys):
-    options = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--model.n_head_layers", "1"]
-    assert warm(recipe, tmp_path, *options) == 1
+    assert warm(recipe, tmp_path, "--model.n_head_layers", "1", backbone=tiny_export) == 1
     assert "has another shape than that of a Condenser with" in capsys.readouterr().err
 
 
@@ -222,7 +213,7 @@ def test_a_store_made_with_another_tokenizer_is_refused(recipe, tiny_export, tmp
     shutil.copytree(tiny_export, other)
     settings = json.loads((other / "tokenizer_config.json").read_text())
     (other / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
-    assert warm(recipe, tmp_path, "--model.backbone", str(other), "--model.backbone_config", "{}") == 1
+    assert warm(recipe, tmp_path, backbone=other) == 1
     assert "made with another tokenizer" in capsys.readouterr().err
 
 

@@ -1,8 +1,8 @@
 """What the README and the pages of docs/ say is so: links, commands, settings, files and tables; and versions agree."""
 
-import importlib.util
 import inspect
 import re
+import runpy
 import shlex
 import tomllib
 from pathlib import Path
@@ -60,15 +60,12 @@ def test_every_file_named_exists(page):
     assert [name for name in names if not (ROOT / name).exists()] == []
 
 
-def test_the_readme_is_of_one_sitting_and_names_every_page():
+def test_the_readme_is_of_one_sitting_and_it_and_the_site_name_every_page():
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
     assert README.count("\n") <= 220
-    linked = set(re.findall(r"\]\(docs/([\w-]+\.md)", README))
-    assert {path.name for path in (ROOT / "docs").glob("*.md")} == linked
-
-
-def test_the_site_has_every_page():
+    assert set(re.findall(r"\]\(docs/([\w-]+\.md)", README)) == pages
     nav = re.findall(r"([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
-    assert sorted(nav) == sorted(["index.md", *(path.name for path in (ROOT / "docs").glob("*.md"))])
+    assert sorted(nav) == sorted(pages | {"index.md"})
 
 
 def blocks(text, language):
@@ -120,23 +117,13 @@ def test_every_command_of_a_block_parses(words, beside_the_examples):
 
 def test_options_in_running_text_are_known():
     parsers = [launch.own_parser(), estimate.own_parser()]
-    known = {name.strip("-") for parser in parsers for name in parser._option_string_actions} | {
-        "print_config",
-        "config",
-    }
+    known = {name.strip("-") for parser in parsers for name in parser._option_string_actions}
     known |= {"name", "runs_dir", "wandb", "wandb_artifacts", "trace_steps", "ckpt_path", "seed_everything"}
+    known |= {"config", "print_config"}
     for name in COMMANDS.keys() - OWN_PARSER:
         known |= {parameter.replace("_", "-") for parameter in inspect.signature(load(COMMANDS[name][0])).parameters}
-    known |= {
-        "extra",
-        "arms",
-        "minutes",
-        "dataset",
-        "normalize",
-        "fp16",
-        "bf16",
-        "untie_encoder",
-    }  # uv, scripts, Tevatron
+    known |= {"extra", "arms", "minutes", "dataset"}  # of uv and of scripts
+    known |= {"normalize", "fp16", "bf16", "untie_encoder"}  # of Tevatron
     for page, text in TEXTS.items():
         text = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
         for code in re.findall(r"`([^`]+)`", text):
@@ -192,14 +179,11 @@ def tables(text):
 
 
 def test_the_studys_tables_are_of_its_measurements():
-    spec = importlib.util.spec_from_file_location("study", ROOT / "configs" / "study" / "study.py")
-    study = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(study)
-    kept = pd.read_csv(ROOT / "configs" / "study" / "scratch" / "results.csv", dtype={"train_size": str})
-    columns = yaml.safe_load((ROOT / "configs" / "study" / "scratch" / "plan.yaml").read_text())["columns"]
-    measured = tables(study.table(kept, columns))
-    page = tables(TEXTS["docs/study.md"])
-    assert page == measured
+    study = ROOT / "configs" / "study"
+    kept = pd.read_csv(study / "scratch" / "results.csv", dtype={"train_size": str})
+    columns = yaml.safe_load((study / "scratch" / "plan.yaml").read_text())["columns"]
+    measured = tables(runpy.run_path(str(study / "study.py"))["table"](kept, columns))
+    assert tables(TEXTS["docs/study.md"]) == measured
     heading = next(row for row in tables(README) if "MLM loss" in row)
     columns = [measured[0].index(name.removeprefix("SQuAD, ")) for name in heading]
     shown = [row for row in tables(README) if row[0] in ("BM25", "random initialisation", "mlm", "condenser")]
@@ -211,15 +195,11 @@ def test_the_studys_tables_are_of_its_measurements():
 def test_the_readmes_speeds_are_those_of_the_benchmarks():
     rows = [row for row in tables(README) if "head layers" in row[0] or "layers of" in row[0]]
     assert len(rows) == 4
+    measured = [row for row in tables(TEXTS["docs/benchmarks.md"]) if not row[0].endswith(", 512")]
     for name, *numbers in rows:
-        model = re.split(r", (?:\d+ tokens|2 CPU)", name)[0]
-        (same,) = [
-            row
-            for row in tables(TEXTS["docs/benchmarks.md"])
-            if row[0].startswith(model) and ("tokens/s" in row[1]) == ("CPU" in name) and not row[0].endswith(", 512")
-        ]
-        found = {cell.removesuffix(" tokens/s") for cell in same}
-        assert set(numbers) <= found
+        model, on_cpu = re.split(r", (?:\d+ tokens|2 CPU)", name)[0], "CPU" in name
+        (same,) = (row for row in measured if row[0].startswith(model) and ("tokens/s" in row[1]) == on_cpu)
+        assert set(numbers) <= {cell.removesuffix(" tokens/s") for cell in same}
 
 
 def test_the_costs_are_what_estimate_computes():
