@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from condenser.data.store import check_file_name, tokenizer_hash
-from condenser.data.tokenizers import has_tokenizer, is_path, vocabulary_size
+from condenser.data.tokenizers import has_tokenizer, is_path, load_tokenizer, vocabulary_size
 from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.files import load_file
@@ -47,19 +47,15 @@ def warm_start(
         ValueError: another tokenizer or vocabulary than the store's, options that the objective does not take, or a
             head of another shape.
     """
-    if backbone is not None:
-        if is_path(backbone) and not Path(backbone).is_dir():
-            raise ValueError(f"model.backbone: no such folder: {backbone}")
-        check_same_tokenizer(backbone, tokenizer)
     if vocabulary_multiple < 1:
         raise ValueError(f"model.vocabulary_multiple={vocabulary_multiple} must be at least 1")
     if truncated_normal and backbone is not None:
         raise ValueError("model.truncated_normal is for random weights: leave it, or model.backbone, out")
     n_ids = vocabulary_size(tokenizer)
     if backbone is None:
-        defaults = {"vocab_size": n_ids, "pad_token_id": tokenizer.pad_token_id}
-        found = Found(build_masked_lm(None, settings, **defaults))
+        found = Found(build_masked_lm(None, settings, vocab_size=n_ids, pad_token_id=tokenizer.pad_token_id))
     else:
+        check_same_tokenizer(backbone, tokenizer)
         found = opened(backbone, settings)
     lm = found.lm
     if lm.config.vocab_size < n_ids:
@@ -85,8 +81,8 @@ def warm_start(
 
 
 def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
-    from condenser.data.tokenizers import load_tokenizer
-
+    if is_path(backbone) and not Path(backbone).is_dir():
+        raise ValueError(f"model.backbone: no such folder: {backbone}")
     if Path(backbone).is_dir() and not has_tokenizer(Path(backbone)):
         return  # bare weights: only the vocabulary's size can be compared
     if tokenizer_hash(load_tokenizer(backbone)) != tokenizer_hash(tokenizer):

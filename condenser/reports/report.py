@@ -9,7 +9,6 @@ The page reads what every run folder holds, ``config.yaml`` and ``metrics.csv``,
 mail it, print it, keep it beside the checkpoint. A run in progress can be reported at any time.
 """
 
-import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
+from condenser.data.store import atomic_write
 from condenser.reports.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_over, draw_panels, run_colours, short
 from condenser.reports.reference import PANELS, STUDY, comparable, over_tokens, read_reference
 from condenser.runs import (
@@ -76,19 +76,18 @@ def report(
     curves = [over_tokens(run.curves, run.name) if x == "tokens" else run.curves for run in loaded]
     panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x])
     known = STUDY if reference == "study" else Path(reference) if reference else None
-    target = Path(output)
+    html, target = page(loaded, panels, known), Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(target.name + ".tmp")
-    unfinished.write_text(page(loaded, panels, known), encoding="utf-8")
-    os.replace(unfinished, target)
+    with atomic_write(target) as unfinished:
+        unfinished.write_text(html, encoding="utf-8")
     print(f"wrote {target}")
 
 
 def load_runs(runs: Sequence[str]) -> list[Run]:
-    folders = list({Path(run).resolve(): Path(run) for run in runs}.items())
-    taken = Counter(full.name for full, _ in folders)
-    names = [full.name if taken[full.name] == 1 else str(given) for full, given in folders]
-    return [load_run(full, *look) for (full, _), *look in zip(folders, names, run_colours(len(names)), strict=True)]
+    folders = {Path(run).resolve(): Path(run) for run in runs}
+    taken = Counter(folder.name for folder in folders)
+    names = [folder.name if taken[folder.name] == 1 else str(given) for folder, given in folders.items()]
+    return [load_run(*each) for each in zip(folders, names, run_colours(len(names)), strict=True)]
 
 
 def load_run(folder: Path, name: str, colour: str) -> Run:
