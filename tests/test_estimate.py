@@ -145,8 +145,9 @@ def no_rehearsal(monkeypatch):
 
 
 @pytest.mark.parametrize("objective", ["cocondenser.CoCondenser", "retromae.RetroMAE"])
-def test_the_other_objectives_are_estimated_over_what_they_train_on(objective, spans, tmp_path, capsys):
+def test_the_other_objectives_are_estimated_over_what_they_train_on(objective, spans, tmp_path, capsys, monkeypatch):
     """The demo's recipe: two spans of 32 tokens of each document."""
+    monkeypatch.setattr(estimating, "on_gpus", lambda *_: [])  # which takes a while, and does not look at them
     options = ["--config", CONFIGS / "demo.yaml", "--data.store", spans, "--data.span_length", "12"]
     found, _ = estimated(capsys, tmp_path, *options, "--model.objective", f"condenser.models.{objective}")
     n_documents = len(TokenStore(spans, "train").document_bounds()) - 1

@@ -120,10 +120,6 @@ def of_backbone(folder):
     return "--model.backbone", folder, "--model.backbone_config", "{}"
 
 
-def test_the_folder_without_a_payload_is_trained(backbone, recipe, tmp_path):
-    assert fit(recipe, tmp_path, *of_backbone(backbone), "--trainer.max_steps", 1) == 0
-
-
 @pytest.mark.parametrize("name", ["model.pt", "pytorch_model.bin"])
 @pytest.mark.parametrize(("write", "why"), FILES)
 def test_weights_that_would_run_code_or_are_damaged_are_named(
