@@ -758,11 +758,10 @@ def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, cap
 
 
 @pytest.mark.parametrize("n_head_layers", [0, 2])
-def test_the_authors_recipe_of_the_bench_is_the_same_loss(n_head_layers, monkeypatch):
+def test_the_authors_recipe_of_the_bench_is_the_same_loss(n_head_layers):
     torch.manual_seed(0)
     model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2, n_head_layers=n_head_layers).eval()
-    monkeypatch.setattr(Authors, "longest", 40)
-    authors, ours = (loss_and_gradients(each, inputs()) for each in (Authors.of(model), model))
+    authors, ours = (loss_and_gradients(each, inputs()) for each in (Authors.of(model, 40), model))
     torch.testing.assert_close(authors, ours, rtol=1e-4, atol=1e-6)
 
 

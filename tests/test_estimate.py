@@ -133,8 +133,9 @@ def test_operations_are_those_that_torch_counts(lengths):
 
 
 def estimated(capsys, tmp_path, *args):
-    assert main(["estimate", *map(str, args), "--json", str(tmp_path / "costs.json")]) == 0
-    return json.loads((tmp_path / "costs.json").read_text()), " ".join(capsys.readouterr().out.split())
+    figures = tmp_path / "new" / "costs.json"
+    assert main(["estimate", *map(str, args), "--json", str(figures)]) == 0
+    return json.loads(figures.read_text()), " ".join(capsys.readouterr().out.split())
 
 
 @pytest.fixture

@@ -15,25 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from condenser.corpus.work import available_cores
-from condenser.data.store import SPECIAL_TOKENS, write_json
+from condenser.data.store import SPECIAL_TOKENS
 from condenser.models.condenser import Condenser
 from condenser.models.objective import Objective, setting_names
 from condenser.recipes import file_of
 from condenser.reports.rehearsal import skeleton
 from condenser.reports.rows import open_rows, steps_over
-from condenser.reports.tables import table
-from condenser.reports.trial import (
-    FASTER,
-    FIRST,
-    KINDS,
-    RECIPES,
-    Authors,
-    Figures,
-    Precision,
-    Recipe,
-    Trial,
-    matmul_rate,
-)
+from condenser.reports.tables import table, write_figures
+from condenser.reports.trial import FASTER, FIRST, KINDS, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
 from condenser.runs import read_mapping
 
 
@@ -121,10 +110,8 @@ def bench(
     console.print(f"MFU is of {rate / 1e12:.3g} TFLOP/s, measured with large matrix products")
     if trial.kernels:
         console.print(table_of_kernels(trial.kernels))
-    if json:
-        Path(json).parent.mkdir(parents=True, exist_ok=True)
-        figures = {"recipes": found, "kernels": trial.kernels, "matmul_flops_per_second": rate}
-        write_json(Path(json), {"setting": setting(trial), **figures})
+    figures = {"recipes": found, "kernels": trial.kernels, "matmul_flops_per_second": rate}
+    write_figures(json, {"setting": setting(trial), **figures})
 
 
 def model_settings(config: str | None) -> dict[str, Any]:
@@ -168,7 +155,7 @@ def setting(trial: Trial) -> str:
         f"{n_layers} + {trial.model.n_layers - n_layers} layers of width {config.hidden_size}, "
         f"{config.vocab_size:,} tokens in the vocabulary; {trial.precision}; {hardware}; torch {torch.__version__}\n"
         f"{batches.batch_size} sequences a step in {batches.micro_batches_per_step} micro-batches, of up to "
-        f"{Authors.longest} tokens, on average {batches.samples.lengths.mean() + SPECIAL_TOKENS:.0f}"
+        f"{trial.longest} tokens, on average {batches.samples.lengths.mean() + SPECIAL_TOKENS:.0f}"
     )
 
 

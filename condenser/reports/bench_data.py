@@ -9,7 +9,6 @@ import random
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -22,10 +21,10 @@ from condenser.corpus.inputs import texts_of
 from condenser.corpus.prepare import prepare
 from condenser.corpus.work import available_cores
 from condenser.data.collate import Vocabulary
-from condenser.data.store import SPECIAL_TOKENS, read_manifest, write_json
+from condenser.data.store import SPECIAL_TOKENS, read_manifest
 from condenser.data.tokenizers import load_tokenizer
 from condenser.reports.rows import open_rows, steps_over
-from condenser.reports.tables import table
+from condenser.reports.tables import table, write_figures
 
 Measured = dict[str, list[float]]  # million tokens a second in each round, by what was measured
 
@@ -63,8 +62,7 @@ def bench_data(
         found["preparation"] = preparation(input, tokenizer, rounds)
         title = f"Preparing {', '.join(input)} on {available_cores()} cores, million tokens/s"
         console.print(compared(title, found["preparation"]))
-    if json:
-        write_json(Path(json), found | {"versions": {"numpy": np.__version__, "torch": torch.__version__}})
+    write_figures(json, found | {"versions": {"numpy": np.__version__, "torch": torch.__version__}})
 
 
 def compared(title: str, measured: Measured) -> Table:

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -20,14 +19,14 @@ from rich.table import Table
 
 from condenser.data.collate import StepBatch
 from condenser.data.datamodule import CondenserDataModule, Steps, limited
-from condenser.data.store import SPECIAL_TOKENS, write_json
+from condenser.data.store import SPECIAL_TOKENS
 from condenser.data.synthetic import SyntheticStore
 from condenser.models.flops import TOKENS_AT_ONCE, Work, bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
 from condenser.models.objective import Objective
 from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, one_pass
 from condenser.reports.rows import steps_over
-from condenser.reports.tables import table
+from condenser.reports.tables import table, write_figures
 from condenser.runs import length
 from condenser.training.fit import DryCLI, run_cli
 from condenser.training.module import CondenserModule
@@ -55,8 +54,7 @@ def estimate(args: Sequence[str]) -> None:
     run = run_cli("fit", of_the_run, DryCLI)
     found = costs(run.model, run.datamodule, run.config["fit"].trainer, options)
     show(found)
-    if options.json:
-        write_json(Path(options.json), found)
+    write_figures(options.json, found)
 
 
 def own_parser() -> argparse.ArgumentParser:

@@ -1,10 +1,13 @@
-"""The one look of the tables that commands print."""
+"""The one look of the tables that commands print, and the files of the figures in them."""
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
+
+from condenser.data.store import write_json
 
 
 def table(
@@ -27,3 +30,10 @@ def table(
     for row in rows:
         shown.add_row(*row)
     return shown
+
+
+def write_figures(json: str | None, figures: dict[str, Any]) -> None:
+    """To the file that ``--json`` names, if it does."""
+    if json:
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
+        write_json(Path(json), figures)

@@ -57,10 +57,10 @@ class Authors(Condenser):
     longest = 0  # tokens of the longest row of all
 
     @classmethod
-    def of(cls, model: Condenser) -> "Authors":
+    def of(cls, model: Condenser, longest: int) -> "Authors":
         """With the same weights."""
         made = cls(model.lm, model.skip_from, len(model.c_head), model.late_mlm, pruned=False)
-        made.c_head = model.c_head
+        made.c_head, made.longest = model.c_head, longest
         return made.train(model.training)
 
     def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
@@ -107,7 +107,7 @@ class Trial:
         self.device = next(self.model.parameters()).device
         self.dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
         self.kernels: dict[str, dict[str, float]] = {}  # milliseconds a step by kind, of each recipe, on a GPU
-        Authors.longest = int(self.rows.mixture.typical_lengths().max()) + SPECIAL_TOKENS
+        self.longest = int(self.rows.mixture.typical_lengths().max()) + SPECIAL_TOKENS  # row, in tokens
 
     def run(self, recipes: list[Recipe], rounds: int, say: Callable[[str], Any] = print) -> dict[str, Figures]:
         """Figures of each round by recipe. Some steps of each that do not count come first."""
@@ -128,7 +128,7 @@ class Trial:
         if recipe.mlm:
             objective = Condenser(objective.lm, n_head_layers=0).train()
         elif recipe.authors:
-            objective = Authors.of(objective)
+            objective = Authors.of(objective, self.longest)
         optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-6, fused=None if recipe.authors else True)
         return TrainingStep(objective, optimizer, clip=1.0, compiled=recipe.compiled, replayed=recipe.replayed)
 
@@ -170,7 +170,7 @@ class Trial:
             "tokens_per_second": tokens / seconds,
             "data_wait": loader.waited / seconds,
             "host_ms": 1e3 * host / self.steps,
-            "flops_per_token": sum(flops(work_done(recipe, batch)) for batch in batches) / tokens,
+            "flops_per_token": sum(flops(self.work_done(recipe, batch)) for batch in batches) / tokens,
             "needed_flops_per_second": sum(flops(Work.of_real_tokens(batch)) for batch in batches) / seconds,
         }
 
@@ -196,15 +196,14 @@ class Trial:
         launches = sum(event.name.startswith(LAUNCHES[self.device.type]) for event in events)
         return {"peak_memory_gb": [peak / 1e9], "launches": [launches]}
 
-
-def work_done(recipe: Recipe, batch: StepBatch) -> Work:
-    """What a recipe computes, padding, dummies and whole layers included."""
-    if recipe.authors:
-        positions = Authors.longest * batch.total("n_sequences")
-        pairs = positions * Authors.longest
-        return Work(positions, pairs, positions, pairs, positions)
-    more = batch.n_positions / batch.total("n_tokens")
-    return Work(*(round(more * each) for each in Work.of_real_tokens(batch)))
+    def work_done(self, recipe: Recipe, batch: StepBatch) -> Work:
+        """What a recipe computes, padding, dummies and whole layers included."""
+        if recipe.authors:
+            positions = self.longest * batch.total("n_sequences")
+            pairs = positions * self.longest
+            return Work(positions, pairs, positions, pairs, positions)
+        more = batch.n_positions / batch.total("n_tokens")
+        return Work(*(round(more * each) for each in Work.of_real_tokens(batch)))
 
 
 def kept(step: TrainingStep) -> int:
