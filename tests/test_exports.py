@@ -189,29 +189,23 @@ def test_options_that_cannot_be_are_one_line_and_leave_nothing(case, run, corpus
     assert list(tmp_path.iterdir()) == []
 
 
-def damaged(run, folder, byte=2000):
-    """A copy of the run whose newest checkpoints have one byte changed."""
-    shutil.copytree(run, folder)
-    newest = step_of(checkpoints(folder)[0])
-    for path in [path for path in checkpoints(folder) if step_of(path) == newest]:
-        content = bytearray(path.read_bytes())
-        content[byte] ^= 1
-        path.write_bytes(content)
-    return path
-
-
 def test_a_damaged_checkpoint_is_not_exported_however_it_is_named(run, tmp_path, capsys):
-    path = damaged(run, tmp_path / "run")
-    out = tmp_path / "out"
-    for named in ([path], [tmp_path / "run", "--step", str(step_of(path))]):
+    copy, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run, copy)
+    newest = step_of(checkpoints(copy)[0])
+    for path in [path for path in checkpoints(copy) if step_of(path) == newest]:
+        content = bytearray(path.read_bytes())
+        content[2000] ^= 1
+        path.write_bytes(content)
+    for named in ([path], [copy, "--step", str(newest)]):
         assert export(named[0], out, *named[1:]) == 1
         assert "damaged" in capsys.readouterr().err
         assert not out.exists()
-    assert export(tmp_path / "run", out) == 0
-    for other in checkpoints(tmp_path / "run"):
-        other.write_bytes(other.read_bytes()[:-50])
+    assert export(copy, out) == 0
+    for path in checkpoints(copy):
+        path.write_bytes(path.read_bytes()[:-50])
     for options in ([], ["--all-steps"]):
-        assert export(tmp_path / "run", tmp_path / "none", *options) == 1
+        assert export(copy, tmp_path / "none", *options) == 1
         assert "damaged; export another step" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 

@@ -180,9 +180,9 @@ def evaluation(found: dict[str, Any]) -> dict[str, Any]:
     attention = by_task.pop("attention", [])
     tables = []
     for rows in by_task.values():
-        keys = dict.fromkeys(key for row in rows for key in row if key != "task")
-        told = [key for key in keys if any(row.get(key) is not None for row in rows)]
-        tables.append([told, *([row.get(key) for key in told] for row in rows)])
+        columns = [column for column in side_by_side(rows) if column[0] != "task"]
+        told = [column for column in columns if any(value is not None for value in column[1:])]
+        tables.append([*zip(*told, strict=True)])
     settings = " · ".join(f"{key} {value}" for key, value in flatten(found.get("settings", {})))
     return {
         "attention": draw_entropies(attention) if attention else None,
