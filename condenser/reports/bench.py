@@ -115,10 +115,10 @@ def bench(
 
 
 def model_settings(config: str | None) -> dict[str, Any]:
-    """``model`` in a recipe (a YAML file for `condenser fit`). Raises ValueError if there is no such file."""
+    """``model`` in a recipe (a YAML file for `condenser fit`). Raises ValueError if there is none."""
     settings = {} if config is None else read_mapping(Path(file_of(config)))
     if settings is None:
-        raise ValueError(f"--config: no such file: {config}")
+        raise ValueError(f"--config: no such file, or an empty one: {config}")
     return settings.get("model", {})
 
 

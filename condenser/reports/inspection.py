@@ -57,7 +57,8 @@ def inspect_store(
 
 def about(manifest: dict[str, Any]) -> dict[str, str]:
     """What a manifest says, in words."""
-    settings, counts, splits = manifest["settings"], manifest["counts"], manifest["splits"]
+    settings, counts = manifest["settings"], manifest["counts"]
+    splits = manifest["splits"]
     n_bytes = sum(shard["bytes"] for split in splits.values() for shard in split["shards"])
     shown = ("kind", "max_length", "min_length", "short_fraction", "language", "word_segmenter", "title_column", "seed")
     return {
@@ -111,7 +112,8 @@ def masked_pieces(data: CondenserDataModule, steps: Steps, epoch: int, number: i
 
     found = []
     for place, is_start in enumerate(starts.tolist(), start=1):
-        now, label = int(fields["input_ids"][place]), originals.get(place)
+        now = int(fields["input_ids"][place])
+        label = originals.get(place)
         if label is None:
             found.append((text(now), is_start, ""))
         elif now == data.tokenizer.mask_token_id:
