@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pickle
 import re
 from functools import partial
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from condenser.models.flops import Work, affordable_tokens, bf16_peak, training_
 from condenser.models.losses import predicted_right, token_losses
 from condenser.models.objective import COUNTS, Term
 from condenser.reports.trial import Authors
+from condenser.training.logs import Trace
 from condenser.training.module import CondenserModule
 from condenser.training.step import TrainingStep, inputs_of, pass_loss
 
@@ -591,6 +593,7 @@ def test_a_trace_is_written_where_it_is_asked_for(recipe, tmp_path):
     assert fit(recipe, tmp_path, "t", "--trace_steps", "2") == 0
     assert (tmp_path / "t" / "trace.json.gz").stat().st_size > 10_000
     assert "aten::addmm" in (tmp_path / "t" / "trace.txt").read_text()
+    assert pickle.loads(pickle.dumps(Trace(tmp_path, 2))).n_steps == 2  # for ddp_spawn
 
 
 @pytest.mark.parametrize(

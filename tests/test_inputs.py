@@ -193,6 +193,8 @@ def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
         assert prepare(source, store / "tokenizer", tmp_path / output, *options) == 0
     assert all_tokens(tmp_path / "both") == all_tokens(tmp_path / "plain")
     assert prepare(saved, store / "tokenizer", tmp_path / "both", "--split", "a") == 1  # another store than that
+    error = refused(capsys, saved, store / "tokenizer", tmp_path / "no", "--split", "a+b+a")
+    assert "--split a+b+a names 'a' twice" in error
     error = refused(capsys, plain, store / "tokenizer", tmp_path / "no", "--split", "a")
     assert "none of the inputs is a dataset" in error
 
@@ -292,6 +294,18 @@ def test_what_fails_removes_what_it_made_and_nothing_else(store, corpus, tmp_pat
     assert contents(out) == before
     assert prepare(corpus, store / "tokenizer", out) == 0
     assert (out / ".env").read_text() == "secret"
+
+
+def test_units_that_are_done_are_kept_where_no_row_is_left_of_them_yet(store, small_units, tmp_path):
+    """A broken line after many short texts."""
+    source, out = tmp_path / "short.jsonl", tmp_path / "out"
+    write_jsonl(source, ["a short one"] * 9000 + ["the last one"])
+    whole = source.read_text()
+    source.write_text(whole[:-20] + "?" * 19 + "\n")
+    assert prepare(source, store / "tokenizer", out, "--min-length", "12") == 1
+    kept = contents(out)
+    assert "unfinished.json" in kept
+    assert any(name.startswith("units/00000-") for name in kept)
 
 
 @pytest.mark.parametrize("options", [[], ["--deduplicate"]])

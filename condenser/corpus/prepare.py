@@ -30,7 +30,7 @@ import numpy as np
 from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
-from condenser.corpus.merge import earlier_units, partial_files, put_together, remove_leftovers
+from condenser.corpus.merge import EmptyStoreError, earlier_units, partial_files, put_together, remove_leftovers
 from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
@@ -255,11 +255,12 @@ def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[
     write_json(folder / UNFINISHED, state)
     try:
         yield
-    except BaseException:
-        made = files_of_units(folder, state["first_source"])
-        if alone and not any(path.suffix == ".arrow" for path in made):
-            remove([*made, folder / UNFINISHED])
-            if not state["first_source"]:
+    except BaseException as error:
+        first = state["first_source"]
+        begun = any(folder.glob(f"units/{first:05d}-*.json"))
+        if alone and (isinstance(error, EmptyStoreError) or not begun):
+            remove([*files_of_units(folder, first), folder / UNFINISHED])
+            if not first:
                 for name in ("units", "tokenizer", *SPLITS):
                     shutil.rmtree(folder / name, ignore_errors=True)
         raise

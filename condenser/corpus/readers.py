@@ -188,6 +188,8 @@ def saved_dataset(source: Source) -> Any:
             f"{source.name} has no split {missing[0]!r} but {', '.join(map(repr, splits))}: name one with --split, or "
             "several (a+b)"
         )
+    if twice := [split for split in wanted if wanted.count(split) > 1]:
+        raise ValueError(f"--split {source.split} names {twice[0]!r} twice")
     return datasets.concatenate_datasets([splits[split] for split in wanted])
 
 

@@ -185,28 +185,33 @@ class Trace(Callback):
     """Writes what the CPU and the GPU did in ``n_steps`` steps, after some to warm up: ``trace.json.gz``, for
     https://ui.perfetto.dev, and the operations that took longest, ``trace.txt``."""
 
-    def __init__(self, folder: Path, n_steps: int):
-        self.folder = folder
-        schedule = torch.profiler.schedule(wait=4, warmup=1, active=n_steps, repeat=1)
-        self.profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=self.write, profile_memory=True)
+    def __init__(self, folder: Path, n_steps: int, skip: int = 5):
+        self.folder, self.first, self.n_steps = folder, skip, n_steps
+        self.profiler: Any = None
 
     @rank_zero_only
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.device = pl_module.device
-        self.profiler.start()
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.first == 0:
+            self.profiler = torch.profiler.profile(profile_memory=True)
+            self.profiler.start()
+        self.first -= 1
 
-    @rank_zero_only
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.profiler.step()
+        if self.profiler is not None and self.first == -self.n_steps:
+            self.finish(pl_module.device)
 
-    @rank_zero_only
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.profiler.stop()
+        if self.profiler is not None:
+            self.finish(pl_module.device)
 
-    def write(self, profiler: torch.profiler.profile) -> None:
-        profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
-        longest = profiler.key_averages().table(sort_by=f"self_{self.device.type}_time_total", row_limit=25)
+    def finish(self, device: torch.device) -> None:
+        self.profiler.stop()
+        self.profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
+        longest = self.profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
         (self.folder / "trace.txt").write_text(longest)
+        self.profiler = None
 
 
 def hardware(trainer: L.Trainer) -> str:
