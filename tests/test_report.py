@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from condenser.cli import main
 from condenser.reports.figures import Panel, draw, plot, short
-from condenser.reports.reference import KEPT, PANELS, STUDY, comparable, over_tokens, read_reference, write_reference
+from condenser.reports.reference import KEPT, PANELS, STUDIES, comparable, over_tokens, read_reference, write_reference
 from condenser.reports.report import report
 from condenser.runs import read_metrics
 
@@ -240,7 +240,7 @@ def make_curves(folder: Path, head: float = 0.5, vocabulary: float = 0.0, steps=
     lines = [",".join(("step", "epoch", *names)), f"0,0,{',' * len(KEPT)},0.9,0.7"]
     for step in steps:
         losses = [f"{vocabulary + 7 - 0.00111111 * step * ('unigram' not in name):.6f}" for name in KEPT[:5]]
-        probes = [5.0, 5.0 + head, 5.25, 0.8, 0.4]
+        probes = [5.0, 5.0 + head, 5.25, 0.25, 0.8, 0.4]
         lines.append(f"{step - 1},0,{100 * step},{','.join(map(str, losses + probes))}")
     return logged(folder, "\n".join(lines) + "\n")
 
@@ -273,10 +273,11 @@ def test_what_is_compared_does_not_depend_on_the_vocabulary(tmp_path):
     for title, (tokens, values) in one.items():
         np.testing.assert_allclose(tokens, other[title][0])
         np.testing.assert_allclose(values, other[title][1], atol=1e-5)
-    backbone, head, read, entropy = (values for _, values in one.values())
+    backbone, head, read, siblings, entropy = (values for _, values in one.values())
     np.testing.assert_allclose(backbone, [0.555555, 1.11111, 1.666665], atol=1e-5)
     np.testing.assert_allclose(head, backbone)
     np.testing.assert_allclose(read, 0.5)
+    np.testing.assert_allclose(siblings, 0.25)
     np.testing.assert_allclose(entropy, [0.8, 0.6, 0.6, 0.6])
 
 
@@ -307,7 +308,7 @@ def test_runs_are_drawn_over_reference_runs_where_both_measured_the_same(tmp_pat
         ("tokens", "steps", "known.csv does not begin with run,tokens"),
         (",50000,", ",,", "known.csv, line 3: could not convert string to float: ''"),
         (",50000,6.4444,", ",50000,6.x,", "known.csv, line 3: could not convert string to float: '6.x'"),
-        (",0.8,0.4\nlong,100000", "\nlong,100000", "known.csv, line 3: 9 cells under 11 columns"),
+        (",0.8,0.4\nlong,100000", "\nlong,100000", "known.csv, line 3: 10 cells under 12 columns"),
         ("\nlong.*", "\n", "known.csv holds no values"),
         (".*", "", "known.csv does not begin with run,tokens"),
     ],
@@ -322,17 +323,18 @@ def test_broken_reference_files_are_refused_by_line(tmp_path, old, new, message)
         page(tmp_path / "a", reference=str(path))
 
 
-def test_the_study_is_the_reference_that_comes_with_the_package(tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_studies_are_references_that_come_with_the_package(name, tmp_path, monkeypatch):
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
-    assert STUDY.name in project["tool"]["setuptools"]["package-data"]["condenser.reports"]
+    assert STUDIES[name].name in project["tool"]["setuptools"]["package-data"]["condenser.reports"]
     run = make_curves(tmp_path / "a")
     write_reference(tmp_path / "shipped.csv", {"mlm, seed 1": run})
-    monkeypatch.setattr("condenser.reports.report.STUDY", tmp_path / "shipped.csv")
-    assert main(["report", str(run), "--output", str(tmp_path / "r.html"), "--reference", "study"]) == 0
+    monkeypatch.setitem(STUDIES, name, tmp_path / "shipped.csv")
+    assert main(["report", str(run), "--output", str(tmp_path / "r.html"), "--reference", name]) == 0
     assert "shipped.csv" in section((tmp_path / "r.html").read_text(), "Is this normal?")
 
 
-def test_the_reference_of_the_study_is_small_and_whole():
-    assert STUDY.stat().st_size < 100_000
-    titles = {title for curves in read_reference(STUDY).values() for title in comparable(curves)}
-    assert titles == set(PANELS)
+def test_the_references_of_the_studies_are_small_and_whole():
+    runs = [read_reference(path) for path in STUDIES.values()]
+    assert sum(path.stat().st_size for path in STUDIES.values()) < 100_000
+    assert {title for found in runs for curves in found.values() for title in comparable(curves)} == set(PANELS)

@@ -13,9 +13,10 @@ import yaml
 from test_model import tiny_batch
 from test_pretraining import MODELS
 
+from condenser.cli import main
 from condenser.data.lock import locked
 from condenser.models.condenser import Condenser
-from condenser.reports.reference import read_reference
+from condenser.reports.reference import STUDIES, read_reference
 from condenser.runs import checkpoints
 
 FOLDER = Path(__file__).parents[1] / "configs" / "study"
@@ -59,7 +60,7 @@ def found(collection, value, **about):
 
 
 def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(study.reference, "STUDY", tmp_path / "reference.csv")
+    monkeypatch.setitem(STUDIES, "study", tmp_path / "reference.csv")
     plan = opened(study, written(tmp_path, intervals={}))
     for seed in (1, 2):
         shutil.copytree(run, plan.run_of("mlm", seed))
@@ -78,14 +79,22 @@ def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run,
     assert not {"10,000", "STS-B, all"} & set(header)  # nothing was measured
     loss = json.loads((run / "summary.json").read_text())["final"]["val/mlm_loss_at_mask"]
     assert mlm[header.index("MLM loss")] == f"{loss:.3f} ± 0.000"
-    assert set(read_reference(study.reference.STUDY)) == {"mlm, seed 1", "mlm, seed 2"}
+    assert set(read_reference(STUDIES["study"])) == {"mlm, seed 1", "mlm, seed 2"}
     kept = pd.read_csv(plan.results, dtype={"train_size": str})
     assert study.table(kept, plan.plan["columns"]).split("\n") == lines
 
 
+def test_the_table_tells_an_encoder_as_it_is_from_a_fine_tuned_one(study):
+    rows = [("a", "pre-trained", None, 0.25), ("a", "pre-trained", 1000, 0.5), ("a", "BM25", None, 0.75)]
+    results = pd.DataFrame(rows, columns=["arm", "model", "train_size", "value"], dtype=object)
+    columns = {"as it is": "size == 'None'", "after 1,000": "size == '1000'"}
+    table = study.table(results.astype({"value": float}), columns)
+    assert table.split("\n")[2:] == ["| BM25 | 0.750 |  |", "| a | 0.250 | 0.500 |"]
+
+
 def test_without_time_nothing_is_started_and_what_there_is_is_told(study, tmp_path, monkeypatch):
     started = []
-    monkeypatch.setattr(study, "run", lambda *command: started.append(command[0]))
+    monkeypatch.setattr(study, "run", lambda plan, *command: started.append(command[0]))
     path = written(tmp_path)
     (tmp_path / "store").mkdir()
     (tmp_path / "store" / "manifest.json").touch()
@@ -115,6 +124,18 @@ def test_a_plan_holds_together(path, study):
         assert {option.replace("-", "_").replace("__", "--", 1) for option in options} <= known
     nothing = pd.DataFrame(columns=["arm", *study.ABOUT, "metric", "value"], dtype=object)
     assert study.table(nothing, plan.plan["columns"]).startswith("| |")
+
+
+def test_a_cell_of_another_command_is_measured_again_in_the_same_folder(study, tiny_export, tmp_path, monkeypatch):
+    plan = opened(study, written(tmp_path))
+    shutil.copytree(tiny_export, tmp_path / "mlm-seed=1" / "export")
+    (tmp_path / "pairs.tsv").write_text("score\tsentence1\tsentence2\n1\ta\tb\n2\tc\tc\n3\td\te\n")
+    commands = []
+    monkeypatch.setattr(study, "main", lambda command: commands.append(command) or main(command))
+    for length in (16, 16, 12):
+        words = ["--similarity", str(tmp_path / "pairs.tsv"), "--max-length", str(length)]
+        study.evaluated(plan, tmp_path / "mlm-seed=1", "sts", words)
+    assert [command[-1] for command in commands] == ["16", "12"]
 
 
 def test_words_stand_for_folders(study):
@@ -176,7 +197,7 @@ def toy(folder, corpus):
     arms["backbone"]["overlays"].append("toy-backbone.yaml")
     arms["mlm"]["evaluated"] = arms["condenser"]["evaluated"] = True
     prepare = ["--tokenizer", "train:200", "--max-length", "32", "--kind", "spans", "--workers", "1"]
-    nothing = {"cells": {}, "intervals": {}, "baselines": []}
+    nothing = {"cells": {}, "intervals": {}, "baselines": [], "reference": None}
     path = written(folder, FOLDER / "warm" / "gpu.yaml", arms=arms, prepare=prepare, **nothing)
     (folder / "toy.yaml").write_text(yaml.safe_dump(sizes))
     backbone = {"model": {"backbone_config": TOY | {"max_position_embeddings": 40}}}
@@ -193,6 +214,11 @@ def test_all_arms_of_the_warm_starts_train_from_the_backbone_in_pieces(study, co
         study.study()
     assert "mlm-seed=1 waits for backbone-seed=1" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", argv)
+    with monkeypatch.context() as during:
+        during.setattr(study, "main", lambda command: 75 if command[0] == "fit" else main(command))  # as by SIGTERM
+        with pytest.raises(SystemExit, match="75"):
+            study.study()
+    assert capsys.readouterr().out.count("$ condenser fit") == 1
     study.study()
     plan = opened(study, path)
     said = capsys.readouterr().out

@@ -3,8 +3,8 @@
     condenser report runs/my-condenser --reference study --output report.html
 
 A row is one measurement of one run: ``run`` (a label; what stands before a comma names the kind of run, as in
-"condenser, seed 1"), ``tokens`` seen, then the metrics, empty where one was not measured. The file of the study is part
-of the package; ``write_reference`` makes another.
+"condenser, seed 1"), ``tokens`` seen, then the metrics, empty where one was not measured. The files of the two studies
+are part of the package; ``write_reference`` makes another.
 """
 
 import csv
@@ -17,16 +17,21 @@ import numpy as np
 from condenser.reports.figures import CLS_READ, ENTROPY, UNIGRAM, name_of
 from condenser.runs import METRICS, Curves, in_order, parse_row, read_metrics
 
-STUDY = Path(__file__).with_name("reference.csv")
+STUDIES = {  # of configs/study, by the name that `report --reference` takes
+    "study": Path(__file__).with_name("reference.csv"),
+    "warm": Path(__file__).with_name("reference-warm.csv"),
+}
 LOSSES = ("val/mlm_loss", "val/mlm_loss_at_mask", "val/head_mlm_loss", "val/head_mlm_loss_at_mask", UNIGRAM)
-KEPT = (*LOSSES, *(f"probe/head_loss_{cls}" for cls in CLS_READ))  # and the entropies, as many as there are layers
+FOUND = "val/contrast_accuracy"
+KEPT = (*LOSSES, *(f"probe/head_loss_{cls}" for cls in CLS_READ), FOUND)  # and entropies, as many as there are layers
 COMPARED = (  # title, unit, minuend, subtrahend: losses differ with vocabulary and text, these hardly do
     ("Backbone: below guessing by frequency", "nats at [MASK]", UNIGRAM, "val/mlm_loss_at_mask"),
     ("Head: below guessing by frequency", "nats at [MASK]", UNIGRAM, "val/head_mlm_loss_at_mask"),
     ("What the head reads from [CLS]", "nats lost with another's", "probe/head_loss_other", "probe/head_loss_true"),
 )
+SIBLINGS = "Contrast: siblings that are found"
 MEAN_ENTROPY = "[CLS] attention entropy, mean of the layers"
-PANELS = {**{title: unit for title, unit, *_ in COMPARED}, MEAN_ENTROPY: "share of log n"}
+PANELS = {title: unit for title, unit, *_ in COMPARED} | {SIBLINGS: "share", MEAN_ENTROPY: "share of log n"}
 
 
 def write_reference(path: Path, runs: Mapping[str, Path]) -> None:
@@ -81,6 +86,8 @@ def comparable(curves: Curves) -> Curves:
         for title, _, more, less in COMPARED
         if {more, less} <= curves.keys()
     }
+    if FOUND in curves:
+        found[SIBLINGS] = curves[FOUND]
     if layers := [points for metric, points in curves.items() if metric.startswith(ENTROPY)]:
         x = layers[0][0]
         found[MEAN_ENTROPY] = x, np.mean([np.interp(x, *points) for points in layers], axis=0)

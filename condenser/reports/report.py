@@ -22,7 +22,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from condenser.data.store import atomic_write
 from condenser.reports.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_over, draw_panels, run_colours, short
-from condenser.reports.reference import PANELS, STUDY, comparable, over_tokens, read_reference
+from condenser.reports.reference import PANELS, STUDIES, comparable, over_tokens, read_reference
 from condenser.runs import (
     CONFIG,
     METRICS,
@@ -69,13 +69,13 @@ def report(
         runs: run folders, runs/<name>
         output: the HTML file to write
         x: what the curves are drawn over
-        reference: draw the runs over known ones too, to see whether they are normal: `study` for those of
-            configs/study, which come with the package, or a CSV of others
+        reference: draw the runs over known ones too, to see whether they are normal: `study` (from random weights) or
+            `warm` (all objectives, from a trained encoder) for those of configs/study, or a CSV of others
     """
     loaded = load_runs(runs)
     curves = [over_tokens(run.curves, run.name) if x == "tokens" else run.curves for run in loaded]
     panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x])
-    known = STUDY if reference == "study" else Path(reference) if reference else None
+    known = STUDIES.get(reference, Path(reference)) if reference else None
     html, target = page(loaded, panels, known), Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as unfinished:

@@ -7,7 +7,7 @@ A plan says how text is prepared, which arms there are with their overlays and s
 are evaluated. FOLDER of --beir holds squad, scifact and cranfield. A piece is what fits into --minutes: training stops
 at a checkpoint, an evaluation after the rows that are done. Any number of processes, one for each GPU say, work on one
 study side by side, each at another cell. At the end the rows of all cells go to a CSV beside the plan, curves to a
-report (and to condenser/reports/reference.csv where the plan says so), and a table is printed.
+report (and to the reference that the plan names, see condenser/reports/reference.py), and a table is printed.
 """
 
 import argparse
@@ -35,7 +35,8 @@ from condenser.runs import METRICS, SUMMARY, read_metrics
 
 ABOUT = ("task", "collection", "model", "pooling", "whitening", "trained_on", "seed", "train_size")  # of a row
 METRICS_KEPT = ("ndcg@10", "ndcg@10_unseen", "mrr@10", "recall@100", "map", "spearman", "alignment", "uniformity")
-INTERRUPTED = 130  # what a command ends with
+OTHER, READ = "probe/head_loss_other", "probe/read_from_cls"  # what is lost with another text's [CLS]
+STOPPED = (signals.STOPPED, signals.AGAIN, 130)  # what a command ends with that was asked to stop, or interrupted
 
 
 @dataclass
@@ -91,7 +92,7 @@ def study() -> None:
         parser.error(f"no arms {', '.join(sorted(unknown))}; there are {', '.join(plan.arms)}")
     with at_work(plan, "store") as free:
         if free and not (plan.store / "manifest.json").is_file():
-            run("prepare", "--input", *options.wikipedia, *plan.plan["prepare"], "--output", str(plan.store))
+            run(plan, "prepare", "--input", *options.wikipedia, *plan.plan["prepare"], "--output", str(plan.store))
     for arm in options.arms or plan.arms:
         for seed in plan.arms[arm].seeds:
             work_on(plan, arm, seed)
@@ -118,7 +119,7 @@ def work_on(plan: Study, arm: str, seed: int) -> None:
     with at_work(plan, folder.name) as free:
         if not (free and pre_trained(plan, arm, seed)):
             return
-        run("export", str(folder), "--output", str(folder / "export"))
+        run(plan, "export", str(folder), "--output", str(folder / "export"))
     cells = plan.plan["cells"] if plan.arms[arm].evaluated else {}
     for name, parts in cells.items():
         command = [replaced(word, plan.places) for part in parts for word in part.split()]
@@ -155,18 +156,18 @@ def pre_trained(plan: Study, arm: str, seed: int) -> bool:
         files = [plan.folder / name for name in (plan.plan["recipe"], *plan.arms[arm].overlays)]
         configs = ["--config", str(files[0]), *(word for file in files[1:] for word in ("-c", str(file)))]
         with alarm(plan.end, signals.STOP):
-            run("fit", *configs, *command)
+            run(plan, "fit", *configs, *command)
     return (folder / SUMMARY).is_file()
 
 
 def evaluated(plan: Study, folder: Path, name: str, command: list[str]) -> None:
     """What is done is noted with its command; what is interrupted keeps the rows that it has."""
     output = folder / f"evaluation-{name}"
-    note = output / "command.json"
+    note = folder / f"evaluation-{name}.command.json"  # beside, as the folder is its command's alone
     if note.is_file() and json.loads(note.read_text()) == command:
         return
     with alarm(plan.end, signal.SIGINT):
-        code = run("evaluate", str(folder / "export"), "--output", str(output), *command)
+        code = run(plan, "evaluate", str(folder / "export"), "--output", str(output), *command)
     if code == 0:
         note.write_text(json.dumps(command))
 
@@ -190,26 +191,30 @@ def collect(plan: Study) -> None:
     if not done:
         sys.exit("no arm is trained yet: start again to go on")
     rows = [(*run, *row) for run, folder in done.items() for row in measurements(folder)]
-    results = pd.DataFrame(rows, columns=["arm", "pretrain_seed", *ABOUT, "metric", "value"]).drop_duplicates()
+    results = pd.DataFrame(rows, columns=["arm", "pretrain_seed", *ABOUT, "metric", "value"], dtype=object)
+    results = results.astype({"value": float}).drop_duplicates()  # sizes stay whole numbers, "all" or None
     results.to_csv(plan.results, index=False, float_format="%.5g")
-    if plan.plan.get("reference"):
-        named = {f"{arm}, seed {seed}": folder for (arm, seed), folder in done.items()}
-        reference.write_reference(reference.STUDY, named)
-    run("report", *map(str, done.values()), "--output", str(plan.runs / "report.html"))
+    if name := plan.plan.get("reference"):
+        named = {f"{arm}, seed {seed}": done[arm, seed] for arm, seed in done if plan.arms[arm].evaluated}
+        reference.write_reference(reference.STUDIES[name], named)
+    run(plan, "report", *map(str, done.values()), "--output", str(plan.runs / "report.html"))
     left = len(runs) - len(done)
     print(f"\nwrote {plan.results}: {len(rows)} rows of {len(done)} runs, {left} runs to go\n")
     print(table(results, plan.plan["columns"]))
     for name, metric in plan.plan["intervals"].items():  # paired by query and seeds
         patterns = [f"{arm}-seed=*/evaluation-{name}" for arm in plan.plan["compared"]]
         if all(any(plan.runs.glob(pattern)) for pattern in patterns):
-            run("evaluate", "compare", *(str(plan.runs / pattern) for pattern in patterns), "--metric", metric)
+            run(plan, "evaluate", "compare", *(str(plan.runs / pattern) for pattern in patterns), "--metric", metric)
 
 
 def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
     """What was measured on (see ABOUT), the metric, and its value: the last of training, and all evaluations."""
-    for name, (_, values) in read_metrics(folder / METRICS).items():
-        if name.startswith(("val/", "probe/head_loss")):
-            yield "pre-training", *[None] * (len(ABOUT) - 1), name, float(values[-1])
+    last = {name: float(values[-1]) for name, (_, values) in read_metrics(folder / METRICS).items()}
+    if OTHER in last:
+        last[READ] = last[OTHER] - last["probe/head_loss_true"]
+    for name, value in last.items():
+        if name.startswith(("val/", "probe/head_loss", READ)):
+            yield "pre-training", *[None] * (len(ABOUT) - 1), name, value
     for path in sorted(folder.glob("evaluation-*/results.json")):
         for row in json.loads(path.read_text())["rows"]:
             size = row["train_size"] or ("all" if row["fine_tuned"] else None)
@@ -225,8 +230,9 @@ def table(results: pd.DataFrame, columns: dict[str, str]) -> str:
     Args:
         columns: by name, which measurements are of it, as `pandas.DataFrame.query` takes it.
     """
-    random = results["model"].str.startswith(("BM25", "random"), na=False)
-    results = results.assign(row=results["model"].where(random, results["arm"]), size=results["train_size"].astype(str))
+    sizes = results["train_size"].astype(object).fillna("None").astype(str)
+    random = results["model"].astype(object).str.startswith(("BM25", "random"), na=False)
+    results = results.assign(row=results["model"].where(random, results["arm"]), size=sizes)
     measured = {name: found for name, condition in columns.items() if not (found := results.query(condition)).empty}
     lines = ["| | " + " | ".join(measured) + " |", "| --- |" + " --- |" * len(measured)]
     for row in dict.fromkeys([*results["row"][random], *results["row"][~random]]):
@@ -235,10 +241,11 @@ def table(results: pd.DataFrame, columns: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
-def run(*command: str) -> int:
-    """A command that may be stopped, at the end of the time, but not fail."""
+def run(plan: Study, *command: str) -> int:
+    """A command that may be stopped at the end of the time, but not fail; stopped before it, the study ends too."""
     print(f"\n$ condenser {' '.join(command)}", flush=True)
-    if (code := main(command)) not in (0, signals.STOPPED, INTERRUPTED):
+    code = main(command)
+    if code != 0 and not (code in STOPPED and plan.is_over()):
         sys.exit(code)
     return code
 
