@@ -74,5 +74,7 @@ from transformers import AutoModel, AutoModelForMaskedLM  # .from_pretrained(fol
 from condenser.hub import load_export  # load_export(folder): with its head, to go on pre-training
 ```
 
-Limits: it knows what its text says, with its errors and biases, in its language and of its time.
+Limits: it knows what its text says, with its errors and biases, in its language and of its time. Whether `[CLS]` holds
+the text is to be measured, not assumed: in the project's study of small models (`docs/study.md`) RetroMAE's decoder
+read it, and Condenser's head did not.
 """

@@ -238,7 +238,7 @@ def table(results: pd.DataFrame, columns: dict[str, str]) -> str:
     for row in dict.fromkeys([*results["row"][random], *results["row"][~random]]):
         cells = (mean_and_spread(found["value"][found["row"] == row].tolist()) for found in measured.values())
         lines.append(f"| {row} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("-0.000", "0.000")
 
 
 def run(plan: Study, *command: str) -> int:
