@@ -74,7 +74,6 @@ from transformers import AutoModel, AutoModelForMaskedLM  # .from_pretrained(fol
 from condenser.hub import load_export  # load_export(folder): with its head, to go on pre-training
 ```
 
-Limits: it knows what its text says, with its errors and biases, in its language and of its time. Whether `[CLS]` holds
-the text is to be measured, not assumed: in the project's study of small models (`docs/study.md`) RetroMAE's decoder
-read it, and Condenser's head did not.
+Limits: it knows what its text says, with its errors and biases, in its language and of its time. Measure whether
+`[CLS]` holds the text: of the small models in `docs/study.md` RetroMAE's decoder read it, and Condenser's head did not.
 """
