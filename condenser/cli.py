@@ -16,6 +16,8 @@ import itertools
 import json
 import os
 import re
+import select
+import signal
 import sys
 import types
 import typing
@@ -80,6 +82,7 @@ def run(name: str, rest: Sequence[str]) -> int:
             function(rest)
         else:
             function_call(function, f"condenser {name}", rest)
+        sys.stdout.flush()
         return 0
     except SystemExit as stop:  # argparse: --help and usage errors
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
@@ -92,8 +95,20 @@ def run(name: str, rest: Sequence[str]) -> int:
     except (ValueError, OSError, ImportError) as error:
         if os.environ.get("CONDENSER_TRACEBACK"):
             raise
+        if isinstance(error, BrokenPipeError) and reader_left():
+            return 128 + signal.SIGPIPE
         print(f"condenser {name}: error: {in_short(str(error))}", file=sys.stderr)
         return signals.LOST if isinstance(error, ConnectionError) else 1
+
+
+def reader_left() -> bool:
+    """Whether nobody reads standard output any more, as after ``condenser report --help | head``; then it is closed."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+    return True
 
 
 def in_short(message: str) -> str:
@@ -128,7 +143,8 @@ def function_call(function: Callable, prog: str, argv: Sequence[str]) -> None:
     """Parse ``argv`` by the signature of ``function`` and call it."""
     parser = function_parser(function, prog)
     if {"-h", "--help"}.intersection(argv):
-        print(re.sub(r"--[a-z_]+", lambda option: option[0].replace("_", "-"), parser.format_help()))
+        text = parser.format_help().replace("[ITEM,...]", "runs [runs ...]")  # of the one list that is positional
+        print(re.sub(r"--[a-z_]+", lambda option: option[0].replace("_", "-"), text))
         return
     values = vars(parser.parse_args(in_full(argv, function)))
     parameters = inspect.signature(function).parameters.values()

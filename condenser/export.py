@@ -168,6 +168,10 @@ def measured(run: Path, step: int) -> dict[str, Any]:
 def write_export(
     folder: Path, model: Objective, about: dict[str, Any], source: dict[str, Any], numbers: dict[str, Any]
 ) -> None:
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # AutoModel will report the MLM head that it leaves out
+    logging.disable_progress_bar()
     model.lm.save_pretrained(folder)
     for name, text in about["tokenizer"].items():
         (folder / name).write_text(text)
@@ -206,10 +210,7 @@ def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length
 def compare_with_live(folder: Path, model: Objective) -> None:
     """Load the folder in each way and compare with ``model`` on a small batch; ValueError where they differ."""
     from transformers import AutoModel, AutoModelForMaskedLM
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()  # AutoModel reports the MLM head that it leaves out
-    logging.disable_progress_bar()
     generator = torch.Generator().manual_seed(0)
     input_ids = torch.randint(0, model.lm.config.vocab_size, (2, 16), generator=generator)
     batch = {"input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}

@@ -1,6 +1,8 @@
 """The design, held by tests: imports run one way, files stay readable, the command table is whole."""
 
 import ast
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +87,15 @@ def test_every_command_exists_and_teaches_itself(capsys):
 def test_an_unknown_command_is_refused(capsys):
     assert main(["pretrain"]) == 2
     assert "no command 'pretrain'" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error():
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "condenser", "report", "--help"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
 def test_help_is_quick_because_nothing_heavy_is_imported():

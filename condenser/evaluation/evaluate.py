@@ -194,7 +194,7 @@ def show(found: dict[str, Any]) -> None:
     if tasks := found.get("mteb"):
         scores = ((task["collection"], task["metric"], f"{task['score']:.3f}") for task in tasks)
         Console().print(table(("MTEB's task", "metric", "score"), scores))
-    Console().print(ZERO_SHOT_NOTE)
+    print(ZERO_SHOT_NOTE)
     if answer := found.get("example"):
         print(f"\n{answer['query']}    ({answer['answered_by']})")
         for hit in answer["hits"]:
