@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import BertConfig, BertForMaskedLM
 
-from condenser.data.collate import StepBatch
+from condenser.data.collate import Masking, StepBatch
 from condenser.data.datamodule import CondenserDataModule, StepLoader
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.cocondenser import CoCondenser
@@ -165,7 +165,7 @@ def check_replay(settings, sequences):
 class InMemory(L.LightningDataModule):
     """As much of a data module as training asks for, over rows in memory."""
 
-    tokens_per_pass, few_shapes, pairs, weights = None, False, False, {}
+    tokens_per_pass, affordable, few_shapes, pairs, weights, masking = None, 1, False, False, {}, Masking(0)
     serve = CondenserDataModule.serve
     unigram_nats, steps_per_epoch = torch.zeros(30522), 40
 
@@ -182,7 +182,7 @@ class InMemory(L.LightningDataModule):
         self.sequences = sequences
 
     def train_dataloader(self):
-        steps = steps_of(self.sequences, 8, 40, tokens_per_pass=self.tokens_per_pass or 1, few_shapes=self.few_shapes)
+        steps = steps_of(self.sequences, 8, 40, tokens_per_pass=self.affordable, few_shapes=self.few_shapes)
         return StepLoader(steps, True, 2, lambda: self.trainer.global_step)
 
 
@@ -228,7 +228,7 @@ def check_run(settings, sequences):
     trainer.fit(module, datamodule=InMemory(sequences))
     assert trainer.global_step == 30
     assert not waits
-    assert (module.compiled, module.cuda_graphs) == (ON_GPU, ON_GPU)
+    assert (module.compiled, module.replayed) == (ON_GPU, ON_GPU)
     return logged
 
 

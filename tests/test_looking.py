@@ -52,7 +52,7 @@ def test_a_decoder_predicts_at_the_masks_too():
     masked = torch.arange(9)[None] == 4
     found = logits_at_masks(model, ids, masked)
     assert {name: logits.shape for name, logits in found.items()} == {"mlm": (1, 90), "decoder": (1, 90)}
-    assert model.scored.__func__ is RetroMAE.scored
+    assert model.mlm_terms.__func__ is RetroMAE.mlm_terms
 
 
 def test_attention_of_cls_is_the_encoder_s(tiny_export, tokenizer):

@@ -205,10 +205,11 @@ def model_of(family="bert", objective=CoCondenser, dropout=0.1, vocabulary=200, 
     return model.double()  # rounding is far below what would be wrong
 
 
-def gradients_of(model, steps, number=0, cached=None, summed=lambda values: values, scale=None):
+def gradients_of(model, steps, number=0, cached=None, all_reduce=lambda values: values, scale=None):
     batch = steps[number]
     model.zero_grad()
-    step = TrainingStep(model, torch.optim.SGD(model.parameters(), lr=0.0), gradient_cache=cached, summed=summed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    step = TrainingStep(model, optimizer, gradient_cache=cached, all_reduce=all_reduce)
     scale = (
         1 / torch.tensor([float(batch.total(name)) for name in COUNTS], dtype=torch.float64) if scale is None else scale
     )
@@ -261,11 +262,11 @@ def test_several_devices_take_the_step_of_one(pairs, spans):
     sums = [[], []]
     for rank in range(2):  # the first time, to see what each would send
         steps = steps_of(pairs, spans, 2, rank)
-        gradients_of(model, steps, summed=lambda values, rank=rank: sums[rank].append(values.clone()) or values)
+        gradients_of(model, steps, all_reduce=lambda values, rank=rank: sums[rank].append(values.clone()) or values)
     everything = sums[0][0] + sums[1][0]
     scale = 1 / torch.tensor([float(steps_of(pairs, spans)[0].total(name)) for name in COUNTS], dtype=torch.float64)
     parts = [
-        gradients_of(model, steps_of(pairs, spans, 2, rank), summed=lambda values: everything.clone(), scale=scale)
+        gradients_of(model, steps_of(pairs, spans, 2, rank), all_reduce=lambda values: everything.clone(), scale=scale)
         for rank in range(2)
     ]
     close([a + b for a, b in zip(parts[0][1], parts[1][1], strict=True)], gradients)
@@ -309,7 +310,6 @@ class Overridden(CoCondenser):
 
 class WithoutBoth(Objective):
     contrast = CoCondenser.contrast
-    terms = ()
 
 
 def test_only_what_cls_needs_is_computed_for_the_vectors(pairs, spans):
@@ -670,7 +670,7 @@ BAD = {
     ),
     "a contrast alone": (
         ["--model.objective", f"{__name__}.WithoutBoth", "--data.store", "SPANS"],
-        "needs a method cls_and_losses",
+        "for a contrast cls_and_losses",
     ),
     "no head": (["--model.n_head_layers", "0", "--model.optimizer.head_only_steps", "2"], "no head to train alone"),
 }
@@ -698,7 +698,6 @@ from condenser.models.objective import Objective, Term
 class BagOfWords(Objective):
     """MLM, and the words of a text from its [CLS] alone."""
 
-    terms = ("mlm", "bag")
     asks = ("original_ids",)
 
     def __init__(self, lm, weight=0.5):
@@ -712,7 +711,7 @@ class BagOfWords(Objective):
         row = torch.bucketize(torch.arange(len(batch["input_ids"])), batch["cu_seqlens"], right=True) - 1
         real = batch["original_ids"] >= 0
         bag = -logits[row, batch["original_ids"].clamp(min=0)] * real
-        mlm = self.scored({"mlm": (late[batch["masked_slot"]], batch["labels"], "n_masked")}, score)
+        mlm = self.mlm_terms({"mlm": (late[batch["masked_slot"]], batch["labels"], "n_masked")}, score)
         return mlm | {"bag": Term(bag.sum(), over="n_ordinary", weight=self.weight)}
 
     def flops(self, work):

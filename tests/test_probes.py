@@ -156,10 +156,10 @@ def test_a_head_that_cannot_look_at_cls_has_one_loss():
 
 def test_what_the_head_reads_can_be_set_for_padded_rows_too():
     model = expressive().eval()
-    model.condensed = torch.zeros_like
+    model.cls_hook = torch.zeros_like
     loss = model(**padded(inputs())).head_mlm_loss
     assert loss.item() == pytest.approx(head_losses(model, [step_batch(flat_pass())])["zeros"], rel=1e-5)
-    assert model.condensed is torch.zeros_like
+    assert model.cls_hook is torch.zeros_like
 
 
 def marked_names(n, seed):

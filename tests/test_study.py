@@ -170,7 +170,7 @@ def test_the_gate_s_head_reads_what_it_says(read, study):
     batch = tiny_batch()
     states = plain(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
-    plain.condensed = {
+    plain.cls_hook = {
         "cls": lambda cls: cls,
         "zeros": torch.zeros_like,
         "mean": lambda cls: (states * mask).sum(1) / mask.sum(1),

@@ -84,7 +84,8 @@ class CondenserDataModule(L.LightningDataModule):
             if value is not None and value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1")
         self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step
-        self.tokens_per_pass, self.few_shapes = tokens_per_pass, False  # the module settles what depends on the device
+        self.tokens_per_pass = tokens_per_pass
+        self.affordable, self.few_shapes = 1, False  # tokens of a pass; the module settles what depends on the device
         self.pairs, self.span_length = pairs, span_length
         self.extras: tuple[str, ...] = ()  # what the objective asks for
         self.num_workers, self.seed = num_workers, seed
@@ -227,7 +228,7 @@ class CondenserDataModule(L.LightningDataModule):
             Vocabulary.of(self.tokenizer),
             self.masking if training else replace(self.masking, seed=VALIDATION_SEED),
             (rank, world_size),
-            self.tokens_per_pass or 1,
+            self.tokens_per_pass or self.affordable,
             few_shapes=self.few_shapes and training,
             extras=self.extras,
         )

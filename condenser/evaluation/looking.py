@@ -194,25 +194,25 @@ def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[t
 
 
 def logits_at_masks(model: Objective, ids: Tensor, masked: Tensor) -> dict[str, Tensor]:
-    """By name ``[M, V]``, of rows ``[B, L]``: all that an objective would score, as it calls `Objective.scored`."""
+    """By name ``[M, V]``, of rows ``[B, L]``: all that an objective would score, as it calls `Objective.mlm_terms`."""
     labels = torch.where(masked, ids, -100)
     batch = flattened(model.backbone, ids, torch.ones_like(ids), labels)
     batch |= before_masking(batch)
     found: dict[str, Tensor] = {}
-    scored = model.scored
+    mlm_terms = model.mlm_terms
 
     def watched(streams: Any, score: bool) -> Any:
         for name, (states, _, _) in streams.items():
             at = states if len(states) == int(masked.sum()) else states[batch["masked_index"]]
             found[name] = logits_of(model.backbone.transform(at), model.backbone.decoder)
-        return scored(streams, score)
+        return mlm_terms(streams, score)
 
-    model.scored = watched  # type: ignore[method-assign]
+    model.mlm_terms = watched  # type: ignore[method-assign]
     try:
         with at_rest(model):
             model.losses(batch)
     finally:
-        del model.scored
+        del model.mlm_terms
     return found
 
 

@@ -101,19 +101,19 @@ def head_losses(model: Any, batches: Sequence[StepBatch]) -> dict[str, float]:
         model: one that has a head.
         batches: of two rows or more each.
     """
-    device, before = next(model.parameters()).device, model.condensed
+    device, before = next(model.parameters()).device, model.cls_hook
     sums, n_scored = dict.fromkeys(READ_BY_HEAD, 0.0), 0
     try:
         with at_rest(model):
             for batch in batches:
                 for fields in batch.to(device):
-                    for name, model.condensed in READ_BY_HEAD.items():
+                    for name, model.cls_hook in READ_BY_HEAD.items():
                         term = model.losses(fields, score=True)[model.head_term]
                         assert term.losses is not None
                         sums[name] += term.losses.double().sum().item()
                     n_scored += fields[term.over]
     finally:
-        model.condensed = before
+        model.cls_hook = before
     return {name: value / n_scored for name, value in sums.items()}
 
 

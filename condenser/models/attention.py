@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from condenser.models.short_attention import is_for, short_attention
+from condenser.models.short_attention import is_short, short_attention
 
 
 class Take(torch.autograd.Function):
-    """``rows.index_select(0, index)`` for an index without repetitions (but where no gradient comes from): its gradient
-    is written to where the rows came from, not added there, which is quicker and always the same."""
+    """``rows.index_select(0, index)`` whose gradient is written to where the rows came from, not added there, which is
+    quicker and always the same. So only rows without a gradient, as dummies', may be taken more than once."""
 
     @staticmethod
     def forward(rows: Tensor, index: Tensor) -> Tensor:
@@ -67,9 +67,13 @@ class Sequences(NamedTuple):
     position_ids: Tensor  # [T] int64, from 0 in each sequence
 
 
-def sequences_of(batch: dict[str, Any], hidden: Tensor, attention_dropout: float) -> Sequences:
-    """The sequences of a flat batch (see `condenser.data.collate.collate`), whose first states are ``hidden``."""
-    kernel = not attention_dropout and has_kernel(hidden.device, state_type(hidden))
+def sequences_of(batch: dict[str, Any], hidden: Tensor, as_they_lie: bool) -> Sequences:
+    """The sequences of a flat batch (see `condenser.data.collate.collate`), whose first states are ``hidden``.
+
+    Args:
+        as_they_lie: attend by the kernel that takes bounds, where there is one.
+    """
+    kernel = as_they_lie and has_kernel(hidden.device, state_type(hidden))
     query_index = batch["query_index"]
     keys = bounds_of(batch["cu_seqlens"], batch["max_seqlen"], len(batch["input_ids"]), kernel)
     queries = bounds_of(batch["cu_seqlens_query"], batch["max_query"], len(query_index), kernel)
@@ -111,16 +115,16 @@ class Scores(NamedTuple):
     scale: float | None = None  # of the products; 1 / sqrt(D) by default
     # what is added, for which there is no kernel: of how far keys are behind queries [B or 1, Q, K], and of the queries
     # and keys [B, A, Q or K, D], all laid out -> [B or 1, A, Q, K]
-    more: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
+    bias: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
 
 PLAIN = Scores()
 
 
-def attend_within(states: Tensor, bounds: Bounds, dropout: float = 0.0, scores: Scores = PLAIN) -> Tensor:
+def self_attend(states: Tensor, bounds: Bounds, dropout: float = 0.0, scores: Scores = PLAIN) -> Tensor:
     """Each sequence over itself: queries, keys and values ``[T, 3, A, D]`` -> ``[T, A, D]``."""
-    scores = within(scores, bounds)
-    if bounds.slots is None and scores == PLAIN and is_for(states.device, bounds.longest, states.shape[-1]):
+    scores = without_idle_window(scores, bounds)
+    if bounds.slots is None and scores == PLAIN and is_short(states.device, bounds.longest, states.shape[-1]):
         return short_attention(states, bounds.cu_seqlens)
     query, key_value = states.split([1, 2], dim=1)
     return attend(query.squeeze(1), key_value, bounds, bounds, dropout, scores)
@@ -133,48 +137,67 @@ def attend(
     keys: Bounds,
     dropout: float = 0.0,
     scores: Scores = PLAIN,
-    position_ids: Tensor | None = None,
+    query_index: Tensor | None = None,
 ) -> Tensor:
     """Each query ``[Q, A, D]`` over the keys and values ``[T, 2, A, D]`` of its own sequence: ``[Q, A, D]``.
 
     Args:
-        position_ids: of queries ``[Q]``, where they are not all positions.
+        query_index: at which of the T positions queries are ``[Q]``, where they are not all, and scores depend on it.
     """
-    scores = within(scores, keys)
-    window, in_order = scores.window, position_ids is None  # the kernel counts queries to know the window
-    has_kernel = scores.more is None and (window is None or in_order)
-    if queries.slots is None and keys.slots is None and has_kernel:
-        from torch.nn.attention.varlen import varlen_attn
-
-        key, value = key_value.unbind(1)
-        bounds: Any = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
-        more: Any = {} if window is None else {"window_size": (window, window)}
-        attended: Any = varlen_attn(query, key, value, *bounds, scale=scores.scale, **more)
-        return attended
+    scores = without_idle_window(scores, keys)
+    in_order = query_index is None  # the kernel counts queries to know what is in the window
+    if queries.slots is None and keys.slots is None and scores.bias is None and (scores.window is None or in_order):
+        return attend_as_they_lie(query, key_value, queries, keys, scores)
     queries, keys = with_slots(queries, len(query)), with_slots(keys, len(key_value))
+    return attend_laid_out(query, key_value, queries, keys, dropout, scores, query_index)
+
+
+def attend_as_they_lie(query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds, scores: Scores) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    key, value = key_value.unbind(1)
+    bounds: Any = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
+    window: Any = {} if scores.window is None else {"window_size": (scores.window, scores.window)}
+    attended: Any = varlen_attn(query, key, value, *bounds, scale=scores.scale, **window)
+    return attended
+
+
+def attend_laid_out(
+    query: Tensor,
+    key_value: Tensor,
+    queries: Bounds,
+    keys: Bounds,
+    dropout: float,
+    scores: Scores,
+    query_index: Tensor | None,
+) -> Tensor:
+    """`attend` by padded attention, in fp32 on a CPU, whose kernel is slower in half precision."""
+    assert queries.slots is not None
+    assert keys.slots is not None
     query, key_value, dtype = laid_out(query, queries), laid_out(key_value, keys), query.dtype
-    if on_cpu := query.is_cpu and dtype.itemsize == 2:  # whose kernel is slower in half precision
+    if in_fp32 := query.is_cpu and dtype.itemsize == 2:
         query, key_value = query.float(), key_value.float()
     query, key, value = (states.transpose(1, 2) for states in (query, *key_value.unbind(2)))  # [B, A, L, D]
     mask: Any = keys.mask
-    with torch.autocast("cpu", enabled=False) if on_cpu else nullcontext():
-        if window is not None or scores.more is not None:
+    with torch.autocast("cpu", enabled=False) if in_fp32 else nullcontext():
+        if scores.window is not None or scores.bias is not None:
             places = torch.arange(keys.longest, device=query.device)
-            at = places[None] if position_ids is None else laid_out(position_ids, queries)  # [B or 1, Lq]
+            at = places[None]  # [B or 1, Lq]
+            if query_index is not None:
+                at = laid_out(keys.slots.index_select(0, query_index) % keys.longest, queries)
             distances = places - at[:, :, None]  # [B or 1, Lq, L]
-            mask = mask if window is None else mask & (distances.abs() <= window)[:, None]
-            if scores.more is not None:
-                mask = scores.more(distances, query, key).to(query.dtype).masked_fill(~mask, -torch.inf)
+            mask = mask if scores.window is None else mask & (distances.abs() <= scores.window)[:, None]
+            if scores.bias is not None:
+                mask = scores.bias(distances, query, key).to(query.dtype).masked_fill(~mask, -torch.inf)
         options: Any = {"attn_mask": mask, "dropout_p": dropout, "scale": scores.scale}
         context = F.scaled_dot_product_attention(query, key, value, **options)
-    assert queries.slots is not None
     return take(context.transpose(1, 2).flatten(0, 1).to(dtype), queries.slots)
 
 
-def within(scores: Scores, bounds: Bounds) -> Scores:
+def without_idle_window(scores: Scores, bounds: Bounds) -> Scores:
     """Without a window where no sequence is longer than what a position sees."""
-    seen = scores.window is None or bounds.longest <= scores.window + 1
-    return scores._replace(window=None) if seen else scores
+    idle = scores.window is None or bounds.longest <= scores.window + 1
+    return scores._replace(window=None) if idle else scores
 
 
 def with_slots(bounds: Bounds, n: int) -> Bounds:

@@ -52,17 +52,18 @@ class CoCondenser(Condenser):
             raise ValueError(f"contrast_weight={contrast_weight} and mlm_weight={mlm_weight} must not be negative")
         self.temperature, self.similarity = temperature, similarity
         self.contrast_weight, self.mlm_weight = contrast_weight, mlm_weight
-        if not self.terms:  # nothing reads the MLM head
+        if not self.streams:  # nothing reads the MLM head
             used = set(lm.base_model.parameters())
             for weight in lm.parameters():
                 weight.requires_grad_(weight in used and weight.requires_grad)
 
-    def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
-        cls, terms = super().cls_and_losses(batch, score)
-        return cls, {name: term._replace(weight=self.mlm_weight) for name, term in terms.items()}
+    def terms_of(self, states: tuple[Tensor, Tensor, Tensor], batch: dict[str, Any], score: bool) -> dict[str, Term]:
+        terms = super().terms_of(states, batch, score)
+        return {name: term._replace(weight=self.mlm_weight) for name, term in terms.items()}
 
     def contrast(self, cls: Tensor) -> Term:
         """Cross-entropy of each vector ``[N, H]`` against its sibling among all others; siblings are 2i and 2i + 1."""
         scores = pair_scores(cls, self.similarity == "cosine") / self.temperature
         losses, correct = pair_losses(scores)
-        return Term(losses.sum(), "n_sequences", self.contrast_weight, losses, correct, pair_measures(cls, scores))
+        measures = pair_measures(cls, scores)
+        return Term(losses.sum(), "n_sequences", self.contrast_weight, correct=correct, measures=measures)

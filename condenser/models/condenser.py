@@ -26,14 +26,11 @@ from condenser.models.objective import Objective, Term, flattened, identity, pad
 class CondenserOutput:
     """Mean cross-entropies over masked tokens."""
 
+    loss: Tensor  # their weighted sum
     means: dict[str, Tensor]  # of each stream that is on
     last_hidden_state: Tensor | None = None  # [B, L, H], with pruned=False only; 0 at padding
     skip_hidden_state: Tensor | None = None
     head_hidden_state: Tensor | None = None
-
-    @property
-    def loss(self) -> Tensor:
-        return torch.stack([*self.means.values()]).sum()
 
     @property
     def mlm_loss(self) -> Tensor | None:  # the backbone's ("late")
@@ -49,7 +46,7 @@ class Condenser(Objective):
 
     Args:
         lm: kept, not copied.
-        skip_from: the layer (1 .. N-1) whose output the head reads for all tokens but [CLS].
+        skip_from: the layer (1 .. N-1) whose output the head reads for all tokens but [CLS]; of no use without.
         n_head_layers: layers of the head, of the backbone's own class and initialisation; 0 is plain MLM.
         late_mlm: whether the backbone's own MLM loss is added to the head's.
         pruned: run the last layers only at the positions that the loss reads; same loss, same gradients.
@@ -81,11 +78,8 @@ class Condenser(Objective):
         self.c_head.apply(lm._init_weights)
         self.n_layers += n_head_layers
         self.head_term = "head_mlm" if n_head_layers else ""
-        self.terms = ("mlm",) * late_mlm + ("head_mlm",) * (n_head_layers > 0)
-        self.condensed: Callable[[Tensor], Tensor] = identity  # what the head reads of the last [CLS] states [B, H]
-
-    def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
-        return self.cls_and_losses(batch, score)[1]
+        self.streams = tuple(name for name, on in (("mlm", late_mlm), ("head_mlm", n_head_layers > 0)) if on)
+        self.cls_hook: Callable[[Tensor], Tensor] = identity  # what the head reads of the last [CLS] states [B, H]
 
     def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
         states = self.states(batch)
@@ -95,25 +89,26 @@ class Condenser(Objective):
         return training_flops(self.lm.config, len(self.c_head), self.late_mlm, work)
 
     def states(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-        """Last, early and head states ``[T, H]``; with ``pruned`` the last and the head's at the queries ``[Q, H]``."""
+        """Last, early and head states ``[T, H]``; with ``pruned`` the last and the head's at the queries ``[Q, H]``.
+        Without a head the early states stand for the head's."""
         late, early, sequences = self.encoded(batch, self.skip_from, self.pruned)
-        head = early
-        if len(self.c_head):
-            cls = self.condensed(self.cls_of(late, batch, self.pruned))
-            head = early.index_copy(0, batch["cu_seqlens"][:-1], cls.to(early.dtype))
+        if not len(self.c_head):
+            return late, early, early
+        cls = self.cls_hook(self.cls_of(late, batch, self.pruned))
+        head = early.index_copy(0, batch["cu_seqlens"][:-1], cls.to(early.dtype))
         for depth, layer in enumerate(self.c_head, start=1):
             head = self.run(layer, head, sequences, at_queries=self.pruned and depth == len(self.c_head))
-        return late, early, self.backbone.last(head) if len(self.c_head) else head
+        return late, early, self.backbone.last(head)
 
     def terms_of(self, states: tuple[Tensor, Tensor, Tensor], batch: dict[str, Any], score: bool) -> dict[str, Term]:
         """Cross-entropies at the masked tokens, of both streams by one product with the vocabulary."""
-        if not self.terms:
+        if not self.streams:
             return {}
         late, _, head = states
         read_at = batch["masked_slot"] if self.pruned else batch["masked_index"]
-        of = {"mlm": late, "head_mlm": head}
-        streams = {name: (take(of[name], read_at), batch["labels"], "n_masked") for name in self.terms}
-        return self.scored(streams, score)
+        states_of = {"mlm": late, "head_mlm": head}
+        streams = {name: (take(states_of[name], read_at), batch["labels"], "n_masked") for name in self.streams}
+        return self.mlm_terms(streams, score)
 
     def forward(
         self,
@@ -122,11 +117,14 @@ class Condenser(Objective):
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> CondenserOutput:
-        """Losses of padded rows ``[B, L]``, in which ``labels`` are -100 where nothing is scored."""
+        """MLM losses of padded rows ``[B, L]``, in which ``labels`` are -100 where nothing is scored. (All that a
+        subclass minimises, a contrast too, is in `condenser.CondenserForPreTraining`.)"""
         batch = flattened(self.backbone, input_ids, attention_mask, labels, token_type_ids)
         states = self.states(batch)
         terms = self.terms_of(states, batch, score=False)
-        output = CondenserOutput({name: term.sum / batch["n_masked"] for name, term in terms.items()})
+        means = {name: term.sum / max(batch["n_masked"], 1) for name, term in terms.items()}
+        loss = sum((terms[name].weight * mean for name, mean in means.items()), start=states[0].new_zeros(()))
+        output = CondenserOutput(loss, means)
         if not self.pruned:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             late, early, head = (padded(each, mask) for each in states)

@@ -65,7 +65,7 @@ class Sizes(NamedTuple):
         return cls(h, i, config.vocab_size, getattr(config, "embedding_size", h), config.num_hidden_layers)
 
     @property
-    def scored(self) -> int:
+    def mlm_head(self) -> int:
         """Operations of the MLM head at a position."""
         return 2 * self.h * self.e + 2 * self.e * self.v
 
@@ -79,7 +79,7 @@ def training_flops(config: Any, n_head_layers: int, late_mlm: bool, work: Work) 
     last = 4 * h * h * work.tokens + (4 * h * h + 4 * h * i) * work.queries + 4 * h * work.query_pairs
     n_last = 1 + (n_head_layers > 0)
     n_streams = late_mlm + (n_head_layers > 0)
-    scored = n_streams * work.masked * sizes.scored
+    scored = n_streams * work.masked * sizes.mlm_head
     return 3.0 * ((sizes.layers + n_head_layers - n_last) * whole + n_last * last + scored)
 
 
@@ -88,16 +88,14 @@ def bf16_peak(device_name: str) -> float | None:
     return next((peak * 1e12 for part, peak in BF16_PEAKS.items() if part in device_name), None)
 
 
-def affordable_tokens(
-    config: Any, n_layers: int, memory: float, checkpointing: bool, vocabulary_share: float = 0.3
-) -> int:
+def affordable_tokens(config: Any, n_layers: int, memory: float, checkpointing: bool, scored_share: float = 0.3) -> int:
     """Tokens of a pass that surely fit into a GPU's ``memory`` (bytes), up to `TOKENS_AT_ONCE`.
 
     Counted are, of each token, what a layer keeps for the backward pass (in bf16; its input alone with
-    ``checkpointing``), and logits of a ``vocabulary_share`` of the tokens (15 % in two streams); of each weight, 20
+    ``checkpointing``), and logits of a ``scored_share`` of the tokens (15 % in two streams); of each weight, 20
     bytes.
     """
     h, i, v, e, _ = Sizes.of(config)
     layer, weights = 24 * h + 6 * i, n_layers * (4 * h * h + 2 * h * i) + v * e
     kept = 2 * h * n_layers + layer if checkpointing else n_layers * layer
-    return int(max(1, min(TOKENS_AT_ONCE, (0.8 * memory - 20 * weights) / (kept + vocabulary_share * v * 10))))
+    return int(max(1, min(TOKENS_AT_ONCE, (0.8 * memory - 20 * weights) / (kept + scored_share * v * 10))))

@@ -9,6 +9,7 @@ Legend: B sequences, L padded length, T tokens, M masked tokens, H hidden size.
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Self
 
@@ -46,11 +47,9 @@ class Objective(nn.Module):
         lm: a Hugging Face masked LM, which is kept, not copied.
     """
 
-    terms: tuple[str, ...] = ()  # their names
-    head_term = ""  # the one whose head reads [CLS], by ``condensed``: see `condenser.evaluation.probes`
+    head_term = ""  # the one whose head reads [CLS], by ``cls_hook``: see `condenser.evaluation.probes`
     asks: ClassVar[tuple[str, ...]] = ()  # for what else of `condenser.data.collate.EXTRAS`
     pruned = True  # the last layer is run at the queries alone
-    vocabulary_share = 0.3  # tokens at which the vocabulary is scored, of all: how much memory a pass needs
     # An objective over the [CLS] vectors of the whole step ``[N, H]``, in which those of siblings, two spans of one
     # document, are at 2i and 2i + 1, has a method for it. Its term is over ``n_sequences``.
     contrast: Callable[[Tensor], Term] | None = None
@@ -66,8 +65,14 @@ class Objective(nn.Module):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What it was made with besides ``lm``."""
-        return {name: getattr(self, name) for name in setting_names(type(self)) if hasattr(self, name)}
+        """What it was made with besides ``lm``. Raises ValueError where a class does not keep one."""
+        names = setting_names(type(self))
+        if lost := [name for name in names if not hasattr(self, name)]:
+            raise ValueError(
+                f"{type(self).__name__} does not keep its setting {', '.join(lost)}: set self.{lost[0]} in __init__, "
+                "or checkpoints and exports do not know it"
+            )
+        return {name: getattr(self, name) for name in names}
 
     def head_state(self) -> dict[str, Tensor]:
         """Its weights but those of ``lm``, by name."""
@@ -83,7 +88,7 @@ class Objective(nn.Module):
         It may be compiled, and replayed as a CUDA graph: of the batch's host ints it reads ``max_seqlen`` and
         ``max_query`` alone, and it does not ask for values of tensors.
         """
-        raise NotImplementedError
+        return self.cls_and_losses(batch, score)[1]
 
     def cls_states(self, batch: dict[str, Any]) -> Tensor:
         """The last [CLS] states ``[B, H]`` of a flat pass, and nothing that they do not need."""
@@ -95,7 +100,7 @@ class Objective(nn.Module):
 
     def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
         """Both of one forward pass; with the same dropout the states are those of `cls_states`."""
-        raise ValueError(f"{type(self).__name__} has a contrast, for which it needs a method cls_and_losses")
+        raise ValueError(f"{type(self).__name__} needs a method losses, or for a contrast cls_and_losses")
 
     def encoded(self, batch: dict[str, Any], keep: int = 0, pruned: bool = True) -> tuple[Tensor, Tensor, Sequences]:
         """A flat pass through the backbone.
@@ -108,8 +113,8 @@ class Objective(nn.Module):
             last states ``[T, H]``, or ``[Q, H]`` where ``pruned``; early ones ``[T, H]``; the sequences.
         """
         early = late = self.backbone.embed(batch["input_ids"], batch["position_ids"], batch.get("token_type_ids"))
-        attention_dropout = self.backbone.attention_dropout if self.training else 0.0
-        sequences = sequences_of(batch, late, attention_dropout)
+        as_they_lie = self.backbone.has_kernel and not (self.training and self.backbone.attention_dropout)
+        sequences = sequences_of(batch, late, as_they_lie)
         layers = self.backbone.layers
         for depth, layer in enumerate(layers, start=1):
             late = self.run(layer, late, sequences, at_queries=pruned and depth == len(layers))
@@ -125,7 +130,11 @@ class Objective(nn.Module):
         """Operations that training on so much needs."""
         raise NotImplementedError
 
-    def scored(self, streams: dict[str, tuple[Tensor, Tensor, str]], score: bool) -> dict[str, Term]:
+    def scored_share(self, masked: float) -> float:
+        """Tokens at which the vocabulary is scored, of all, where a share of them is ``masked``: for memory."""
+        return 2 * masked
+
+    def mlm_terms(self, streams: dict[str, tuple[Tensor, Tensor, str]], score: bool) -> dict[str, Term]:
         """The MLM head's cross-entropies of several streams, by one product with the vocabulary: of each its states
         ``[M, H]``, targets ``[M]`` (-100 where there is none), and what it is over."""
         hidden = self.backbone.transform(torch.cat([states for states, _, _ in streams.values()]))
@@ -143,18 +152,17 @@ class Objective(nn.Module):
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool = False) -> Tensor:
         """A layer's output ``[T, H]``, or ``[Q, H]`` at the queries alone."""
         run = getattr(layer, "run", None)  # where weights are sharded, a method that gathers them: see sharding.py
-        arguments = (hidden, sequences, at_queries) if run else (layer, hidden, sequences, at_queries)
-        run = run or self.backbone.run
+        run = run or partial(self.backbone.run, layer)
         if self.gradient_checkpointing and self.training:
-            return checkpoint(run, *arguments, use_reentrant=False)
-        return run(*arguments)
+            return checkpoint(run, hidden, sequences, at_queries, use_reentrant=False)
+        return run(hidden, sequences, at_queries)
 
-    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
+    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         """A layer whose queries are those states ``[T, H]`` and whose keys and values are these."""
         arguments = (layer, query, context, rows, position_ids)
         if self.gradient_checkpointing and self.training:
-            return checkpoint(self.backbone.run_between, *arguments, use_reentrant=False)
-        return self.backbone.run_between(*arguments)
+            return checkpoint(self.backbone.run_cross, *arguments, use_reentrant=False)
+        return self.backbone.run_cross(*arguments)
 
 
 def identity(cls: Tensor) -> Tensor:
@@ -220,9 +228,9 @@ def known_options(objective: type[Objective], usual: dict[str, Any], options: di
 
 def read_at_cls(batch: dict[str, Any]) -> dict[str, Any]:
     """The pass with no other queries than [CLS]."""
-    first = batch["cu_seqlens"]
-    queries = torch.arange(len(first), device=first.device)
-    return {**batch, "query_index": first[:-1], "cu_seqlens_query": queries, "max_query": 1}
+    bounds = batch["cu_seqlens"]
+    queries = torch.arange(len(bounds), device=bounds.device)
+    return {**batch, "query_index": bounds[:-1], "cu_seqlens_query": queries, "max_query": 1}
 
 
 def flattened(
@@ -254,7 +262,7 @@ def flattened(
     masked = flat_labels != IGNORED
     is_read = masked.clone()
     is_read[begins[:-1]] = True
-    n_read = torch.stack([part.sum() for part in is_read.split(lengths.tolist())])
+    cu_query = nn.functional.pad(is_read.cumsum(0), (1, 0)).index_select(0, begins)
     query_index = is_read.nonzero()[:, 0]
     return {
         "input_ids": input_ids[real],
@@ -264,10 +272,10 @@ def flattened(
         "masked_index": masked.nonzero()[:, 0],
         "labels": flat_labels[masked].long(),
         "query_index": query_index,
-        "cu_seqlens_query": nn.functional.pad(n_read.cumsum(0), (1, 0)),
+        "cu_seqlens_query": cu_query,
         "masked_slot": masked[query_index].nonzero()[:, 0],
         "max_seqlen": int(lengths.max()),
-        "max_query": int(n_read.max()),
+        "max_query": int(cu_query.diff().max()),
         "n_sequences": len(lengths),
         "n_tokens": int(begins[-1]),
         "n_masked": int(masked.sum()),

@@ -183,7 +183,7 @@ class CondenserForPreTraining(PreTrainedModel):
         text before it was masked of ``labels``; for a contrast rows 2i and 2i + 1 are spans of one document.
         """
         batch = flattened(self.model.backbone, input_ids, attention_mask, labels, token_type_ids)
-        batch |= before_masking(batch)
+        batch |= before_masking(batch, drawn_anew=self.training)
         if self.model.contrast is not None and len(input_ids) % 2:
             raise ValueError(f"{len(input_ids)} rows: a contrast takes pairs, rows 2i and 2i + 1 of one document")
         if self.model.contrast is None:
@@ -245,12 +245,15 @@ def warn(message: str) -> None:
     logging.get_logger(__name__).warning(message)
 
 
-def before_masking(batch: dict[str, Any]) -> dict[str, Any]:
-    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``."""
+def before_masking(batch: dict[str, Any], drawn_anew: bool = False) -> dict[str, Any]:
+    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``, by
+    which a decoder draws what it sees: others in each batch, or always the same."""
     original = batch["input_ids"].index_copy(0, batch["masked_index"], batch["labels"].to(batch["input_ids"].dtype))
     bounds = batch["cu_seqlens"]
     original = original.index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), IGNORED)
     keys = torch.arange(len(bounds) - 1, device=bounds.device)
+    if drawn_anew:
+        keys = torch.randint(2**31, keys.shape, device=bounds.device)
     return {"original_ids": original, "keys": keys, "n_ordinary": int((original != IGNORED).sum())}
 
 

@@ -2,8 +2,8 @@
 
     late    = encoder(masked text)                          a moderate rate: data.mask_probability, 30 % in the paper
     query   = late[CLS] + position of i                     (equation 3)
-    context = late[CLS], embeddings of the text             position i sees [CLS] and a random half of the others,
-    decoded = layer(query, context)                         never itself (equations 4 to 6)
+    context = late[CLS], embeddings of the text             position i sees [CLS] and a random half of the other
+    decoded = layer(query, context)                         tokens, not itself (equations 4 to 6)
     loss    = MLM(late) + MLM(decoded at all tokens)        one MLM head for both
 
 Which positions a position sees is a hash of (sample, visit, i, j), so it is the same on every device.
@@ -45,9 +45,7 @@ class RetroMAE(Objective):
     """
 
     asks: ClassVar[tuple[str, ...]] = ("original_ids", "keys")
-    terms: tuple[str, ...] = ("mlm", "decoder")
     head_term = "decoder"
-    vocabulary_share = 1.3
 
     def __init__(self, lm: PreTrainedModel, decoder_mask_rate: float = 0.5, pruned: bool = True):
         super().__init__(lm)
@@ -57,10 +55,7 @@ class RetroMAE(Objective):
         self.decoder = self.backbone.fresh_layer()
         self.decoder.apply(lm._init_weights)
         self.n_layers += 1
-        self.condensed: Callable[[Tensor], Tensor] = identity  # what the decoder reads of the last [CLS] states [B, H]
-
-    def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
-        return self.cls_and_losses(batch, score)[1]
+        self.cls_hook: Callable[[Tensor], Tensor] = identity  # what the decoder reads of the last [CLS] states [B, H]
 
     def cls_and_losses(self, batch: dict[str, Any], score: bool = False) -> tuple[Tensor, dict[str, Term]]:
         late, _, _ = self.encoded(batch, pruned=self.pruned)
@@ -70,12 +65,12 @@ class RetroMAE(Objective):
     def terms_of(self, late: Tensor, cls: Tensor, batch: dict[str, Any], score: bool) -> dict[str, Term]:
         """Of the encoder's last states ``[Q, H]``, ``[T, H]`` where it is not ``pruned``, and those at [CLS]."""
         masked = take(late, batch["masked_slot" if self.pruned else "masked_index"])
-        decoded = self.decoded(batch, self.condensed(cls))
+        decoded = self.decoded(batch, self.cls_hook(cls))
         streams = {
             "mlm": (masked, batch["labels"], "n_masked"),
             "decoder": (decoded, batch["original_ids"], "n_ordinary"),
         }
-        return self.scored(streams, score)
+        return self.mlm_terms(streams, score)
 
     def decoded(self, batch: dict[str, Any], cls: Tensor) -> Tensor:
         """The decoder's states ``[T, H]`` from the encoder's ``cls`` ``[B, H]``."""
@@ -85,27 +80,31 @@ class RetroMAE(Objective):
         of_token = cls.index_select(0, rows.slots // rows.longest)  # each token's sequence's
         original = torch.where(batch["original_ids"] < 0, batch["input_ids"], batch["original_ids"])
         context = self.backbone.embed(original, position_ids, batch.get("token_type_ids"))
-        context = torch.where((position_ids == 0)[:, None], of_token, context)
+        context = context.index_copy(0, bounds[:-1], cls.to(context.dtype))
         query = of_token + self.backbone.position_states(position_ids).to(of_token.dtype)
         seen = self.seen(batch["keys"], rows)
         seeing = rows._replace(mask=seen)
-        return self.backbone.last(self.run_between(self.decoder, query, context, seeing, position_ids))
+        return self.backbone.last(self.run_cross(self.decoder, query, context, seeing, position_ids))
 
     def seen(self, keys: Tensor, rows: Bounds) -> Tensor:
         """Which positions each position sees ``[B, 1, L, L]``: the first, and others by a hash of ``keys`` ``[B]``."""
         position = torch.arange(rows.longest, dtype=torch.int32, device=keys.device)
         of_query = mixed(keys.int()[:, None] ^ mixed(position + 1))  # [B, L]
         drawn = mixed(of_query[:, :, None] ^ mixed(position + 0x10001)) >> 8 & 0xFFFFFF  # [B, L, L], of 24 bits
-        chosen = drawn >= round(self.decoder_mask_rate * 2**24)  # in 32 bits: C++ need not wrap what is made wider
+        chosen = drawn >= round(self.decoder_mask_rate * 2**24)
         chosen = chosen & (position[:, None] != position) & rows.mask[:, 0]  # type: ignore[index]
         return (chosen | (position == 0))[:, None]
+
+    def scored_share(self, masked: float) -> float:
+        return masked + 1
 
     def flops(self, work: Work) -> float:
         sizes = Sizes.of(self.lm.config)
         h, i = sizes.h, sizes.i
         decoder = (8 * h * h + 4 * h * i) * work.tokens + 4 * h * work.pairs
-        ordinary = work.tokens - 2 * (work.queries - work.masked)
-        return training_flops(self.lm.config, 0, True, work) + 3.0 * (decoder + ordinary * sizes.scored)
+        n_sequences = work.queries - work.masked  # each is read at [CLS] and at its masked tokens
+        ordinary = work.tokens - 2 * n_sequences  # without [CLS] and [SEP]
+        return training_flops(self.lm.config, 0, True, work) + 3.0 * (decoder + ordinary * sizes.mlm_head)
 
 
 class DupMAE(RetroMAE):
@@ -119,9 +118,6 @@ class DupMAE(RetroMAE):
     Raises:
         ValueError: a rate that is not between 0 and 1, a weight that is negative.
     """
-
-    terms = ("mlm", "decoder", "bag_of_words")
-    vocabulary_share = 2.3
 
     def __init__(self, lm: PreTrainedModel, decoder_mask_rate: float = 0.5, bag_of_words_weight: float = 1.0):
         super().__init__(lm, decoder_mask_rate, pruned=False)
@@ -149,8 +145,11 @@ class DupMAE(RetroMAE):
         nats = -at_least_fp32(strongest).log_softmax(-1)
         return (nats * words).sum(1) / words.sum(1).clamp(min=1)
 
+    def scored_share(self, masked: float) -> float:
+        return masked + 2
+
     def flops(self, work: Work) -> float:
         config = self.lm.config
         everywhere = work._replace(queries=work.tokens, query_pairs=work.pairs)
         last = training_flops(config, 0, False, everywhere) - training_flops(config, 0, False, work)
-        return super().flops(work) + last + 3.0 * work.tokens * Sizes.of(config).scored
+        return super().flops(work) + last + 3.0 * work.tokens * Sizes.of(config).mlm_head

@@ -24,7 +24,7 @@ SHARED_MEMORY = 96 * 1024  # bytes that a program needs
 
 
 @torch.compiler.assume_constant_result
-def is_for(device: torch.device, longest: int, head_size: int) -> bool:
+def is_short(device: torch.device, longest: int, head_size: int) -> bool:
     """Whether the kernels take sequences of up to ``longest`` tokens on this device."""
     if triton is None or device.type != "cuda" or longest > LONGEST or head_size not in SIZES:
         return False

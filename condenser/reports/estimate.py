@@ -211,7 +211,7 @@ def assumptions(module: CondenserModule, setting: Setting, mfu: float) -> Iterat
         yield "the hours are those of bf16-mixed; 32-true is several times slower on GPUs"
     if setting.checkpointing:
         yield "gradient checkpointing repeats the forward pass: give a --mfu a quarter lower than without"
-    if module.compiled is not False:
+    if module.wanted["compile"] is not False:
         yield "memory on GPUs is that of a pass that is not compiled, which keeps more"
     if module.layers["freeze_embeddings"] or module.layers["freeze_layers"]:
         yield "operations and hours count frozen layers as if they were trained"

@@ -80,7 +80,7 @@ class Authors(Condenser):
         for layer in self.c_head:
             head = layer(head, mask)
         states = {"mlm": late, "head_mlm": head}
-        logits = {name: self.backbone.mlm_head(states[name]).flatten(0, 1).float() for name in self.terms}
+        logits = {name: self.backbone.mlm_head(states[name]).flatten(0, 1).float() for name in self.streams}
         return {name: Term(F.cross_entropy(each, labels, reduction="sum")) for name, each in logits.items()}
 
 

@@ -28,13 +28,13 @@ class Guard:
 
     Args:
         folder: where the batch of a bad step is saved.
-        summed: adds up a tensor over all devices.
+        all_reduce: adds up a tensor over all devices.
     """
 
     stop = requeue = False  # some device was asked to stop, or to be started again; all know after the same step
 
-    def __init__(self, folder: Path, rank: int = 0, summed: Callable[[Tensor], Tensor] = lambda values: values):
-        self.folder, self.rank, self.summed = folder, rank, summed
+    def __init__(self, folder: Path, rank: int = 0, all_reduce: Callable[[Tensor], Tensor] = lambda values: values):
+        self.folder, self.rank, self.all_reduce = folder, rank, all_reduce
         self.before: Watched | None = None
 
     def watch(self, step: int, batch: StepBatch, losses: Tensor, norm: Tensor, requests: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Guard:
             ValueError: the step before was not finite. On the first device; the others end without a word.
         """
         finite = torch.cat([losses, norm[None]]).isfinite()
-        bad = self.summed((~finite.all()).float()) > 0
+        bad = self.all_reduce((~finite.all()).float()) > 0
         flags = torch.cat([finite[:-1], ~bad[None], requests > 0])
         on_host, event = flags, None
         if flags.is_cuda:

@@ -5,6 +5,7 @@ step; here is what it is told (counts over all devices, settings of the device),
 """
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from condenser.training.ending import averaging, length_of, loops_at, stopped_by
 from condenser.training.flags import check_precision
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
-from condenser.training.step import Passes, TrainingStep, skips_on_device
+from condenser.training.step import StepResult, TrainingStep, skips_on_device
 from condenser.training.validation import Validation
 
 
@@ -111,7 +112,8 @@ class CondenserModule(L.LightningModule):
         self.objective_options = objective_options or {}
         self.gradient_cache = gradient_cache
         self.gradient_checkpointing, self.fused_loss = gradient_checkpointing, fused_loss
-        self.compiled, self.cuda_graphs = compile, cuda_graphs
+        self.wanted = {"compile": compile, "cuda_graphs": cuda_graphs}
+        self.compiled = self.replayed = False  # what comes of them on a device
         self.optimization, self.seed = optimizer, seed
         self.layers: dict[str, Any] = {
             "freeze_embeddings": freeze_embeddings,
@@ -119,6 +121,7 @@ class CondenserModule(L.LightningModule):
             "reinit_layers": reinit_layers,
         }
         self.model: Objective | None = None
+        self.is_prepared = False  # for training, by the settings above
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
         self.length, self.owed = 0, False  # see ending.py
         self.stopped: str | None = None
@@ -136,28 +139,41 @@ class CondenserModule(L.LightningModule):
         return trainer.datamodule
 
     def configure_model(self) -> None:
-        """Build the model once the store, and with it the vocabulary, is known."""
-        if self.model is not None:
-            return
+        """Build the model once the store, and with it the vocabulary, is known; or prepare that of a checkpoint."""
         try:
-            say = print if self.trainer.is_global_zero else lambda message: None
-        except RuntimeError:  # there is no trainer: `load_from_checkpoint` is at work
+            trainer = self.trainer
+        except RuntimeError:  # there is none: `load_from_checkpoint` is at work
             return
+        layers = self.layers
+        if self.model is None:
+            self.model = self.built(print if trainer.is_global_zero else lambda message: None)
+        elif not self.is_prepared:
+            layers = layers | {"reinit_layers": 0}  # those of the checkpoint are trained
+        if not self.is_prepared:
+            self.prepare(self.model, layers)
+        self.settle()
+
+    def built(self, say: Callable[[str], None]) -> Objective:
         options = self.options
         if unused := [name for name in self.head if name not in options]:
             say(f"a {self.objective.__name__} has no use for model.{', '.join(unused)}")
         torch.manual_seed(self.seed)
         settings, tokenizer, options = self.backbone_config, self.datamodule.tokenizer, self.beginning | options
-        self.model = hub.warm_start(self.backbone, settings, tokenizer, self.objective, say, **options)
-        prepare_layers(self.model.lm, **self.layers)
-        self.model.train()  # weights that were loaded come in evaluation mode
+        model = hub.warm_start(self.backbone, settings, tokenizer, self.objective, say, **options)
+        _ = model.settings  # now, and not with the first checkpoint, an objective hears that it lacks one
+        return model
+
+    def prepare(self, model: Objective, layers: dict[str, Any]) -> None:
+        """Once, for training."""
+        prepare_layers(model.lm, **layers)
+        model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
-            sharding.shard(self.model, self.trainer.strategy)
+            sharding.shard(model, self.trainer.strategy)
         if self.optimization.decay_to_start:
-            backbone = ((name, p) for name, p in self.model.named_parameters() if name.startswith("lm."))
+            backbone = ((name, p) for name, p in model.named_parameters() if name.startswith("lm."))
             self.start = {name: p.detach().clone() for name, p in backbone if p.requires_grad}
-        self.model.gradient_checkpointing, self.model.fused_loss = self.gradient_checkpointing, self.fused_loss
-        self.settle()
+        model.gradient_checkpointing, model.fused_loss = self.gradient_checkpointing, self.fused_loss
+        self.is_prepared = True
 
     def settle(self) -> None:
         """Decide what is left open and depends on the device: how passes are computed, and how large they are.
@@ -171,14 +187,15 @@ class CondenserModule(L.LightningModule):
         on_gpu = device.type == "cuda"
         if not on_gpu:
             keep_few_kernels()
-        if self.compiled and sharded:
+        compiled, replayed = self.wanted["compile"], self.wanted["cuda_graphs"]
+        if compiled and sharded:
             raise ValueError("model.compile: sharded weights are gathered layer by layer, between compiled functions")
         able = on_gpu and torch.cuda.get_device_capability(device) >= (7, 0)  # for which there is a compiler
-        self.compiled = (able and not sharded) if self.compiled is None else self.compiled
+        self.compiled = (able and not sharded) if compiled is None else compiled
         possible = on_gpu and trainer.world_size == 1 and self.compiled and not self.gradient_checkpointing
-        if self.cuda_graphs and not possible:
+        if replayed and not possible:
             raise ValueError("model.cuda_graphs needs one GPU, model.compile, and no model.gradient_checkpointing")
-        self.cuda_graphs = possible if self.cuda_graphs is None else self.cuda_graphs
+        self.replayed = possible if replayed is None else replayed
         datamodule.few_shapes = self.compiled
         datamodule.serve(self.model)
         longest, longest_row = longest_text(self.model.lm.config), getattr(datamodule, "longest", 0)
@@ -187,10 +204,11 @@ class CondenserModule(L.LightningModule):
                 f"rows of up to {longest_row} tokens, special ones among them, and a backbone that takes {longest}: "
                 "prepare a store with a smaller --max-length, or give the model more positions"
             )
-        if datamodule.tokens_per_pass is None and on_gpu:
+        if on_gpu:
             config, memory = self.model.lm.config, torch.cuda.get_device_properties(device).total_memory
-            datamodule.tokens_per_pass = affordable_tokens(
-                config, self.model.n_layers, memory, self.gradient_checkpointing, self.model.vocabulary_share
+            scored = self.model.scored_share(datamodule.masking.probability)
+            datamodule.affordable = affordable_tokens(
+                config, self.model.n_layers, memory, self.gradient_checkpointing, scored
             )
 
     def setup(self, stage: str) -> None:
@@ -220,7 +238,7 @@ class CondenserModule(L.LightningModule):
         assert self.model is not None
         if self.device.type == "cuda" and self.trainer.is_global_zero and not self.model.backbone.has_kernel:
             print(f"{self.model.lm.config.model_type}: attention lays sequences out in rows, which takes longer")
-        self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank, self.summed)
+        self.guard = Guard(Path(self.trainer.default_root_dir), self.trainer.global_rank, self.all_reduce)
 
     def on_train_start(self) -> None:
         if self.lr_schedulers() is None:  # within an epoch Lightning does not tell averaging to go on
@@ -238,11 +256,11 @@ class CondenserModule(L.LightningModule):
             self.trainer.optimizers[0],
             clip=self.optimization.gradient_clip,
             seed=self.seed,
-            compiled=bool(self.compiled),
-            replayed=bool(self.cuda_graphs),
+            compiled=self.compiled,
+            replayed=self.replayed,
             backward=self.manual_backward,
-            unsynchronised=self.unsynchronised,
-            summed=self.summed,
+            no_sync=self.no_sync,
+            all_reduce=self.all_reduce,
             gradient_cache=self.gradient_cache,
         )
         self.end_here()
@@ -262,7 +280,7 @@ class CondenserModule(L.LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step. It never waits for a GPU, but for what is logged on logging steps, once."""
         optimizer: Any = self.optimizers()
-        totals, requests = self.summed(self.figures(batch)).split([len(COUNTS) + 2, 2])
+        totals, requests = self.all_reduce(self.figures(batch)).split([len(COUNTS) + 2, 2])
         log = self.is_logging_step(self.global_step + 1)
         scale = self.trainer.world_size / totals[: len(COUNTS)].clamp(min=1)  # DDP averages gradients over devices
 
@@ -289,7 +307,7 @@ class CondenserModule(L.LightningModule):
         requests = bool(signals.received & {signals.STOP, signals.INTERRUPT}), signals.REQUEUE in signals.received
         return torch.tensor([*counts, flops, batch.n_positions, *requests], dtype=torch.float64)
 
-    def summed(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of ``values`` over all devices. (Lightning's own reduction has a barrier, which waits.)"""
         values = values.to(self.device, non_blocking=True)
         if torch.distributed.is_initialized():
@@ -301,15 +319,15 @@ class CondenserModule(L.LightningModule):
         every: int = trainer.log_every_n_steps  # 0: never
         return every > 0 and step % every == 0
 
-    def unsynchronised(self) -> AbstractContextManager:
+    def no_sync(self) -> AbstractContextManager:
         strategy = self.trainer.strategy
         if isinstance(strategy, ModelParallelStrategy):
-            return sharding.unsynchronised(self.model)  # type: ignore[arg-type]
+            return sharding.no_sync(self.model)  # type: ignore[arg-type]
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
-    def log_step(self, passes: Passes, totals: Tensor, norm: Tensor) -> None:
+    def log_step(self, passes: StepResult, totals: Tensor, norm: Tensor) -> None:
         shares = passes.shares | {"loss": passes.losses.sum()}
-        means = self.summed(torch.stack([*shares.values()]).double()) / self.trainer.world_size
+        means = self.all_reduce(torch.stack([*shares.values()]).double()) / self.trainer.world_size
         found = torch.cat([self.since, totals, norm.double()[None], means]).tolist()  # here the host waits
         n = len(totals)
         self.count(found[:n])
@@ -334,7 +352,7 @@ class CondenserModule(L.LightningModule):
         self.validation = Validation(self.model, nats, mask_id)
 
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
-        self.validation.add(batch, self.summed)
+        self.validation.add(batch, self.all_reduce)
 
     def on_train_epoch_end(self) -> None:
         scheduler: Any = self.lr_schedulers()

@@ -60,7 +60,7 @@ def shard(model: Objective, strategy: ModelParallelStrategy) -> None:
 
 
 @contextmanager
-def unsynchronised(model: FSDPModule) -> Iterator[None]:
+def no_sync(model: FSDPModule) -> Iterator[None]:
     """Keep gradients on the device, whole, until a backward pass outside of this."""
     model.set_requires_gradient_sync(False)
     yield

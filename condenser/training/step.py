@@ -14,7 +14,7 @@ memory is that of a pass. Where a device's part of the step is one pass, its vec
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -33,7 +33,7 @@ Shares = dict[str, Tensor]  # of a pass in the step's means: "mlm_loss", and wit
 OF_CLS, OF_WEIGHT = "gradient of [CLS]", "gradient of weight "  # that are known before a pass
 
 
-class Pass(NamedTuple):
+class PassResult(NamedTuple):
     """What one pass gave."""
 
     loss: Tensor
@@ -41,7 +41,7 @@ class Pass(NamedTuple):
     cls: Tensor | None = None  # [B, H], of an objective with a contrast
 
 
-class Passes(NamedTuple):
+class StepResult(NamedTuple):
     """What the passes of a step gave on this device. Summed over devices these are the step's means."""
 
     losses: Tensor  # [passes], of what is minimised, and where there is one the contrast's
@@ -59,8 +59,8 @@ class TrainingStep:
         compiled: compile a pass, anew for each of its shapes.
         replayed: replay passes as CUDA graphs.
         backward: how the gradient of a loss is taken.
-        unsynchronised: a context for the backward passes after which devices need not agree yet: all but the last.
-        summed: adds up a tensor over all devices.
+        no_sync: a context for the backward passes after which devices need not agree yet: all but the last.
+        all_reduce: adds up a tensor over all devices.
         gradient_cache: compute the vectors of a contrast twice, rather than keep all passes in memory until it is
             known; by default where there are several.
     """
@@ -75,13 +75,14 @@ class TrainingStep:
         compiled: bool = False,
         replayed: bool = False,
         backward: Callable[[Tensor], Any] = Tensor.backward,
-        unsynchronised: Callable[[], AbstractContextManager] = nullcontext,
-        summed: Callable[[Tensor], Tensor] = lambda values: values,
+        no_sync: Callable[[], AbstractContextManager] = nullcontext,
+        all_reduce: Callable[[Tensor], Tensor] = lambda values: values,
         gradient_cache: bool | None = None,
     ):
         self.objective, self.optimizer, self.clip, self.seed = objective, optimizer, clip, seed
-        self.backward, self.unsynchronised, self.always_score = backward, unsynchronised, compiled  # else two graphs
-        self.summed, self.gradient_cache = summed, gradient_cache
+        self.backward, self.no_sync, self.all_reduce = backward, no_sync, all_reduce
+        self.gradient_cache = gradient_cache
+        self.always_score = compiled  # else there would be two graphs of a pass
         self.pass_loss, self.cls_states = pass_loss, objective.cls_states
         self.seeds = Seeds(objective) if compiled else None
         if compiled:
@@ -106,7 +107,7 @@ class TrainingStep:
         score: bool = False,
         watch: Callable[[Tensor, Tensor], Tensor] | None = None,
         update: Callable[[], Any] | None = None,
-    ) -> tuple[Passes, Tensor]:
+    ) -> tuple[StepResult, Tensor]:
         """One step; gives the norm of its gradient too.
 
         Args:
@@ -121,14 +122,15 @@ class TrainingStep:
         self.update(norm, watch(passes.losses, norm) if watch else None, update or self.optimizer.step)
         return passes, norm
 
-    def passes(self, batch: StepBatch, scale: Tensor, score: bool) -> Passes:
+    def passes(self, batch: StepBatch, scale: Tensor, score: bool) -> StepResult:
         """Add the gradients of all passes to what is in ``.grad``."""
         if self.weights[-1].grad is not self.gradients[-1]:  # at first, or where somebody has let go of them
             self.attach()
         score = score or self.always_score
         if self.objective.contrast is None:
             return added_up(self.one_by_one(batch, scale, score))
-        if len(batch) > 1 if self.gradient_cache is None else self.gradient_cache:
+        cached = len(batch) > 1 if self.gradient_cache is None else self.gradient_cache
+        if cached:
             with torch.no_grad():
                 vectors = [self.seeded(self.cls_states, fields) for fields in batch]
             contrast, known = self.contrast(vectors, batch, scale)
@@ -136,22 +138,24 @@ class TrainingStep:
         forwards = [self.seeded(self.forward, fields, scale, score) for fields in batch]
         contrast, known = self.contrast([each.cls for each in forwards], batch, scale)
         for number, each in enumerate(forwards):
-            with self.agreeing(number, batch):
-                self.backward(pulled(each.loss, self.objective, each.cls, known[number]))
+            with self.sync_context(number, batch):
+                self.backward(with_surrogate(each.loss, self.objective, each.cls, known[number]))
         return added_up([*forwards, contrast])
 
-    def one_by_one(self, batch: StepBatch, scale: Tensor, score: bool, known: list[Fields] | None = None) -> list[Pass]:
+    def one_by_one(
+        self, batch: StepBatch, scale: Tensor, score: bool, known: list[Fields] | None = None
+    ) -> list[PassResult]:
         """Forward and backward of each pass; of an objective with a contrast, with the gradients that are ``known``."""
         done = []
         for number, fields in enumerate(batch):
             more = {} if known is None else known[number]
-            with self.agreeing(number, batch):
+            with self.sync_context(number, batch):
                 done.append(self.seeded(self.replays or self.one_pass, fields | more, scale, score))
         return done
 
-    def agreeing(self, number: int, batch: StepBatch) -> AbstractContextManager:
+    def sync_context(self, number: int, batch: StepBatch) -> AbstractContextManager:
         """For a backward pass: devices agree in the last one of a step."""
-        return nullcontext() if number == len(batch) - 1 else self.unsynchronised()
+        return nullcontext() if number == len(batch) - 1 else self.no_sync()
 
     def seeded(self, run: Callable[..., Any], fields: Fields, *arguments: Any) -> Any:
         """``run`` on what the objective sees of a pass, with its dropout."""
@@ -160,20 +164,20 @@ class TrainingStep:
             self.seeds.draw()
         return run(inputs_of(fields), *arguments)
 
-    def forward(self, inputs: Fields, scale: Tensor, score: bool) -> Pass:
+    def forward(self, inputs: Fields, scale: Tensor, score: bool) -> PassResult:
         return self.pass_loss(self.objective, inputs, scale, score)
 
-    def one_pass(self, inputs: Fields, scale: Tensor, score: bool) -> Pass:
+    def one_pass(self, inputs: Fields, scale: Tensor, score: bool) -> PassResult:
         loss, shares, _ = self.forward(inputs, scale, score)
         self.backward(loss)
-        return Pass(loss.detach(), shares)
+        return PassResult(loss.detach(), shares)
 
-    def contrast(self, vectors: list[Tensor], batch: StepBatch, scale: Tensor) -> tuple[Pass, list[Fields]]:
+    def contrast(self, vectors: list[Tensor], batch: StepBatch, scale: Tensor) -> tuple[PassResult, list[Fields]]:
         """The contrast of the step, and for each pass of this device the gradients of its vectors ``[B, H]``, and its
         share of those of weights that the contrast has of its own. It is computed whole on every device, so that
         nothing but vectors has to be exchanged."""
         own = self.of_head
-        everything = gathered(self.objective, vectors, batch, self.summed).requires_grad_()
+        everything = gathered(self.objective, batch, vectors, batch, self.all_reduce).requires_grad_()
         with torch.enable_grad():
             term: Term = self.objective.contrast(everything)  # type: ignore[misc]
             if term.over != "n_sequences":
@@ -181,7 +185,7 @@ class TrainingStep:
             minimised = term.sum * term.weight
         gradient, *others = torch.autograd.grad(minimised, [everything, *own.values()], allow_unused=True)
         shares = contrast_means(term, len(everything))
-        contrast = Pass(term.weight * shares["contrast_loss"], shares)
+        contrast = PassResult(term.weight * shares["contrast_loss"], shares)
         if gradient is None:  # it does not look at them
             return contrast, [{} for _ in batch]
         gradient = F.pad(gradient * scale[COUNTS.index(term.over)], (0, 0, 0, 1))  # that of dummies, 0
@@ -202,7 +206,7 @@ class TrainingStep:
         torch._foreach_zero_(self.gradients)
 
 
-def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> Pass:
+def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> PassResult:
     """What is minimised, and what each term has of it."""
     loss, shares = scale.new_zeros(()), {}
     cls, terms = cls_and_terms(objective, inputs, score)
@@ -213,7 +217,7 @@ def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) 
         shares[f"{name}_loss"] = mean.detach()
         if term.correct is not None:
             shares[f"{name}_accuracy"] = term.correct.sum() * to_mean
-    return Pass(pulled(loss, objective, cls, inputs), shares, cls)
+    return PassResult(with_surrogate(loss, objective, cls, inputs), shares, cls)
 
 
 def cls_and_terms(objective: Objective, inputs: Fields, score: bool) -> tuple[Tensor | None, dict[str, Term]]:
@@ -227,7 +231,7 @@ def cls_and_terms(objective: Objective, inputs: Fields, score: bool) -> tuple[Te
     return cls, terms
 
 
-def pulled(loss: Tensor, objective: Objective, cls: Tensor | None, known: Fields) -> Tensor:
+def with_surrogate(loss: Tensor, objective: Objective, cls: Tensor | None, known: Fields) -> Tensor:
     """``loss``, with the gradients that are ``known`` of ``cls`` ``[B, H]`` and of weights, by a summand that is 0."""
     pull = loss.new_zeros(())
     for name, gradient in known.items():
@@ -240,15 +244,20 @@ def pulled(loss: Tensor, objective: Objective, cls: Tensor | None, known: Fields
 
 
 def gathered(
-    objective: Objective, vectors: list[Tensor], batch: StepBatch, summed: Callable[[Tensor], Tensor]
+    objective: Objective,
+    passes: Iterable[Fields],
+    vectors: Iterable[Tensor],
+    batch: StepBatch,
+    all_reduce: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The vectors ``[B, H]`` of all passes of all devices, in the order of the step: ``[N, H]``, of weights' type."""
+    """The ``vectors`` ``[B, H]`` of this device's ``passes``, and those of all other devices, in the order of the step:
+    ``[N, H]``, of weights' type."""
     n, width = batch.n_sequences, objective.lm.config.hidden_size
     dtype = next(objective.parameters()).dtype
     everything = torch.zeros(n + 1, width, dtype=dtype, device=batch.buffer.device)  # dummies are put at the end
-    for fields, some in zip(batch, vectors, strict=True):
+    for fields, some in zip(passes, vectors, strict=True):
         everything.index_copy_(0, fields["slots"], some.detach().to(dtype))
-    return summed(everything[:n])
+    return all_reduce(everything[:n])
 
 
 def contrast_means(term: Term, n: int) -> Shares:
@@ -259,12 +268,12 @@ def contrast_means(term: Term, n: int) -> Shares:
     return means | dict(term.measures)
 
 
-def added_up(passes: list[Pass]) -> Passes:
+def added_up(passes: list[PassResult]) -> StepResult:
     shares: Shares = {}
     for each in passes:
         for name, value in each.shares.items():
             shares[name] = shares[name] + value if name in shares else value
-    return Passes(torch.stack([each.loss.detach() for each in passes]), shares)
+    return StepResult(torch.stack([each.loss.detach() for each in passes]), shares)
 
 
 def inputs_of(fields: Fields) -> Fields:
@@ -300,13 +309,13 @@ class Replays:
         run: forward and backward of a pass; adds to ``gradients``, whose buffers stay.
     """
 
-    def __init__(self, run: Callable[[Fields, Tensor, bool], Pass], gradients: list[Tensor]):
+    def __init__(self, run: Callable[[Fields, Tensor, bool], PassResult], gradients: list[Tensor]):
         self.run, self.gradients, self.failed = run, gradients, False
-        self.captured: dict[Any, tuple[Any, Fields, Tensor, Pass]] = {}
+        self.captured: dict[Any, tuple[Any, Fields, Tensor, PassResult]] = {}
         self.pool: Any = None  # memory that all graphs share: one is replayed at a time
 
-    def __call__(self, inputs: Fields, scale: Tensor, score: bool) -> Pass:
-        shape = tuple(value.shape if isinstance(value, Tensor) else value for value in inputs.values())
+    def __call__(self, inputs: Fields, scale: Tensor, score: bool) -> PassResult:
+        shape = (score, *(value.shape if isinstance(value, Tensor) else value for value in inputs.values()))
         if shape not in self.captured and not self.failed:
             self.capture(shape, inputs, scale, score)
         if self.failed:
@@ -315,7 +324,8 @@ class Replays:
         torch._foreach_copy_(tensors(own), tensors(inputs))
         own_scale.copy_(scale)
         graph.replay()
-        return Pass(loss.clone(), {name: value.clone() for name, value in shares.items()})  # the next writes there
+        own_shares = {name: value.clone() for name, value in shares.items()}  # the next replay writes to `shares`
+        return PassResult(loss.clone(), own_shares)
 
     def capture(self, shape: Any, inputs: Fields, scale: Tensor, score: bool) -> None:
         own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}

@@ -31,9 +31,18 @@ class Albert(Bert):
     def parts(self, layer: Any) -> Parts:
         of = layer.attention
         return Parts(
-            *(of.query, of.key, of.value, of.dense, of.LayerNorm),
-            *(layer.ffn, layer.activation, layer.ffn_output, layer.full_layer_layer_norm),
-            *(of.attention_head_size, of.attention_dropout, of.output_dropout),
+            query=of.query,
+            key=of.key,
+            value=of.value,
+            out=of.dense,
+            out_norm=of.LayerNorm,
+            wide=layer.ffn,
+            act=layer.activation,
+            narrow=layer.ffn_output,
+            narrow_norm=layer.full_layer_layer_norm,
+            head_size=of.attention_head_size,
+            dropout=of.attention_dropout,
+            out_dropout=of.output_dropout,
         )
 
     def transform(self, hidden: Tensor) -> Tensor:

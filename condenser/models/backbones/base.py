@@ -71,7 +71,7 @@ class Backbone(ABC):
         """What stands for positions ``[T]`` in the embeddings: ``[T, H]``."""
 
     @abstractmethod
-    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
+    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         """A layer's output ``[T, H]`` where its queries are other states than its keys and values, ``[T, H]`` each, and
         the ``rows`` say by their mask which of these each query sees."""
 

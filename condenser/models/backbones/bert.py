@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import PLAIN, Bounds, Scores, Sequences, attend, attend_within, state_type, take
+from condenser.models.attention import PLAIN, Bounds, Scores, Sequences, attend, self_attend, state_type, take
 from condenser.models.backbones.base import Backbone
 from condenser.models.dropout import drop
 
@@ -64,11 +64,21 @@ class Bert(Backbone):
         return self.parts(self.layers[0]).dropout.p
 
     def parts(self, layer: Any) -> Parts:
-        of, out, wide, narrow = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        attention, out, wide, narrow = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
         return Parts(
-            *(of.query, of.key, of.value, out.dense, out.LayerNorm),
-            *(wide.dense, wide.intermediate_act_fn, narrow.dense, narrow.LayerNorm),
-            *(of.attention_head_size, of.dropout, out.dropout, narrow.dropout),
+            query=attention.query,
+            key=attention.key,
+            value=attention.value,
+            out=out.dense,
+            out_norm=out.LayerNorm,
+            wide=wide.dense,
+            act=wide.intermediate_act_fn,
+            narrow=narrow.dense,
+            narrow_norm=narrow.LayerNorm,
+            head_size=attention.attention_head_size,
+            dropout=attention.dropout,
+            out_dropout=out.dropout,
+            narrow_dropout=narrow.dropout,
         )
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -93,25 +103,24 @@ class Bert(Backbone):
 
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
         if at_queries:
-            at = take(sequences.position_ids, sequences.query_index) if self.scores(layer).more else None
-            return self.between(
-                layer, take(hidden, sequences.query_index), hidden, sequences.queries, sequences.keys, at
-            )
+            query, bounds = take(hidden, sequences.query_index), (sequences.queries, sequences.keys)
+            return self.cross(layer, query, hidden, *bounds, sequences.query_index)
         parts = self.parts(layer)
         states = linear(hidden, parts.query, parts.key, parts.value)
         states = states.unflatten(-1, (3, -1, parts.head_size))  # [T, 3, A, D]
-        return finished(parts, hidden, attend_within(states, sequences.keys, share_dropped(parts), self.scores(layer)))
+        return finished(parts, hidden, self_attend(states, sequences.keys, share_dropped(parts), self.scores(layer)))
 
-    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
-        return self.between(layer, query, context, rows, rows)
+    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
+        return self.cross(layer, query, context, rows, rows)
 
-    def between(
-        self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds, at: Tensor | None = None
+    def cross(
+        self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds, query_index: Tensor | None = None
     ) -> Tensor:
+        """Where queries are of ``own`` states ``[Q, H]``, keys and values of ``context`` ``[T, H]``."""
         parts = self.parts(layer)
         query = linear(own, parts.query).unflatten(-1, (-1, parts.head_size))  # [Q, A, D]
         key_value = linear(context, parts.key, parts.value).unflatten(-1, (2, -1, parts.head_size))  # [T, 2, A, D]
-        attended = attend(query, key_value, queries, keys, share_dropped(parts), self.scores(layer), at)
+        attended = attend(query, key_value, queries, keys, share_dropped(parts), self.scores(layer), query_index)
         return finished(parts, own, attended)
 
     def transform(self, hidden: Tensor) -> Tensor:

@@ -27,9 +27,19 @@ class Deberta(Bert):
     def parts(self, layer: Any) -> Parts:
         of, out, wide, narrow = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
         return Parts(
-            *(of.query_proj, of.key_proj, of.value_proj, out.dense, out.LayerNorm),
-            *(wide.dense, wide.intermediate_act_fn, narrow.dense, narrow.LayerNorm),
-            *(of.attention_head_size, of.dropout, out.dropout, narrow.dropout),
+            query=of.query_proj,
+            key=of.key_proj,
+            value=of.value_proj,
+            out=out.dense,
+            out_norm=out.LayerNorm,
+            wide=wide.dense,
+            act=wide.intermediate_act_fn,
+            narrow=narrow.dense,
+            narrow_norm=narrow.LayerNorm,
+            head_size=of.attention_head_size,
+            dropout=of.dropout,
+            out_dropout=out.dropout,
+            narrow_dropout=narrow.dropout,
         )
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -58,7 +68,7 @@ class Deberta(Bert):
         kinds = [kind for kind in ("c2p", "p2c") if kind in of.pos_att_type]
         scale = (of.attention_head_size * (1 + len(kinds))) ** -0.5
 
-        def more(distances: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        def bias(distances: Tensor, query: Tensor, key: Tensor) -> Tensor:
             span = of.pos_ebd_size
             behind = -distances
             if of.position_buckets > 0:
@@ -75,7 +85,7 @@ class Deberta(Bert):
                 found = found + (key @ of_rows.mT).gather(-1, index.mT.expand(*shape[:2], shape[3], shape[2])).mT
             return found * scale
 
-        return Scores(scale=scale, more=more)
+        return Scores(scale=scale, bias=bias)
 
     def of_heads(self, rows: Tensor, layer: nn.Linear, like: Tensor) -> Tensor:
         """A projection of the embeddings of distances: ``[A, 2 * span, D]``."""

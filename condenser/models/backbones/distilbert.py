@@ -27,9 +27,18 @@ class DistilBert(Bert):
     def parts(self, layer: Any) -> Parts:
         of, after = layer.attention, layer.ffn
         return Parts(
-            *(of.q_lin, of.k_lin, of.v_lin, of.out_lin, layer.sa_layer_norm),
-            *(after.lin1, after.activation, after.lin2, layer.output_layer_norm),
-            *(of.attention_head_size, of.dropout, None, after.dropout),
+            query=of.q_lin,
+            key=of.k_lin,
+            value=of.v_lin,
+            out=of.out_lin,
+            out_norm=layer.sa_layer_norm,
+            wide=after.lin1,
+            act=after.activation,
+            narrow=after.lin2,
+            narrow_norm=layer.output_layer_norm,
+            head_size=of.attention_head_size,
+            dropout=of.dropout,
+            narrow_dropout=after.dropout,
         )
 
     def transform(self, hidden: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import Bounds, Scores, Sequences, attend, attend_within, take
+from condenser.models.attention import Bounds, Scores, Sequences, attend, self_attend, take
 from condenser.models.backbones.base import Backbone
 from condenser.models.backbones.bert import embedded, linear, norm
 from condenser.models.dropout import drop
@@ -52,20 +52,28 @@ class ModernBert(Backbone):
 
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
         if at_queries:
-            own, at = (take(each, sequences.query_index) for each in (hidden, sequences.position_ids))
-            return self.between(layer, own, hidden, sequences.queries, sequences.keys, at, sequences.position_ids)
+            query, bounds = take(hidden, sequences.query_index), (sequences.queries, sequences.keys)
+            return self.cross(layer, query, hidden, *bounds, sequences.position_ids, sequences.query_index)
         turned = linear(norm_before(layer, hidden), layer.attn.Wqkv).unflatten(-1, (3, -1, layer.attn.head_dim))
         query, key, value = turned.unbind(1)
         query, key = (self.rotated(layer, each, sequences.position_ids) for each in (query, key))
         states = torch.stack([query, key, value], dim=1)  # [T, 3, A, D]
-        return self.finished(layer, hidden, attend_within(states, sequences.keys, dropped(layer), scores_of(layer)))
+        return self.finished(layer, hidden, self_attend(states, sequences.keys, dropped(layer), scores_of(layer)))
 
-    def run_between(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
-        return self.between(layer, query, context, rows, rows, position_ids, position_ids)
+    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
+        return self.cross(layer, query, context, rows, rows, position_ids)
 
-    def between(
-        self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds, at: Tensor, position_ids: Tensor
+    def cross(
+        self,
+        layer: Any,
+        own: Tensor,
+        context: Tensor,
+        queries: Bounds,
+        keys: Bounds,
+        position_ids: Tensor,
+        query_index: Tensor | None = None,
     ) -> Tensor:
+        """Where queries are of ``own`` states ``[Q, H]``, keys and values of ``context`` ``[T, H]``."""
         both, size, width = layer.attn.Wqkv, layer.attn.head_dim, self.lm.config.hidden_size
         weight, weights = both.weight.split([width, 2 * width])
         bias, biases = (None, None) if both.bias is None else both.bias.split([width, 2 * width])
@@ -73,8 +81,10 @@ class ModernBert(Backbone):
         states = F.linear(norm_before(layer, context), weights, biases).unflatten(-1, (2, -1, size))
         key = self.rotated(layer, states[:, 0], position_ids)
         key_value = torch.stack([key, states[:, 1]], dim=1)  # [T, 2, A, D]
+        at = position_ids if query_index is None else take(position_ids, query_index)
         query = self.rotated(layer, query, at)
-        return self.finished(layer, own, attend(query, key_value, queries, keys, dropped(layer), scores_of(layer), at))
+        attended = attend(query, key_value, queries, keys, dropped(layer), scores_of(layer), query_index)
+        return self.finished(layer, own, attended)
 
     def rotated(self, layer: Any, states: Tensor, position_ids: Tensor) -> Tensor:
         """``[T, A, D]``, turned by positions ``[T]``, in fp32."""

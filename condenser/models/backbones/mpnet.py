@@ -20,13 +20,23 @@ class MPNet(Bert):
     def parts(self, layer: Any) -> Parts:
         of, out, wide, narrow = layer.attention.attn, layer.attention, layer.intermediate, layer.output
         return Parts(
-            *(of.q, of.k, of.v, of.o, out.LayerNorm),
-            *(wide.dense, wide.intermediate_act_fn, narrow.dense, narrow.LayerNorm),
-            *(of.attention_head_size, of.dropout, out.dropout, narrow.dropout),
+            query=of.q,
+            key=of.k,
+            value=of.v,
+            out=of.o,
+            out_norm=out.LayerNorm,
+            wide=wide.dense,
+            act=wide.intermediate_act_fn,
+            narrow=narrow.dense,
+            narrow_norm=narrow.LayerNorm,
+            head_size=of.attention_head_size,
+            dropout=of.dropout,
+            out_dropout=out.dropout,
+            narrow_dropout=narrow.dropout,
         )
 
     def scores(self, layer: Any) -> Scores:
-        return Scores(more=self.by_distance)
+        return Scores(bias=self.by_distance)
 
     def by_distance(self, distances: Tensor, query: Tensor, key: Tensor) -> Tensor:
         encoder = self.lm.mpnet.encoder
