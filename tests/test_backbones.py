@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from test_model import tiny_batch, tiny_config
 from test_objectives import close
+from torch import nn
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -35,6 +36,7 @@ from condenser.models.condenser import Condenser
 from condenser.models.losses import pair_losses, pair_scores
 from condenser.models.objective import flattened
 from condenser.models.positions import extended, with_positions
+from condenser.models.pretraining import CondenserForPreTraining
 from condenser.models.retromae import RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.step import inputs_of, pass_loss
@@ -197,6 +199,26 @@ def test_condensers_losses_and_gradients_are_those_of_whole_padded_rows(family, 
     found, expected = gradients_of(out.loss, model), gradients_of(late + head, model)
     assert all(gradient.any() for gradient in expected[:3])
     close(found, expected, rounding(family))
+
+
+@family
+@pytest.mark.parametrize("objective", [Condenser, RetroMAE])
+def test_padding_before_a_text_changes_nothing_where_positions_are_not_embedded(family, objective):
+    lm, batch = lm_of(family), tiny_batch()
+    for name, weight in lm.named_parameters():
+        if "position_embeddings" in name:
+            nn.init.zeros_(weight)
+    model = (
+        CondenserForPreTraining.of(objective(lm, **({"skip_from": 2} if objective is Condenser else {})))
+        .double()
+        .eval()
+    )
+    n_pads = (1 - batch["attention_mask"]).sum(1).tolist()
+    assert max(n_pads) > 2
+    before = {
+        name: torch.stack([row.roll(n) for row, n in zip(rows, n_pads, strict=True)]) for name, rows in batch.items()
+    }
+    assert model(**before).loss.item() == pytest.approx(model(**batch).loss.item(), rel=1e-10)
 
 
 @family

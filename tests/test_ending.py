@@ -24,7 +24,9 @@ from condenser.data.datamodule import CondenserDataModule
 from condenser.data.lock import locked
 from condenser.data.mixing import Mixture
 from condenser.data.store import TokenStore
+from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
+from condenser.models.retromae import RetroMAE
 from condenser.runs import checkpoints, step_of
 from condenser.training.module import CondenserModule
 from condenser.training.optim import Optimization, build_optimizer
@@ -447,9 +449,9 @@ def trainer_of(folder, n_steps):
     return L.Trainer(**options, enable_progress_bar=False, default_root_dir=folder)
 
 
-def module_and_data(store):
+def module_and_data(store, **settings):
     optimizer = Optimization(learning_rate=1e-3, gradient_clip=0.1, schedule="constant", warmup_fraction=0.0)
-    module = CondenserModule(backbone_config=TINY_MODEL, skip_from=1, optimizer=optimizer)
+    module = CondenserModule(backbone_config=TINY_MODEL, skip_from=1, optimizer=optimizer, **settings)
     return module, CondenserDataModule(str(store), batch_size=32, micro_batches_per_step=2, num_workers=0)
 
 
@@ -469,6 +471,33 @@ def test_from_python_a_module_that_a_second_trainer_goes_on_with_is_clipped_as_b
     trainer_of(tmp_path, 6).fit(twice, datamodule=data, ckpt_path=tmp_path / "half.ckpt")
     for name, weight in once.state_dict().items():
         assert torch.equal(weight, twice.state_dict()[name]), name
+
+
+def test_from_python_a_module_is_given_another_data_module_as_if_it_were_its_first(store, spans, tmp_path):
+    """RetroMAE asks for more than a Condenser does, coCondenser for pairs; loaders come to know it each time."""
+    for objective, folder in ((RetroMAE, store), (CoCondenser, spans)):
+        module, _ = module_and_data(folder, objective=objective)
+        losses = []
+        for _ in range(2):
+            _, data = module_and_data(folder)
+            losses += trainer_of(tmp_path, 1).validate(module, datamodule=data, verbose=False)
+        assert losses[0] == losses[1]
+
+
+def test_from_python_a_module_of_a_checkpoint_is_trained_by_its_settings(run, store, tmp_path):
+    settings = {"freeze_embeddings": True, "freeze_layers": 1, "gradient_checkpointing": True}
+    path = checkpoints(run)[0]
+    module = CondenserModule.load_from_checkpoint(path, weights_only=True, reinit_layers=1, **settings)
+    before = {name: weight.clone() for name, weight in module.state_dict().items()}
+    trainer_of(tmp_path, 2).fit(module, datamodule=module_and_data(store)[1])
+    assert module.model.training
+    assert module.model.gradient_checkpointing
+    changed = {name for name, weight in module.state_dict().items() if not torch.equal(weight, before[name])}
+    assert not any("embeddings" in name or "layer.0." in name for name in changed if "c_head" not in name)
+    last = [f"model.lm.bert.encoder.layer.{len(module.model.backbone.layers) - 1}.output.dense.weight"]
+    assert changed.issuperset(last)
+    moved = (module.state_dict()[last[0]] - before[last[0]]).abs().max()
+    assert moved < 0.02  # two steps, and not drawn anew
 
 
 @pytest.mark.parametrize("n_steps", [slow("6"), slow("8"), slow("10")])

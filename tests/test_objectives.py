@@ -36,6 +36,7 @@ from condenser.models.objective import COUNTS, Objective, flattened
 from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.step import TrainingStep, inputs_of
+from condenser.training.validation import Validation
 
 GOLDEN = Path(__file__).parent / "golden" / "cocondenser-4layer.safetensors"
 
@@ -274,6 +275,26 @@ def test_several_devices_take_the_step_of_one(pairs, spans):
     assert parts[0][0].shares["contrast_loss"].item() == pytest.approx(alone.shares["contrast_loss"].item(), rel=1e-12)
 
 
+def test_devices_validate_the_contrast_of_one_where_some_have_fewer_passes(pairs, spans):
+    """Six micro-batches, four devices: two have one pass, and repeat another for company."""
+    model, nats = model_of(dropout=0.0).eval(), torch.zeros(200)
+
+    def validated(world_size, rank, all_reduce):
+        steps = steps_of(pairs, spans, world_size, rank, batch_size=6, micro_batches=6)
+        steps.n_everywhere = -(-6 // world_size)
+        validation = Validation(model, nats, mask_id=4)
+        with torch.no_grad():
+            validation.add(steps[0], all_reduce)
+        return validation.mean("contrast_loss").compute().item(), [fields["again"] for fields in steps[0]]
+
+    alone, _ = validated(1, 0, lambda values: values)
+    sent, again = [], []
+    for rank in range(4):
+        again += validated(4, rank, lambda values: sent.append(values.clone()) or values)[1]
+    assert again.count(True) == 2
+    assert validated(4, 3, lambda values: sum(sent))[0] == pytest.approx(alone, rel=1e-12)
+
+
 class Projected(CoCondenser):
     """Weights of its own in the contrast."""
 
@@ -306,6 +327,11 @@ def test_the_contrast_alone_trains_no_mlm_head():
 class Overridden(CoCondenser):
     def losses(self, batch, score=False):
         return super().losses(batch, score)
+
+
+class Forgetful(CoCondenser):
+    def __init__(self, lm, strength=1.0, **settings):
+        super().__init__(lm, **settings)
 
 
 class WithoutBoth(Objective):
@@ -671,6 +697,10 @@ BAD = {
     "a contrast alone": (
         ["--model.objective", f"{__name__}.WithoutBoth", "--data.store", "SPANS"],
         "for a contrast cls_and_losses",
+    ),
+    "a setting that is not kept": (
+        ["--model.objective", f"{__name__}.Forgetful", "--data.store", "SPANS"],
+        "Forgetful does not keep its setting strength: set self.strength in __init__",
     ),
     "no head": (["--model.n_head_layers", "0", "--model.optimizer.head_only_steps", "2"], "no head to train alone"),
 }

@@ -132,6 +132,19 @@ def test_losses_are_those_of_the_training_step(name):
     torch.testing.assert_close(model(**rows).loss, pass_loss(model.model, batch, scale, False).loss)
 
 
+def test_in_training_a_decoder_sees_others_in_each_batch_and_else_always_the_same():
+    model = CondenserForPreTraining.of(RetroMAE.from_masked_lm(MODELS["bert"](0.0))).eval()
+    losses = [model(**tiny_batch()).decoder_loss.item() for _ in range(3)]
+    assert len(set(losses)) == 1
+    model.train()
+    assert len({model(**tiny_batch()).decoder_loss.item() for _ in range(3)}) == 3
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        drawn.append(model(**tiny_batch()).decoder_loss.item())
+    assert drawn[0] == drawn[1]
+
+
 def test_the_text_before_masking_is_made_of_labels_without_special_tokens():
     input_ids = torch.tensor([[2, 50, 4, 51, 3], [2, 4, 3, 0, 0]])
     labels = torch.tensor([[-100, -100, 60, 51, -100], [-100, 70, -100, -100, -100]])
