@@ -9,6 +9,7 @@ import yaml
 
 from condenser.models.objective import Objective
 
+FILES_NAMED = 20  # of the text that was trained on
 PAPERS = {
     "Condenser": "Gao & Callan, EMNLP 2021",
     "CoCondenser": "Gao & Callan, ACL 2022",
@@ -25,7 +26,8 @@ def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> 
     about |= {"tags": ["condenser", "dense-retrieval", "masked-lm"]}
     if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
         about["base_model"] = backbone  # of the hub
-    files = ", ".join(source["name"] for source in data["settings"]["sources"])
+    names = [source["name"] for source in data["settings"]["sources"]]
+    files = ", ".join(names[:FILES_NAMED]) + (f" and {len(names) - FILES_NAMED:,} more" if names[FILES_NAMED:] else "")
     name = type(model).__name__
     control = name == "Condenser" and not model.head_state()
     objective = "plain MLM" if control else name

@@ -113,13 +113,17 @@ def load_export(directory: str | Path) -> Objective:
     return CondenserForPreTraining.from_pretrained(directory).model
 
 
-def description(model: Objective, tokenizer: Path, data: dict[str, Any], run_config: str) -> dict[str, Any]:
-    """What a checkpoint must hold besides weights so that it can be exported on its own; plain values only."""
+def description(model: Objective, tokenizer: dict[str, str], data: dict[str, Any], run_config: str) -> dict[str, Any]:
+    """What a checkpoint must hold besides weights so that it can be exported on its own; plain values only.
+
+    Args:
+        tokenizer: the text of its files, by name.
+    """
     return {
         "config": json.dumps(model.lm.config.to_dict()),
         "objective": class_path(class_of(model)),
         "head": model.settings,
-        "tokenizer": {path.name: path.read_text() for path in sorted(tokenizer.glob("[!.]*"))},
+        "tokenizer": tokenizer,
         "manifest": json.dumps(data),
         "run_config": run_config,
     }

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 from contextlib import contextmanager
@@ -112,7 +113,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(ru
     content = bytearray(newest.read_bytes())
     content[len(content) // 3] ^= 1
     newest.write_bytes(content)
-    (folder / "last-step=9.ckpt.1234.partial").write_bytes(b"half")
+    (folder / "last-step=9.ckpt.0123abcd.partial").write_bytes(b"half")
     capsys.readouterr()
     assert fit(recipe, tmp_path, "hurt") == 0
     printed = capsys.readouterr().out
@@ -172,6 +173,37 @@ def test_a_finished_run_whose_end_is_damaged_is_finished_again(run, recipe, tmp_
     assert fit(recipe, tmp_path, "again") == 0
     assert names(tmp_path / "again") == names(run)
     assert_same_weights(tmp_path / "again", run)
+
+
+@pytest.mark.parametrize("what", ["removed", "damaged"])
+def test_a_finished_run_without_a_whole_checkpoint_is_not_begun_anew(what, run, recipe, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "done")
+    for path in (tmp_path / "done/checkpoints").iterdir():
+        path.unlink() if what == "removed" else path.write_bytes(path.read_bytes()[:1000])
+    before = {path: path.read_bytes() for path in (tmp_path / "done").rglob("*") if path.is_file()}
+    assert fit(recipe, tmp_path, "done", "--model.optimizer.learning_rate", "3e-4") == 1
+    assert "has ended (summary.json), and none of its checkpoints is there and whole" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "done").rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_of_something_else_is_not_taken_for_a_run(recipe, tmp_path, capsys):
+    (tmp_path / "app").mkdir()
+    (tmp_path / "app/config.yaml").write_text("port: 80\n")
+    assert fit(recipe, tmp_path, "app") == 1
+    assert "has a config.yaml and is no run of ours" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "app").iterdir()] == ["config.yaml"]
+
+
+def test_a_run_goes_on_beside_what_an_export_and_its_user_left_in_its_folder(run, recipe, tmp_path):
+    assert fit(recipe, tmp_path, "r", *STOP, "3") == 0
+    (tmp_path / "r/export.partial").mkdir()
+    (tmp_path / "r/export.0123abcd.partial").mkdir()
+    (tmp_path / "r/notes.partial").write_text("mine")
+    (tmp_path / "r/config.yaml.0123abcd.partial").write_text("cut sho")
+    assert fit(recipe, tmp_path, "r") == 0
+    assert_same_weights(tmp_path / "r", run)
+    assert (tmp_path / "r/notes.partial").is_file()
+    assert not (tmp_path / "r/config.yaml.0123abcd.partial").exists()
 
 
 def test_the_time_that_saving_takes_is_logged(run):

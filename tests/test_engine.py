@@ -603,6 +603,12 @@ def test_a_trace_is_written_where_it_is_asked_for(recipe, tmp_path):
         (["--data.tokens_per_pass", "0"], "data.tokens_per_pass=0 must be at least 1"),
         (["--data.layout", "packed"], "layout"),
         (["--model.objective", "torch.nn.Linear"], "objective"),
+        (["--model.optimizer.optimizer", "torch.nn.Linear"], "optimizer.optimizer"),
+        (["--model.optimizer.optimizer", "torch.optim.Nothing"], "no attribute 'Nothing'"),
+        (
+            ["--model.optimizer.optimizer_options", "{fuzed: true}"],
+            "AdamW: got an unexpected keyword argument",
+        ),
     ],
 )
 def test_settings_that_this_machine_or_version_does_not_know_are_refused(option, message, recipe, tmp_path, capsys):

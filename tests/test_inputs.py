@@ -27,10 +27,10 @@ from condenser.corpus.repeats import keys_of, runs_of_words
 from condenser.data.collate import Vocabulary
 from condenser.data.lock import locked
 from condenser.data.store import TokenStore, read_manifest
-from condenser.data.tokenizers import load_tokenizer, vocabulary_size
+from condenser.data.tokenizers import load_tokenizer, tokenizer_files, vocabulary_size
 from condenser.evaluation.retrieval import read_collection
 from condenser.evaluation.similarity import read_similarity
-from condenser.hub import description, warm_start
+from condenser.hub import warm_start
 from condenser.models.condenser import Condenser
 from condenser.runs import checkpoints
 
@@ -564,5 +564,4 @@ def test_what_systems_leave_behind_is_passed_over_in_collections_runs_and_tokeni
     _, test, _ = read_similarity(tmp_path / "pairs")
     assert test.first == ["a", "c"]
     assert checkpoints(tmp_path / "run") == [tmp_path / "run/checkpoints/last-step=3.ckpt"]
-    model = warm_start(None, SMALL, load_tokenizer(tokenizer), Condenser, skip_from=1)
-    assert {*description(model, tokenizer, {}, "")["tokenizer"]} == {path.name for path in store.glob("tokenizer/*")}
+    assert {*tokenizer_files(tokenizer)} == {path.name for path in store.glob("tokenizer/*")}

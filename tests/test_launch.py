@@ -251,6 +251,7 @@ REFUSED = {
     "device": (["--trainer.accelerator", "gpu"], 1, "trainer.accelerator=gpu does not go with --gpus 0"),
     "trainer": (["--trainer.gradient_clip_val", "1"], 1, "by model.optimizer.gradient_clip"),
     "type": (["--nodes", "two"], 2, "--nodes"),
+    "devices": (["--trainer.devices", "2"], 1, "--trainer.devices: a job's devices are --nodes and --gpus"),
     "notice": (["--time", "3:00"], 1, "--notice 180 must be shorter than --time 3:00, which is 180 seconds"),
     "time": (["--time", "1h"], 1, "--time 1h: give it as minutes, H:M:S, D-H or D-H:M:S"),
 }

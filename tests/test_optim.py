@@ -173,8 +173,13 @@ def test_another_optimizer_is_a_class_path(path, recipe, tmp_path):
         ({"layer_decay": 1.5}, "layer_decay=1.5"),
         ({"decay_fraction": 2}, "decay_fraction=2"),
         ({"head_only_steps": -1}, "must not be negative"),
-        ({"optimizer": "torch.optim.Nothing"}, "is not the class path of an optimizer"),
-        ({"optimizer": "torch.optim.SGD", "decay_to_start": True}, "needs torch.optim.AdamW"),
+        ({"gradient_clip": float("nan")}, "gradient_clip=nan"),
+        ({"weight_decay": float("inf")}, "weight_decay=inf"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"eps": float("nan")}, "eps=nan"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"optimizer": torch.optim.SGD, "optimizer_options": {"momentun": 0.9}}, "of SGD: .*'momentun'"),
+        ({"optimizer": torch.optim.SGD, "decay_to_start": True}, "needs AdamW"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):

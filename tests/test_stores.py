@@ -22,7 +22,7 @@ from condenser.data.datamodule import CondenserDataModule, StepLoader, Steps
 from condenser.data.hashing import hash_ints
 from condenser.data.mixing import Mixture
 from condenser.data.pairs import two_of
-from condenser.data.store import TokenStore, read_manifest
+from condenser.data.store import TokenStore, check_same_stores, digest, names_of, read_manifest
 from condenser.data.tokenizers import load_tokenizer
 from condenser.training.failures import explained
 
@@ -461,3 +461,18 @@ def test_bench_data_compares_steps_and_preparation(files, store, tmp_path, capsy
     assert all(len(rounds) == 2 for rounds in figures["steps"].values())
     assert main(["bench", "data", *options]) == 0  # rows in memory
     assert main(["bench", "data", "--input", str(files[0])]) == 1
+
+
+def test_a_checkpoints_stores_are_all_given_again(store, spans):
+    digests = [digest(folder) for folder in (store, spans)]
+    check_same_stores(digests, [store, spans], "a.ckpt")
+    for fewer in ([store], [store, spans, store]):
+        with pytest.raises(ValueError, match=r"a.ckpt was trained on 2 store\(s\), and here are"):
+            check_same_stores(digests, fewer, "a.ckpt")
+    with pytest.raises(ValueError, match=r"is not the store that a.ckpt was trained on"):
+        check_same_stores(digests, [spans, store], "a.ckpt")
+
+
+def test_stores_of_one_name_are_told_apart():
+    folders = [Path("/x/books"), Path("/y/books"), Path("wiki")]
+    assert names_of(folders) == {folders[0]: "x/books", folders[1]: "y/books", folders[2]: "wiki"}

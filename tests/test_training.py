@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import signal
+import subprocess
 import time
 from datetime import timedelta
 from functools import partial
@@ -28,6 +29,7 @@ from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.condenser import Condenser
 from condenser.runs import changed_keys, checkpoints
+from condenser.training import logs
 from condenser.training.checkpoints import WholeFiles
 from condenser.training.logs import MetricsCSV
 from condenser.training.optim import Optimization, build_optimizer
@@ -305,19 +307,37 @@ def test_validation_is_the_global_mean_over_masked_tokens(run, store):
     assert float(last["val/loss"]) == pytest.approx(both, rel=1e-6)
 
 
-def test_a_resumed_csv_drops_what_was_logged_after_the_checkpoint(tmp_path):
+@pytest.mark.parametrize("tail", ["6,0,cu", "\0" * 50])  # cut short; never written where the power failed
+def test_a_resumed_csv_drops_what_was_logged_after_the_checkpoint(tail, tmp_path):
     logger = MetricsCSV(tmp_path)
     logger.begin_at(0)
     for step in range(6):
         logger.log_metrics({"a": step, "epoch": 0}, step)
     logger.log_metrics({"b": 1.0, "epoch": 0}, 5)
     with open(tmp_path / "metrics.csv", "a") as file:
-        file.write("6,0,cu")
+        file.write(tail)
     again = MetricsCSV(tmp_path)
     again.begin_at(4)
     again.log_metrics({"a": 40, "epoch": 1}, 4)
     expected = [("0", "0.0"), ("1", "1.0"), ("2", "2.0"), ("3", "3.0"), ("4", "40.0")]
     assert [(row["step"], row["a"]) for row in metrics_of(tmp_path)] == expected
+
+
+def test_a_broken_line_of_a_csv_is_named(tmp_path):
+    (tmp_path / "metrics.csv").write_text("step,epoch\n0,0\nhello,0\n2,0\n")
+    with pytest.raises(ValueError, match=r"metrics.csv, line 3: begins with b'hello', which is no step"):
+        MetricsCSV(tmp_path).begin_at(4)
+    assert (tmp_path / "metrics.csv").read_text().endswith("2,0\n")
+
+
+def test_what_is_installed_does_not_claim_the_commit_of_a_repository_around_it(tmp_path, monkeypatch):
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", str(tmp_path), *identity, "commit", "-q", "--allow-empty", "-m", "x"], check=True)
+    monkeypatch.setattr(logs, "__file__", str(tmp_path / "condenser/training/logs.py"))
+    assert re.fullmatch("[0-9a-f]{40}", logs.commit())
+    monkeypatch.setattr(logs, "__file__", str(tmp_path / "site-packages/condenser/training/logs.py"))
+    assert logs.commit() == "unknown"
 
 
 def test_a_checkpoint_of_another_model_or_of_none_is_refused(run, recipe, tmp_path, capsys):

@@ -145,7 +145,14 @@ def settings_of_runs(options: Any, of_fit: list[str]) -> tuple[str, list[Setting
 
 
 def complete(of_fit: list[str], options: Any) -> Settings:
-    """The settings that `fit` makes of these arguments, on the devices that the job will have."""
+    """The settings that `fit` makes of these arguments, on the devices that the job will have.
+
+    Raises:
+        ValueError: devices given to `fit`.
+    """
+    for word in of_fit:
+        if word.startswith(("--trainer.devices", "--trainer.num_nodes")):
+            raise ValueError(f"{word.partition('=')[0]}: a job's devices are --nodes and --gpus (or --tasks) of launch")
     run = run_cli("fit", of_fit, DryCLI)
     settings = yaml.safe_load(dumped(run))
     settings["trainer"] |= {"devices": options.gpus or options.tasks, "num_nodes": options.nodes}

@@ -60,7 +60,7 @@ class Masking:
     def __post_init__(self):
         if not 0 < self.probability < 1:
             raise ValueError(f"mask_probability={self.probability} must lie between 0 and 1")
-        if len(self.rates) != 3 or min(self.rates) < 0 or abs(sum(self.rates) - 1) > 1e-6:
+        if not (len(self.rates) == 3 and min(self.rates) >= 0 and abs(sum(self.rates) - 1) <= 1e-6):
             raise ValueError(f"mask_rates={list(self.rates)} must be three shares (mask, random, keep) that sum to 1")
 
     @classmethod

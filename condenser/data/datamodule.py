@@ -24,8 +24,17 @@ from condenser.data.collate import EXTRAS, Fields, Masking, Shapes, StepBatch, V
 from condenser.data.masking import Unit
 from condenser.data.mixing import Mixture
 from condenser.data.pairs import Pairs
-from condenser.data.store import SPECIAL_TOKENS, SPLITS, TokenStore, digest, load_array, read_manifest, tokenizer_hash
-from condenser.data.tokenizers import load_tokenizer
+from condenser.data.store import (
+    SPECIAL_TOKENS,
+    SPLITS,
+    TokenStore,
+    digest,
+    load_array,
+    names_of,
+    read_manifest,
+    tokenizer_hash,
+)
+from condenser.data.tokenizers import load_tokenizer, tokenizer_files
 
 VALIDATION_SEED = 0
 SAMPLES_CHECKED = 16  # by which a masking of the user's is tried
@@ -76,9 +85,12 @@ class CondenserDataModule(L.LightningDataModule):
             raise ValueError("give data.store or data.stores, one of them")
         if not all(stores or [store]):
             raise ValueError("data.store is empty: give the folder of a token store")
-        self.weights = {
-            store_folder(name): weight for name, weight in ({store: 1.0} if store else stores or {}).items()
-        }
+        self.weights: dict[Path, float] = {}
+        for name, weight in ({store: 1.0} if store else stores or {}).items():
+            folder = store_folder(name)
+            if folder in self.weights:
+                raise ValueError(f"data.stores: {folder} is there twice; give its weight once")
+            self.weights[folder] = weight
         sizes = {"batch_size": batch_size, "micro_batches_per_step": micro_batches_per_step}
         for name, value in (sizes | {"tokens_per_pass": tokens_per_pass}).items():
             if value is not None and value < 1:
@@ -113,16 +125,15 @@ class CondenserDataModule(L.LightningDataModule):
 
     def about(self) -> dict[str, Any]:
         """Where the data came from, for checkpoints and exports: plain values of the stores' manifests."""
-        manifests = {folder: read_manifest(folder) for folder in self.weights}
-        first = next(iter(manifests.values()))
-        settings = [manifest["settings"] for manifest in manifests.values()]
+        manifests = [store.manifest for store in self.stores["train"]]
+        first, settings = manifests[0], [manifest["settings"] for manifest in manifests]
         sources = [source for each in settings for source in each["sources"]]
         longest = max(each["max_length"] for each in settings)
         return {
             "settings": first["settings"] | {"sources": sources, "max_length": longest},
             "tokenizer": first["tokenizer"],
-            "counts": {key: sum(each["counts"][key] for each in manifests.values()) for key in first["counts"]},
-            "stores": {folder.name: weight for folder, weight in self.weights.items()},
+            "counts": {key: sum(each["counts"][key] for each in manifests) for key in first["counts"]},
+            "stores": {name: self.weights[folder] for folder, name in names_of(self.weights).items()},
         }
 
     def setup(self, stage: str) -> None:
@@ -135,6 +146,7 @@ class CondenserDataModule(L.LightningDataModule):
         self.stores = {split: [TokenStore(folder, split) for folder in self.weights] for split in SPLITS}
         self.made: dict[Any, Mixture] = {}
         self.digests = [digest(folder) for folder in self.weights]
+        self.tokenizer_files = tokenizer_files(next(iter(self.weights)) / "tokenizer")
         first, *others = self.stores["train"]
         for store in others:
             if store.manifest["tokenizer"] != first.manifest["tokenizer"]:

@@ -15,13 +15,14 @@ import io
 import json
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+PARTIAL = "*." + "[0-9a-f]" * 8 + ".partial"  # names of files that are being written
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 SPECIAL_TOKENS = 2  # [CLS] and [SEP], which a row gets when it is fed
@@ -163,12 +164,25 @@ def digest(folder: str | Path) -> str:
 
 def check_same_stores(digests: Sequence[str], folders: Sequence[Path], checkpoint: str | Path) -> None:
     """Raises ValueError where a run would go on over other stores than it was trained on, or in another order."""
-    for number, folder in enumerate(folders):
-        if digests[number : number + 1] != [digest(folder)]:
+    other_run = "or begin another run from the weights: --model.backbone of its export"
+    if len(digests) != len(folders):
+        raise ValueError(
+            f"{checkpoint} was trained on {len(digests)} store(s), and here are {len(folders)}, "
+            f"{', '.join(map(str, folders))}: give the same again; {other_run}"
+        )
+    for known, folder in zip(digests, folders, strict=True):
+        if known != digest(folder):
             raise ValueError(
                 f"{folder} is not the store that {checkpoint} was trained on: it was appended to, made anew or "
-                "exchanged. Put it back; or begin another run from the weights: --model.backbone of its export"
+                f"exchanged. Put it back; {other_run}"
             )
+
+
+def names_of(folders: Iterable[Path]) -> dict[Path, str]:
+    """A name for each store: its folder's, and the whole path where several folders are called so."""
+    folders = list(folders)
+    names = [folder.name for folder in folders]
+    return {folder: folder.name if names.count(folder.name) == 1 else str(folder).strip("/") for folder in folders}
 
 
 def check_file_name(name: str, where: str | Path) -> None:

@@ -6,6 +6,11 @@ from typing import Any
 from condenser.online import ask_hub
 
 
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """The text of a tokenizer's files, by name; hidden ones are an operating system's."""
+    return {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.glob("[!.]*"))}
+
+
 def load_tokenizer(name: str | Path) -> Any:
     from transformers import AutoTokenizer
 

@@ -30,7 +30,7 @@ from condenser.data.store import atomic_write, check_same_stores
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
 from condenser.recipes import HELP, recipes, with_files
-from condenser.runs import CONFIG, SUMMARY, is_intact, newest_valid_checkpoint, step_of
+from condenser.runs import CONFIG, METRICS, SUMMARY, is_intact, newest_valid_checkpoint, step_of
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
 from condenser.training.ending import SIGNAL, Ending, goes_on
@@ -136,7 +136,15 @@ class RunCLI(LightningCLI):
             content = load_file(self.checkpoint, mmap=True)
             if "stores" in content:
                 check_same_stores(content["stores"], [store_folder(name) for name in stores], self.checkpoint)
+        elif (self.run / SUMMARY).is_file():
+            raise ValueError(
+                f"{self.run} has ended ({SUMMARY}), and none of its checkpoints is there and whole: give another "
+                "--name, or remove the folder to begin anew"
+            )
         if is_first_rank():
+            ours = any((self.run / name).exists() for name in ("lock", "checkpoints", METRICS))
+            if (self.run / CONFIG).exists() and not ours:
+                raise ValueError(f"{self.run} has a {CONFIG} and is no run of ours: give another --name or --runs_dir")
             if not self.run.exists():
                 self.held.callback(remove_if_not_begun, self.run)
             self.run.mkdir(parents=True, exist_ok=True)
@@ -145,7 +153,7 @@ class RunCLI(LightningCLI):
             if self.checkpoint is not None:
                 print(f"{self.run} goes on from {self.checkpoint}")
             remove_leftovers(self.run)
-            (self.run / SUMMARY).unlink(missing_ok=True)  # of an end whose checkpoints are damaged
+            (self.run / SUMMARY).unlink(missing_ok=True)
             with atomic_write(self.run / CONFIG) as partial:  # other processes may read it now
                 partial.write_text(text)
 

@@ -69,8 +69,11 @@ class MetricsCSV(Logger):
         self.path.touch()
         with open(self.path, "r+b") as file:
             self.columns, end = next(csv.reader([file.readline().decode()]), []), file.tell()
-            for line in file:
-                if int(line.split(b",")[0]) >= step or not line.endswith(b"\n"):
+            for number, line in enumerate(file, start=2):
+                at = line.split(b",")[0]
+                if line.endswith(b"\n") and not at.isdigit():
+                    raise ValueError(f"{self.path}, line {number}: begins with {at[:20]!r}, which is no step")
+                if not line.endswith(b"\n") or int(at) >= step:
                     break
                 end += len(line)
             file.truncate(end)
@@ -233,6 +236,8 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """What git calls the code that runs, or called it where `condenser launch` copied it from."""
     folder = Path(__file__).parents[2]
+    if not any((folder / name).exists() for name in (COMMIT, ".git")):  # installed: git would find some other's
+        return "unknown"
     if (folder / COMMIT).is_file():
         return (folder / COMMIT).read_text().splitlines()[0]
     return output("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40") or "unknown"

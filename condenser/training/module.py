@@ -396,9 +396,10 @@ class CondenserModule(L.LightningModule):
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
             checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
-        folder = next(iter(datamodule.weights)) / "tokenizer"
         run_config = config.read_text() if config.is_file() else ""
-        checkpoint["condenser"] = hub.description(self.model, folder, datamodule.about(), run_config)
+        checkpoint["condenser"] = hub.description(
+            self.model, datamodule.tokenizer_files, datamodule.about(), run_config
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.model is None:  # `load_from_checkpoint`, without a trainer

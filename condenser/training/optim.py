@@ -1,19 +1,16 @@
 """The optimizer and its schedule. The defaults are the paper's: AdamW, linear warm-up, linear decay."""
 
-import importlib
+import inspect
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from condenser.models.backbones.base import depths
-
-ADAMW = "torch.optim.AdamW"
 
 
 @dataclass
@@ -50,32 +47,29 @@ class Optimization:
     head_learning_rate: float | None = None
     head_only_steps: int = 0
     decay_to_start: bool = False
-    optimizer: str = ADAMW
+    optimizer: type[Optimizer] = AdamW
     optimizer_options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, value in (("learning_rate", self.learning_rate), ("head_learning_rate", self.head_learning_rate)):
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"optimizer.{name}={value} must be positive")
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
         if not 0 < self.layer_decay <= 1:
             raise ValueError(f"optimizer.layer_decay={self.layer_decay} must be above 0 and at most 1")
-        for name in ("weight_decay", "gradient_clip", "head_only_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative")
-        optimizer_class(self.optimizer)
-        if self.decay_to_start and self.optimizer != ADAMW:
-            raise ValueError(f"optimizer.decay_to_start needs {ADAMW}, whose weight decay it turns to another target")
-
-
-def optimizer_class(path: str) -> Callable[..., Optimizer]:
-    module, _, name = path.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"optimizer.optimizer={path} is not the class path of an optimizer: {error}") from None
+        for name in ("weight_decay", "gradient_clip", "head_only_steps", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name}={getattr(self, name)} must not be negative or infinite")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas={self.betas} must be at least 0 and below 1")
+        if self.decay_to_start and self.optimizer is not AdamW:
+            raise ValueError("optimizer.decay_to_start needs AdamW, whose weight decay it turns to another target")
+        try:
+            inspect.signature(self.optimizer).bind_partial(**self.optimizer_options)
+        except TypeError as error:
+            raise ValueError(f"optimizer.optimizer_options of {self.optimizer.__name__}: {error}") from None
 
 
 def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, Tensor] | None = None) -> Optimizer:
@@ -102,16 +96,14 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0  # none on biases and LayerNorm
         groups.setdefault((waits, rate, decay), []).append(parameter)
     options: dict[str, Any] = dict(settings.optimizer_options)
-    if settings.optimizer == ADAMW:
+    if settings.optimizer is AdamW:
         options = {"betas": settings.betas, "eps": settings.eps, "fused": True, **options}
-    optimizer = optimizer_class(settings.optimizer)(
-        [
-            {"params": parameters, "lr": rate, "weight_decay": decay, "waits": waits}
-            for (waits, rate, decay), parameters in groups.items()
-        ],
-        lr=settings.learning_rate,
-        **options,
-    )
+    of_groups = [
+        {"params": parameters, "lr": rate, "weight_decay": decay, "waits": waits}
+        for (waits, rate, decay), parameters in groups.items()
+    ]
+    make: Any = settings.optimizer
+    optimizer: Optimizer = make(of_groups, lr=settings.learning_rate, **options)
     if settings.decay_to_start:
         assert start is not None
         targets = {(p := model.get_parameter(name)): value.to(p.device) for name, value in start.items()}

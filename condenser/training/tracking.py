@@ -16,7 +16,7 @@ import yaml
 from lightning.pytorch.loggers import WandbLogger
 
 from condenser.cluster import signals
-from condenser.data.store import MANIFEST
+from condenser.data.store import MANIFEST, atomic_write, names_of
 from condenser.export import export, find_checkpoint, sha256
 from condenser.runs import CONFIG
 from condenser.training.failures import one_line
@@ -99,23 +99,25 @@ def run_id(run: Path) -> str:
     """The W&B id that a run keeps however often it is started."""
     path = run / "wandb_id"
     if not path.is_file():
-        path.write_text(secrets.token_hex(4))
+        with atomic_write(path) as partial:
+            partial.write_text(secrets.token_hex(4))
     return path.read_text()
 
 
 def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions: dict[str, str], keep: bool) -> None:
     """Show the settings, the versions and the stores' checksums with the run, and ``keep`` them as an artifact."""
+    names = names_of(weights)
     about = {
         "settings": yaml.safe_load((run / CONFIG).read_text()),
         "versions": versions,
         "stores": {
-            folder.name: {"weight": weight, "manifest_sha256": sha256(folder / MANIFEST)}
+            names[folder]: {"weight": weight, "manifest_sha256": sha256(folder / MANIFEST)}
             for folder, weight in weights.items()
         },
     }
     logger.experiment.config.update(about, allow_val_change=True)
     if keep:
-        files = {CONFIG: run / CONFIG, **{f"{folder.name}/{MANIFEST}": folder / MANIFEST for folder in weights}}
+        files = {CONFIG: run / CONFIG, **{f"{names[folder]}/{MANIFEST}": folder / MANIFEST for folder in weights}}
         keep_files(logger, "settings", files, {key: about[key] for key in ("versions", "stores")})
 
 
