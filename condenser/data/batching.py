@@ -76,7 +76,7 @@ class BucketedBatches:
         """The micro-batches of optimizer step ``i`` (counted over epochs) on ``rank``: arrays of sequence numbers, of
         which those of sample n begin at ``n * each``."""
         epoch, step = divmod(i, self.steps_per_epoch)
-        window = ((step + 1) * self.n_windows - 1) // self.steps_per_epoch
+        window = ((step + 1) * self.n_windows - 1) // self.steps_per_epoch  # the last whose `first_step` is <= step
         if self._cached[0] != (epoch, window):
             self._cached = (epoch, window), self.steps_of_window(epoch, window)
         return self._cached[1][step - self.first_step(window)][rank::world_size]

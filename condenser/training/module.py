@@ -35,6 +35,8 @@ from condenser.training.optim import Optimization, build_optimizer, build_schedu
 from condenser.training.step import StepResult, TrainingStep, skips_on_device
 from condenser.training.validation import Validation
 
+TOTALS = (*COUNTS, "flops", "positions")  # of a step, over all devices: operations needed, positions computed
+
 
 class CondenserModule(L.LightningModule):
     """Trains an objective: a Condenser by default, with the sum of the backbone's MLM loss and the head's.
@@ -123,10 +125,10 @@ class CondenserModule(L.LightningModule):
         self.model: Objective | None = None
         self.is_prepared = False  # for training, by the settings above
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
-        self.length, self.owed = 0, False  # see ending.py
+        self.length, self.validation_owed = 0, False  # see ending.py
         self.stopped: str | None = None
         self.tokens_seen, self.flops_needed = 0, 0.0  # up to the last logging step or checkpoint
-        self.since = torch.zeros(len(COUNTS) + 2, dtype=torch.float64)  # COUNTS, operations, positions since then
+        self.since = torch.zeros(len(TOTALS), dtype=torch.float64)  # what was done since then
 
     @property
     def options(self) -> dict[str, Any]:
@@ -212,7 +214,7 @@ class CondenserModule(L.LightningModule):
             )
 
     def setup(self, stage: str) -> None:
-        self.stopped, self.owed = None, False  # of another trainer's
+        self.stopped, self.validation_owed = None, False  # of another trainer's
         self.tokens_seen, self.flops_needed, self.since = 0, 0.0, torch.zeros_like(self.since)
         check_precision(self.trainer.precision)
         if not hasattr(self.datamodule, "serve"):
@@ -280,7 +282,7 @@ class CondenserModule(L.LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step. It never waits for a GPU, but for what is logged on logging steps, once."""
         optimizer: Any = self.optimizers()
-        totals, requests = self.all_reduce(self.figures(batch)).split([len(COUNTS) + 2, 2])
+        totals, requests = self.all_reduce(self.figures(batch)).split([len(TOTALS), 2])
         log = self.is_logging_step(self.global_step + 1)
         scale = self.trainer.world_size / totals[: len(COUNTS)].clamp(min=1)  # DDP averages gradients over devices
 
@@ -300,8 +302,7 @@ class CondenserModule(L.LightningModule):
             scheduler.step()
 
     def figures(self, batch: StepBatch) -> Tensor:
-        """Of this device: `COUNTS` of its passes, the operations that they need, the positions that they compute;
-        whether it was asked to stop, and to be started again."""
+        """Of this device: `TOTALS` of its passes; whether it was asked to stop, and to be started again."""
         assert self.model is not None
         counts, flops = [batch.total(name) for name in COUNTS], self.model.flops(Work.of_real_tokens(batch))
         requests = bool(signals.received & {signals.STOP, signals.INTERRUPT}), signals.REQUEUE in signals.received
@@ -329,9 +330,9 @@ class CondenserModule(L.LightningModule):
         shares = passes.shares | {"loss": passes.losses.sum()}
         means = self.all_reduce(torch.stack([*shares.values()]).double()) / self.trainer.world_size
         found = torch.cat([self.since, totals, norm.double()[None], means]).tolist()  # here the host waits
-        n = len(totals)
+        n = len(TOTALS)
         self.count(found[:n])
-        of_step = dict(zip((*COUNTS, "flops", "positions"), found[n : 2 * n], strict=True))
+        of_step = dict(zip(TOTALS, found[n : 2 * n], strict=True))
         norm_value, *values = found[2 * n :]
         logged = dict(zip(shares, values, strict=True)) | {"grad_norm": norm_value}
         logged["sequences"] = of_step["n_sequences"]
@@ -342,8 +343,9 @@ class CondenserModule(L.LightningModule):
 
     def count(self, since: list[float]) -> None:
         """Add up what was done since the last time, which the device has kept."""
-        self.tokens_seen += int(since[COUNTS.index("n_tokens")])
-        self.flops_needed += since[len(COUNTS)]
+        done = dict(zip(TOTALS, since, strict=True))
+        self.tokens_seen += int(done["n_tokens"])
+        self.flops_needed += done["flops"]
         self.since = torch.zeros_like(self.since)
 
     def on_validation_epoch_start(self) -> None:
@@ -372,7 +374,7 @@ class CondenserModule(L.LightningModule):
         elif trainer.should_stop:
             self.stopped = stopped_by(trainer, self.guard.stop)
             if self.stopped is not None:
-                self.owed = validation_follows(trainer, self.global_step)
+                self.validation_owed = validation_follows(trainer, self.global_step)
                 trainer.limit_val_batches = 0
                 trainer.fit_loop.min_epochs = trainer.fit_loop.epoch_loop.min_steps = None
 
@@ -380,7 +382,7 @@ class CondenserModule(L.LightningModule):
         """Lightning would let go of the gradients here, whose buffers stay."""
 
     def on_validation_epoch_end(self) -> None:
-        self.owed = self.owed and self.trainer.sanity_checking
+        self.validation_owed = self.validation_owed and self.trainer.sanity_checking
         found = self.validation.result()
         if "loss" in found:
             self.log("val/loss", found.pop("loss"), prog_bar=True)
@@ -392,7 +394,7 @@ class CondenserModule(L.LightningModule):
         datamodule, config = self.datamodule, Path(self.trainer.default_root_dir) / CONFIG
         self.count(self.since.tolist())
         checkpoint["steps_per_epoch"], checkpoint["stores"] = datamodule.steps_per_epoch, datamodule.digests
-        checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.owed
+        checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.validation_owed
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
             checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
