@@ -165,8 +165,8 @@ def check_replay(settings, sequences):
 class InMemory(L.LightningDataModule):
     """As much of a data module as training asks for, over rows in memory."""
 
-    tokens_per_pass, affordable, few_shapes, pairs, weights, masking = None, 1, False, False, {}, Masking(0)
-    serve = CondenserDataModule.serve
+    tokens_per_pass, affordable, few_shapes, pairs_wanted, weights, masking = None, 1, False, None, {}, Masking(0)
+    provide_for = CondenserDataModule.provide_for
     unigram_nats, steps_per_epoch = torch.zeros(30522), 40
 
     class tokenizer:  # noqa: N801

@@ -484,6 +484,13 @@ def test_from_python_a_module_is_given_another_data_module_as_if_it_were_its_fir
         assert losses[0] == losses[1]
 
 
+def test_from_python_a_data_module_that_gave_pairs_gives_rows_to_the_next(spans, tmp_path):
+    (co, data), (plain, other) = module_and_data(spans, objective=CoCondenser), module_and_data(spans)
+    trainer_of(tmp_path, 1).validate(co, datamodule=data, verbose=False)
+    found = trainer_of(tmp_path, 1).validate(plain, datamodule=data, verbose=False)
+    assert found == trainer_of(tmp_path, 1).validate(module_and_data(spans)[0], datamodule=other, verbose=False)
+
+
 def test_from_python_a_module_of_a_checkpoint_is_trained_by_its_settings(run, store, tmp_path):
     settings = {"freeze_embeddings": True, "freeze_layers": 1, "gradient_checkpointing": True}
     path = checkpoints(run)[0]

@@ -215,7 +215,7 @@ def test_the_costs_are_what_estimate_computes():
     )
     run = run_cli("fit", rest, DryCLI)
     run.datamodule.tokens_per_pass = 65536
-    run.datamodule.serve(run.model.objective)
+    run.datamodule.provide_for(run.model.objective)
     data = estimate.data_of(run.datamodule, options.tokens)
     rehearsal = estimate.Rehearsal(run.model, run.datamodule)
     _, tokens = estimate.length_of_run(run.config["fit"].trainer, run.datamodule.batch_size, data)

@@ -98,7 +98,8 @@ class CondenserDataModule(L.LightningDataModule):
         self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step
         self.tokens_per_pass = tokens_per_pass
         self.affordable, self.few_shapes = 1, False  # tokens of a pass; the module settles what depends on the device
-        self.pairs, self.span_length = pairs, span_length
+        self.pairs_wanted, self.span_length = pairs, span_length
+        self.pairs = bool(pairs)  # by default as the objective needs
         self.extras: tuple[str, ...] = ()  # what the objective asks for
         self.num_workers, self.seed = num_workers, seed
         usual = {"seed": seed, "probability": mask_probability, "rates": mask_rates, "unit": mask_unit}
@@ -184,7 +185,7 @@ class CondenserDataModule(L.LightningDataModule):
         splits = [self.train, self.validation]
         return max(int(split.typical_lengths().max()) for split in splits if len(split)) + SPECIAL_TOKENS
 
-    def serve(self, objective: Any) -> None:
+    def provide_for(self, objective: Any) -> None:
         """Give passes what an objective (or its class) asks for.
 
         Raises:
@@ -193,7 +194,7 @@ class CondenserDataModule(L.LightningDataModule):
         if unknown := set(objective.asks).difference(EXTRAS):
             raise ValueError(f"the objective asks for {', '.join(sorted(unknown))}; there are {', '.join(EXTRAS)}")
         contrasts, self.extras = objective.contrast is not None, objective.asks
-        self.pairs = contrasts if self.pairs is None else self.pairs
+        self.pairs = contrasts if self.pairs_wanted is None else self.pairs_wanted
         if contrasts and not self.pairs:
             raise ValueError("data.pairs=false: the objective contrasts pairs of spans")
 

@@ -46,7 +46,7 @@ class Condenser(Objective):
 
     Args:
         lm: kept, not copied.
-        skip_from: the layer (1 .. N-1) whose output the head reads for all tokens but [CLS]; of no use without.
+        skip_from: the layer (1 .. N-1) whose output the head, if any, reads for all tokens but [CLS].
         n_head_layers: layers of the head, of the backbone's own class and initialisation; 0 is plain MLM.
         late_mlm: whether the backbone's own MLM loss is added to the head's.
         pruned: run the last layers only at the positions that the loss reads; same loss, same gradients.
@@ -65,7 +65,9 @@ class Condenser(Objective):
     ):
         super().__init__(lm)
         n_layers = self.n_layers
-        if n_head_layers < 0 or (n_head_layers == 0 and not late_mlm and self.contrast is None):
+        if n_head_layers < 0:
+            raise ValueError(f"n_head_layers={n_head_layers} must not be negative")
+        if not (n_head_layers or late_mlm or self.contrast is not None):
             raise ValueError(f"n_head_layers={n_head_layers}, late_mlm={late_mlm} leaves no loss to train on")
         if n_head_layers and n_layers < 2:
             raise ValueError(

@@ -78,7 +78,7 @@ def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any
     on_gpu = trainer.accelerator != "cpu"
     setting = Setting(precision_of(trainer), module.gradient_checkpointing, module.fused_loss, on_gpu)
     datamodule.tokens_per_pass = datamodule.tokens_per_pass or (TOKENS_AT_ONCE if on_gpu else 1)
-    datamodule.serve(module.objective)
+    datamodule.provide_for(module.objective)
     data = data_of(datamodule, options.tokens)
     rehearsal = Rehearsal(module, datamodule)
     steps, tokens = length_of_run(trainer, datamodule.batch_size, data)

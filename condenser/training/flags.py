@@ -22,7 +22,7 @@ REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral val
 }
 
 
-GUESTS: dict[type[Callback], str] = {  # callbacks that are not for us
+NOT_SUPPORTED: dict[type[Callback], str] = {  # callbacks that are not for us
     GradientAccumulationScheduler: "a step is cut by data.micro_batches_per_step",
     BatchSizeFinder: "data.tokens_per_pass is what memory limits, and `condenser estimate` says what fits",
     LearningRateFinder: "it would take steps of another schedule than the run's",
@@ -57,7 +57,7 @@ def check_trainer(settings: Any) -> None:
 
 def check_callbacks(callbacks: list[Any]) -> None:
     for callback in callbacks:
-        for kind, why in GUESTS.items():
+        for kind, why in NOT_SUPPORTED.items():
             if isinstance(callback, kind):
                 raise ValueError(f"{type(callback).__name__} cannot be used here: {why}")
 

@@ -199,7 +199,7 @@ class CondenserModule(L.LightningModule):
             raise ValueError("model.cuda_graphs needs one GPU, model.compile, and no model.gradient_checkpointing")
         self.replayed = possible if replayed is None else replayed
         datamodule.few_shapes = self.compiled
-        datamodule.serve(self.model)
+        datamodule.provide_for(self.model)
         longest, longest_row = longest_text(self.model.lm.config), getattr(datamodule, "longest", 0)
         if longest and longest_row > longest:
             raise ValueError(
@@ -217,7 +217,7 @@ class CondenserModule(L.LightningModule):
         self.stopped, self.validation_owed = None, False  # of another trainer's
         self.tokens_seen, self.flops_needed, self.since = 0, 0.0, torch.zeros_like(self.since)
         check_precision(self.trainer.precision)
-        if not hasattr(self.datamodule, "serve"):
+        if not hasattr(self.datamodule, "provide_for"):
             raise ValueError(
                 "Trainer.fit(module, datamodule=CondenserDataModule(...)): order, masks and passes come from the data "
                 "module, loaders alone cannot take its place"
