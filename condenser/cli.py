@@ -53,6 +53,7 @@ COMMANDS = {  # name: (module:function, one line)
     ),
     "report": ("condenser.reports.report:report", "curves and tables of one or several runs in one HTML file"),
 }
+MAY_BE_EMPTY = {"--sbatch", "--srun", "--setup", "--query-prompt", "--document-prompt"}  # for others that is a mistake
 OWN_PARSER = {"fit", "validate", "estimate", "launch"}  # called with the remaining arguments as they are
 
 
@@ -75,6 +76,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
 def run(name: str, rest: Sequence[str]) -> int:
     try:
+        rest = as_a_shell(rest)
         for module in os.environ.get("CONDENSER_IMPORT", "").split():
             importlib.import_module(module)
         function = load(COMMANDS[name][0])
@@ -134,6 +136,31 @@ def overview() -> str:
     )
 
 
+def as_a_shell(argv: Sequence[str]) -> list[str]:
+    """With home in the place of ``~`` after a ``=`` too. ValueError for an empty value, such as of a variable that is
+    not set, which would pass for none."""
+    words = []
+    for before, word in itertools.pairwise(["", *argv]):
+        alone = not is_option(word) or before in MAY_BE_EMPTY
+        option, is_given, value = (before, "=", word) if alone else word.partition("=")
+        if is_given and not value and option not in MAY_BE_EMPTY:
+            what = option if is_option(option) else "an argument"
+            raise ValueError(f"{what} is empty: give it a value, or leave it out")
+        words.append(word.removesuffix(value) + os.path.expanduser(value))
+    return words
+
+
+def at_home(value: Any) -> Any:
+    """A setting, or several, with home in the place of ``~``."""
+    if isinstance(value, list):
+        return [at_home(each) for each in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
+
+
+def is_option(word: str) -> bool:
+    return word.startswith("--") or word.partition("=")[0] == "-c"
+
+
 def load(path: str) -> Callable:
     module, function = path.split(":")
     return getattr(importlib.import_module(module), function)
@@ -146,7 +173,7 @@ def function_call(function: Callable, prog: str, argv: Sequence[str]) -> None:
         text = parser.format_help().replace("[ITEM,...]", "runs [runs ...]")  # of the one list that is positional
         print(re.sub(r"--[a-z_]+", lambda option: option[0].replace("_", "-"), text))
         return
-    values = vars(parser.parse_args(in_full(argv, function)))
+    values = {name: at_home(value) for name, value in vars(parser.parse_args(in_full(argv, function))).items()}
     parameters = inspect.signature(function).parameters.values()
     positional = [values[p.name] for p in parameters if p.kind is p.POSITIONAL_ONLY]
     function(*positional, **{p.name: values[p.name] for p in parameters if p.kind is p.KEYWORD_ONLY})
@@ -189,12 +216,13 @@ def in_full(argv: Sequence[str], function: Callable) -> list[str]:
         elif kind is bool and not is_given:
             value = left.pop(0) if left and left[0].lower() in ("true", "false") else "true"
         elif kind is list and not is_given:
-            values = list(itertools.takewhile(lambda word: not word.startswith("--"), left))
+            values = list(itertools.takewhile(lambda word: not is_option(word), left))
             left, value = left[len(values) :], json.dumps(values)
-        elif not is_given and left and (name in kinds or name == "config"):
+        elif not is_given and left and not is_option(left[0]) and (name in kinds or name == "config"):
             value = left.pop(0)
         elif not is_given:  # an option without a value, or an unknown one
-            options += [f"--{name}" if word.startswith("--") else word, *([left.pop(0)] if left else [])]
+            follows = left and not is_option(left[0])
+            options += [f"--{name}" if word.startswith("--") else word, *([left.pop(0)] if follows else [])]
             continue
         options.append(f"--{name}={value}")
     parameters = inspect.signature(function).parameters.values()

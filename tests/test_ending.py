@@ -567,7 +567,9 @@ REFUSED = {
     "data.store is empty": ["--data.store", ""],
     "no token store at nowhere": ["--data.store", "nowhere"],
     "tokenizer has no manifest.json": ["--data.store", "STORE/tokenizer"],
-    "needs a name": ["--name", ""],
+    "--name is empty": ["--name="],
+    "--runs_dir is empty": ["--runs_dir", ""],
+    "--model.backbone is empty": ["--model.backbone="],
     "trainer.overfit_batches=0.001 leaves": ["--trainer.overfit_batches", "0.001"],
     "trainer.limit_train_batches=0 leaves": ["--trainer.limit_train_batches", "0"],
     "trainer.limit_train_batches=0.01 leaves": [*WIDE, "--trainer.limit_train_batches", "0.01"],
@@ -593,6 +595,12 @@ def test_what_cannot_work_is_refused_by_name_in_one_line_before_any_step(what, r
     assert said[0].startswith("condenser fit: error: ")
     assert what.replace("STORE", str(store)) in said[0]
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("command", ["fit", "launch"])
+def test_a_run_needs_a_name(command, recipe, tmp_path, capsys):
+    assert main([command, "--config", str(recipe), "--runs_dir", str(tmp_path)]) == 1
+    assert "the run needs a name: --name NAME" in capsys.readouterr().err
 
 
 def test_a_metric_that_is_not_there_is_named_in_one_line(recipe, tmp_path, capsys):

@@ -156,6 +156,25 @@ def test_home_is_known_to_the_name_of_a_file(folder, monkeypatch):
     assert read_from("~/a.jsonl")[0] == [str(folder / "a.jsonl")]
 
 
+def test_home_is_known_to_every_command_on_its_line_and_in_its_files(recipe, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(store)
+    (tmp_path / "fit.yaml").write_text("{runs_dir: ~/runs, name: r, data: {store: ~/tiny}, trainer: {max_steps: 2}}")
+    (tmp_path / "export.yaml").write_text("output: ~/exported")
+    for command in (
+        ["fit", "--config", str(recipe), "--config=~/fit.yaml"],
+        ["launch", "--config", str(recipe), "-c", "fit.yaml", "--name", "l", "--gpus", "0", "--dry-run"],
+        ["export", "~/runs/r", "-c", "export.yaml"],
+        ["report", "runs/r", "--output=~/report.html"],
+        ["bench", "data", "--batch-size=64", "--rounds=1", "--json=~/figures.json"],
+    ):
+        assert main(command) == 0
+    made = "runs/r/summary.json", "runs/l/launch/job.sh", "exported/config.json", "report.html", "figures.json"
+    assert all((tmp_path / name).is_file() for name in made)
+    assert not (tmp_path / "~").exists()
+
+
 def test_a_folder_of_texts_alone_gives_texts_but_what_is_about_them(tmp_path):
     """Data that are hidden or empty are none."""
     for name in ("b.txt", "a.TXT", "README.txt", "LICENSE.txt", ".meta.json"):

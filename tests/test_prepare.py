@@ -197,7 +197,8 @@ def test_a_tokenizer_without_mask_or_cls_is_refused(token, corpus, store, tmp_pa
 
 
 IMPOSSIBLE = (
-    "--max-length=4 --short-fraction=1.5 --validation-fraction=-1 --shard=3/3 --shard=1 --shard=a/b --shard=-1/2"
+    "--max-length=4 --short-fraction=1.5 --validation-fraction=-1 --shard=3/3 --shard=1 --shard=a/b --shard=-1/2 "
+    "--shard= --tokenizer= --output= --input= --word-segmenter="
 )
 
 
@@ -209,3 +210,13 @@ def test_impossible_settings_are_refused(option, corpus, store, tmp_path, capsys
 
 def test_an_unknown_option_is_refused(corpus, tmp_path, capsys):
     assert prepare(corpus, "train:200", tmp_path / "out", "--max-lenght", "4") == 2
+
+
+def test_a_list_of_inputs_ends_at_the_next_option(corpus, store, tmp_path):
+    """Also at the short one; and an option whose value was forgotten does not take it for one."""
+    (tmp_path / "s.yaml").write_text(f"tokenizer: {store / 'tokenizer'}\nmax_length: 32\n")
+    wanted = ["prepare", "--output", str(tmp_path / "out"), "--input", str(corpus), "-c", str(tmp_path / "s.yaml")]
+    assert main(wanted) == 0
+    assert read_manifest(tmp_path / "out")["settings"]["max_length"] == 32
+    for following in ("--append", "-c"):
+        assert main(["prepare", "--input", str(corpus), "--output", following, str(tmp_path / "s.yaml")]) == 2

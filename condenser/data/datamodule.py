@@ -6,6 +6,7 @@ any number of workers. Validation depends on no setting of the run: runs of othe
 same tokens.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -265,8 +266,8 @@ def limited(n: int, limit: int | float | None, name: str = "limit_train_batches"
 
 def store_folder(name: str) -> Path:
     """A store's folder, or the store of that name in data/tokens."""
-    named = Path("data/tokens") / name
-    return named if named.is_dir() and not Path(name).exists() else Path(name)
+    folder, named = Path(os.path.expanduser(name)), Path("data/tokens") / name
+    return named if named.is_dir() and not folder.exists() else folder
 
 
 class Steps(Dataset):

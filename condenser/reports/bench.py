@@ -5,6 +5,7 @@ same samples, by the step that `condenser fit` takes: machines are shared and no
 speed does not depend on them.
 """
 
+import os
 from pathlib import Path
 from pydoc import locate
 from statistics import median
@@ -136,8 +137,8 @@ def build_model(recipe: dict[str, Any], objective: type[Objective], n_tokens: in
         ValueError: a model for fewer tokens or positions than the rows have.
     """
     settings = {"attention_probs_dropout_prob": 0.0, **(recipe.get("backbone_config") or {})}
-    in_folder = Path(recipe.get("backbone") or "", "config.json").is_file()
-    lm = skeleton(recipe["backbone"] if in_folder else None, settings, vocab_size=n_tokens)
+    backbone = os.path.expanduser(recipe.get("backbone") or "")
+    lm = skeleton(backbone if Path(backbone, "config.json").is_file() else None, settings, vocab_size=n_tokens)
     for name, needed in (("vocab_size", n_tokens), ("max_position_embeddings", longest)):
         if getattr(lm.config, name) < needed:
             raise ValueError(f"the model has {name}={getattr(lm.config, name)}; the rows need {needed}")

@@ -93,6 +93,12 @@ class RunCLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "model.init_args.seed", compute_fn=int)
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        for key, value in [*self.config.items()]:
+            if isinstance(value, str):
+                self.config[key] = os.path.expanduser(value)
+
     def _parse_ckpt_path(self) -> None:
         """Lightning would take settings out of the checkpoint here; a run's settings are in its configuration."""
 
