@@ -2,13 +2,15 @@
 
 import itertools
 import json
+import re
 from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import make_documents
+from conftest import make_documents, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_prepare import refused
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer
 
@@ -17,6 +19,8 @@ from condenser.corpus.documents import Document, hash64
 from condenser.corpus.encoding import Encoder, sentence_bounds
 from condenser.corpus.words import unspaced, word_starts
 from condenser.data.hashing import hash_ints
+
+FORMS = ("NFC", "NFD", "NFKC")  # of Unicode
 
 
 def document(text):
@@ -112,8 +116,24 @@ def test_a_named_segmenter_decides_what_a_word_is(bert):
 
     words = words_of("北京是中国的首都。", Encoder(bert, "zh", segment))
     assert words == ["北京", "是", "中国", "的", "首都", "。"]
-    with pytest.raises(ValueError, match="which the text does not go on with"):
+    with pytest.raises(ValueError, match="'天津', which is not next in '北京'"):
         Encoder(bert, "zh", lambda text: ["天津"])("北京")
+
+
+@pytest.mark.parametrize("change", ["text.lower()", *(f"unicodedata.normalize({form!r}, text)" for form in FORMS)])
+def test_a_segmenter_that_changes_texts_is_refused_before_any_work(change, own_modules):
+    (own_modules / "cutter.py").write_text(f"import unicodedata\ndef cut(text):\n    return {change}.split()\n")
+    with pytest.raises(ValueError, match=r"--word-segmenter cutter:cut: .* which is not next in"):
+        Blocks(word_segmenter="cutter:cut")
+
+
+def test_a_segmenter_that_changes_a_text_later_is_said_with_its_place(own_modules, store, small_units, capsys):
+    (own_modules / "cutter.py").write_text("def cut(text):\n    return text.replace('odd', 'even').split()\n")
+    source = write_jsonl(own_modules / "a.jsonl", [*make_documents(60), "What an odd text."])
+    error = refused(capsys, source, store / "tokenizer", own_modules / "out", "--word-segmenter", "cutter:cut")
+    said = r"a.jsonl, from line or row (\d+) on: the word segmenter gave 'even', .* 'What an odd text.'"
+    line = int(re.search(said, error)[1])
+    assert 1 < line <= 61
 
 
 @pytest.mark.parametrize(("language", "sentences"), [("zh", 4), ("ja", 3), ("ar", 3), ("he", 3)])

@@ -142,7 +142,11 @@ def test_a_store_among_its_own_input_is_no_input_and_named(source, store, tmp_pa
         ("kind", "foo"),
         ("engine", "foo"),
         ("language", "english"),
+        ("language", "EN"),
+        ("language", "deu"),
+        ("language", "cn"),
         ("shard", "\u00b2/3"),
+        ("shard", ""),
     ],
 )
 def test_from_python_settings_are_looked_at_too(name, value, store, corpus, tmp_path):
@@ -240,6 +244,19 @@ def test_a_saved_dataset_among_other_files_is_read_as_one(splits, tmp_path):
         (str(tmp_path / "saved.jsonl"), "jsonl"),
         (str(tmp_path / "saved"), "folder"),
     ]
+
+
+def test_a_file_of_anyones_called_state_is_read_and_a_broken_one_of_a_dataset_is_named(splits, store, tmp_path, capsys):
+    root = tmp_path / "in"
+    root.mkdir()
+    write_jsonl(root / "state.json", ["Alabama.", "Alaska."])
+    write_jsonl(root / "a.jsonl", ["Text."])
+    assert read_from(root)[0] == [str(root / "a.jsonl"), str(root / "state.json")]
+    assert prepared(root, store / "tokenizer", tmp_path / "out")["kept"] == 3
+    broken = splits[0] / "a" / "state.json"
+    for content in (broken.read_text()[:60], "[]"):
+        broken.write_text(content)
+        assert f"{broken} is damaged" in refused(capsys, splits[0], store / "tokenizer", tmp_path / "no")
 
 
 TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.dictionary(pa.int32(), pa.string())]

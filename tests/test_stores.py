@@ -155,6 +155,53 @@ def test_a_store_that_lost_a_file_is_not_added_to_before_it_is_repaired(files, s
         assert contents(out) == before
 
 
+@pytest.mark.parametrize("how", ["no tokenizer", "interrupted"])
+def test_a_repair_that_fails_leaves_the_store_usable(how, files, store, small_units, tmp_path, monkeypatch):
+    out, tokenizer = tmp_path / "out", tmp_path / "tokenizer"
+    shutil.copytree(store / "tokenizer", tokenizer)
+    assert prepare(files, tokenizer, out) == 0
+    whole = contents(out)
+    shutil.rmtree(out / "units")
+    before = contents(out)
+    with monkeypatch.context() as patch:
+        if how == "interrupted":
+            patch.setattr("condenser.corpus.work.do_unit", interrupt)
+        else:
+            tokenizer.rename(tmp_path / "away")
+        assert prepare(files, tokenizer, out) == (130 if how == "interrupted" else 1)
+    assert contents(out) == before
+    if how == "no tokenizer":
+        (tmp_path / "away").rename(tokenizer)
+    assert prepare(files, tokenizer, out) == 0
+    assert contents(out) == whole
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_a_store_grows_beyond_100000_sources(files, store, tmp_path):
+    """Whose numbers have another order as texts. The one source of the store becomes the last of 100,000."""
+    out = tmp_path / "out"
+    assert prepare(files[0], store / "tokenizer", out) == 0
+    for path in [*out.glob("units/*"), *out.glob("*/data-*"), *out.glob("*/state.json"), out / "manifest.json"]:
+        if path.suffix == ".json":
+            path.write_text(path.read_text().replace("00000-", "99999-"))
+        path.rename(path.with_name(path.name.replace("00000-", "99999-")))
+    manifest = read_manifest(out)
+    manifest["settings"]["sources"][:0] = [{"name": str(number)} for number in range(99_999)]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    before = times(out, "*.arrow")
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text("{oops\n")
+    assert prepare(broken, store / "tokenizer", out, "--append") == 1
+    assert times(out, "*.arrow") == before
+    assert prepare(files[1], store / "tokenizer", out, "--append") == 0
+    assert read_manifest(out)["units"] == ["99999-00000", "100000-00000"]
+    assert read_manifest(out)["counts"]["documents"] == 120
+    assert before.items() <= times(out, "*.arrow").items()
+
+
 def test_a_share_file_left_from_before_does_not_count_when_a_store_grows(files, store, tmp_path, capsys):
     assert prepare(files[0], store / "tokenizer", tmp_path / "out") == 0
     (tmp_path / "out/units/share-0-of-1.json").write_text('["00000-00000"]')

@@ -5,6 +5,7 @@ together, they are the document's tokens. Rows are independent blocks, or the sp
 a document needs two.
 """
 
+import re
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,13 @@ from condenser.corpus.words import load_segmenter
 from condenser.data.hashing import hash_ints, uniform
 from condenser.data.store import SPECIAL_TOKENS, SPLITS
 
+# What is given instead of the codes of languages that the sentence splitter has rules for; others are English to it
+MISTAKEN = (
+    "amh:am ara:ar arm:hy ben:bn bul:bg bur:my cat:ca ces:cs chi:zh cn:zh cz:cs cze:cs dan:da deu:de dk:da dut:nl "
+    "ell:el eng:en fin:fi fra:fr fre:fr ger:de glg:gl gr:el gre:el guj:gu hin:hi hye:hy ita:it jp:ja jpn:ja kan:kn "
+    "kaz:kk ltz:lb mal:ml mar:mr mya:my nld:nl oci:oc pan:pa pol:pl por:pt rus:ru slk:sk slo:sk spa:es tam:ta tel:te "
+    "ua:uk ukr:uk zho:zh"
+)
 SPLIT, TARGET = range(2)  # independent draws for one document
 
 
@@ -35,8 +43,10 @@ class Blocks:
     def __post_init__(self):
         if self.kind not in ("blocks", "spans"):
             raise ValueError(f"--kind {self.kind} must be blocks or spans")
-        if not (self.language.isascii() and self.language.isalpha() and 2 <= len(self.language) <= 3):
+        if not re.fullmatch("[a-z]{2,3}", self.language):
             raise ValueError(f"--language {self.language} must be a code of ISO 639-1, such as en or zh")
+        if meant := re.search(rf"\b{self.language}:(..)", MISTAKEN):
+            raise ValueError(f"--language {self.language}: in ISO 639-1 it is {meant[1]}, give that")
         if not 8 <= self.max_length <= 65535:
             raise ValueError(f"--max-length {self.max_length} must lie between 8 and 65535")
         if not 1 <= self.min_length <= self.room:

@@ -22,7 +22,7 @@ TEXT_BYTES = 1 << 24  # read at once
 LEFT_BEHIND = ("~", ".swp", ".swo", ".tmp", ".part", ".partial", ".crdownload")  # how names end
 SYSTEMS_OWN = ("__MACOSX", "__pycache__")  # folders
 ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "copying")  # how names of plain text begin
-OF_DATASETS = ("dataset_dict.json", "state.json", "dataset_info.json")
+OF_DATASETS = {"dataset_dict.json": b'"splits"', "state.json": b'"_data_files"', "dataset_info.json": b""}
 FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
 
 
@@ -92,8 +92,9 @@ def within(folder: str, seen: set[str]) -> Iterator[str]:
 
 
 def is_dataset(folder: str) -> bool:
-    """Whether `datasets` has saved one there (its cache has no state.json)."""
-    return any(os.path.isfile(os.path.join(folder, name)) for name in OF_DATASETS[:2])
+    """Whether `datasets` has saved one there: its cache has no state.json, and one of another's begins otherwise."""
+    files = ((Path(folder, name), mark) for name, mark in OF_DATASETS.items() if mark)
+    return any(file.is_file() and mark in file.open("rb").read(1000) for file, mark in files)
 
 
 def is_store(folder: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from condenser.corpus.readers import place
 from condenser.corpus.repeats import ID, TEXT, repeated
 from condenser.corpus.shards import dataset_files
 from condenser.corpus.work import BAD_NAMED, UNFINISHED, at_work, keys_path, outcome_path
@@ -52,8 +53,9 @@ def merge(store: str, /) -> None:
 def put_together(folder: Path) -> None:
     """What is left to do when all shares are done, see `merge`."""
     state = read_json(folder / UNFINISHED, "settings", "first_source")
-    added = [name for name in shared_units(folder) if name >= f"{state['first_source']:05d}"]
-    names = sorted([*earlier_units(folder, state["first_source"]), *added])
+    first = state["first_source"]
+    added = [name for name in shared_units(folder) if place(name) >= (first,)]
+    names = sorted([*earlier_units(folder, first), *added], key=place)
     outcomes = [read_json(outcome_path(folder, name)) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
     splits = {split: totals([outcome[split] for outcome in outcomes]) for split in SPLITS}
@@ -103,7 +105,7 @@ def partial_files(folder: Path) -> list[Path]:
 def earlier_units(folder: Path, first_source: int) -> list[str]:
     """Of the sources before this one, in a store that was finished then."""
     units = read_manifest(folder)["units"] if first_source else []
-    return [name for name in units if name < f"{first_source:05d}"]
+    return [name for name in units if place(name) < (first_source,)]
 
 
 def shared_units(folder: Path) -> list[str]:

@@ -31,6 +31,7 @@ from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
 from condenser.corpus.merge import EmptyStoreError, earlier_units, partial_files, put_together, remove_leftovers
+from condenser.corpus.readers import place
 from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
@@ -180,7 +181,7 @@ def make(job: Job, share: Share, state: dict[str, Any], workers: int | None, eng
 
 
 def share_of(shard: str | None) -> tuple[int, int]:
-    index, _, count = (shard or "0/1").partition("/")
+    index, _, count = ("0/1" if shard is None else shard).partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--shard {shard}: give I/N with I from 0 to N - 1, such as 0/8")
     return int(index), int(count)
@@ -251,16 +252,18 @@ def lost_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
 @contextmanager
 def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[None]:
     """Marks a folder as a store in the making, and takes that back after an error that leaves nothing to go on from,
-    unless other machines may be at work there. Whatever else is in the folder stays."""
+    unless other machines may be at work there. Whatever else is in the folder stays, and all of a store that is
+    repaired."""
     write_json(folder / UNFINISHED, state)
+    finished = (folder / MANIFEST).is_file()  # once
     try:
         yield
     except BaseException as error:
         first = state["first_source"]
         begun = any(folder.glob(f"units/{first:05d}-*.json"))
         if alone and (isinstance(error, EmptyStoreError) or not begun):
-            remove([*files_of_units(folder, first), folder / UNFINISHED])
-            if not first:
+            remove([*(files_of_units(folder, first) if first or not finished else ()), folder / UNFINISHED])
+            if not (first or finished):
                 for name in ("units", "tokenizer", *SPLITS):
                     shutil.rmtree(folder / name, ignore_errors=True)
         raise
@@ -270,7 +273,7 @@ def files_of_units(folder: Path, first_source: int) -> list[Path]:
     """What was made of this source and those after it, and the lists of shares."""
     patterns = "units/[0-9]*", *(f"{split}/data-*" for split in SPLITS)
     found = itertools.chain.from_iterable(map(folder.glob, patterns))
-    added = [path for path in found if path.name.removeprefix("data-") >= f"{first_source:05d}"]
+    added = [path for path in found if place(path.name) >= (first_source,)]
     return [*added, *folder.glob("units/share-*")]
 
 

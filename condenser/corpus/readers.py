@@ -10,6 +10,7 @@ import io
 import json
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,6 +89,11 @@ class Unit(NamedTuple):
     @property
     def name(self) -> str:
         return f"{self.source.number:05d}-{self.number:05d}"
+
+
+def place(name: str) -> tuple[int, ...]:
+    """The numbers in the name of a unit or of a file of it, to order them by: as a text, 100000 comes before 99999."""
+    return tuple(map(int, re.findall(r"\d+", name)))
 
 
 def units(source: Source, size: int) -> Iterator[Unit]:
@@ -207,8 +213,12 @@ def hub_dataset(source: Source) -> Any:
 def check_dataset(folder: Path) -> None:
     """Raises ValueError where a saved dataset has files outside of its folder."""
     for path in (*folder.glob("dataset_dict.json"), *folder.glob("**/state.json")):
-        about = json.loads(path.read_text(encoding="utf-8"))
-        for name in (*about.get("splits", ()), *(file["filename"] for file in about.get("_data_files", ()))):
+        try:
+            about = json.loads(path.read_text(encoding="utf-8"))
+            names = [*about.get("splits", ()), *(file["filename"] for file in about.get("_data_files", ()))]
+        except (ValueError, AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged, or not of the saved dataset: {error}") from None
+        for name in names:
             check_file_name(name, path)
 
 

@@ -221,7 +221,10 @@ def do_unit(job: Job, unit: Unit) -> None:
     repeats = load_array(repeats_path(job.folder, unit.name)) if job.deduplicate else np.zeros(len(good), bool)
     encoder = load_encoder(job)
     kept = [document for document, is_repeat in zip(good, repeats, strict=True) if not is_repeat]
-    cut, counts = cut_documents(kept, encoder, job.blocks)
+    try:
+        cut, counts = cut_documents(kept, encoder, job.blocks)
+    except ValueError as error:
+        raise ValueError(f"{unit.source.name}, from line or row {unit.first} on: {error}") from error
     token_type = "uint16" if encoder.n_ids <= 65536 else "uint32"
     of_documents = {"documents": len(good) + len(bad), "bad": len(bad), "dropped_repeats": len(good) - len(kept)}
     outcome: dict[str, Any] = {"counts": of_documents | counts}
