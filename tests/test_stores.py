@@ -24,6 +24,7 @@ from condenser.data.mixing import Mixture
 from condenser.data.pairs import two_of
 from condenser.data.store import TokenStore, check_same_stores, digest, names_of, read_manifest
 from condenser.data.tokenizers import load_tokenizer
+from condenser.evaluation.evaluate import print_rows
 from condenser.training.failures import explained
 
 
@@ -496,6 +497,20 @@ def test_inspect_shows_numbers_lengths_masks_and_steps(folder, store, spans, cap
     assert len(re.findall(r"row \d+:", out)) == 2
     assert re.search(r"\[\w+\]", out)
     assert re.search(r"tokens of a micro-batch +[\d,]+, from [\d,]+ to [\d,]+", out)
+
+
+def test_what_is_a_users_is_shown_as_it_is(store, tmp_path, capsys):
+    source = write_jsonl(tmp_path / "[draft] a :smile:.jsonl", make_documents(20))
+    source.write_text(source.read_text() + '{"[/INST]": ""}\n')
+    assert prepare(source, store / "tokenizer", tmp_path / "[b] out", "--skip-bad-lines") == 0
+    said = capsys.readouterr().out
+    assert main(["inspect", str(tmp_path / "[b] out")]) == 0
+    said, shown = ("".join(text.split()) for text in (said, capsys.readouterr().out))
+    assert "preparing:[draft]a:smile:.jsonl" in said
+    for text in ("[b]out", "sources[draft]a:smile:.jsonl", "thereare'[/INST]'"):
+        assert text in shown
+    print_rows(["n"], [({"collection": "[/x] :smile:", "model": "[b] model"}, ["1"])])
+    assert re.search(r"\[/x\] :smile: +\[b\] model +1", capsys.readouterr().out)
 
 
 def test_bench_data_compares_steps_and_preparation(files, store, tmp_path, capsys):

@@ -201,11 +201,12 @@ def prepare_worker() -> None:
 @contextmanager
 def progress(share: Share, doing: str, shown: bool = True) -> Iterator[Callable[[Unit], None]]:
     """A bar over the bytes of all sources; gives the function that moves it to the end of a unit."""
-    from rich.progress import Progress
+    from rich.progress import Progress, TextColumn
 
     sizes = [source.size() for source in share.sources]
     before = dict(zip(share.sources, itertools.accumulate(sizes, initial=0), strict=False))
-    with Progress(disable=not shown) as bar:
+    text = TextColumn("{task.description}", markup=False)  # names of files are no markup
+    with Progress(text, *Progress.get_default_columns()[1:], disable=not shown) as bar:
         task = bar.add_task(doing, total=sum(sizes) or None)
 
         def show(unit: Unit) -> None:

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from condenser.data.store import write_json
 from condenser.evaluation.evaluate import WHICH, print_rows
 from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
+from condenser.reports.tables import write_figures
 from condenser.runs import in_words
 
 SAME = (*WHICH, "fine_tuned", "epochs", "split")
@@ -88,9 +88,7 @@ def compare(
         pairs = {name: (ours[key].row.get(name), theirs[key].row.get(name)) for name in HOW}
         if differ := [f"{name} {one} and {two}" for name, (one, two) in pairs.items() if one != two]:
             print(f"not the same in {described([ours[key]])}: {', '.join(differ)}")
-    if json:
-        Path(json).parent.mkdir(parents=True, exist_ok=True)
-        write_json(Path(json), settings | {"rows": rows})
+    write_figures(json, settings | {"rows": rows})
 
 
 def groups_of(pattern: str, kind: str) -> dict[tuple, Group]:

@@ -207,7 +207,7 @@ def print_rows(numbers: Sequence[str], rows: Iterable[tuple[dict[str, Any], Sequ
     shown = Table("collection", "encoder", *columns, box=None, padding=(0, 1, 0, 0))
     for row, cells in rows:
         shown.add_row(row["collection"], in_words(row), *cells)
-    Console(width=None if sys.stdout.isatty() else 140).print(shown)
+    Console(width=None if sys.stdout.isatty() else 140, markup=False, emoji=False).print(shown)
 
 
 def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import track
 from torch import Tensor
 from transformers.utils import logging
@@ -112,7 +111,7 @@ def inspect(
             verify=verify,
         )
     logging.disable_progress_bar()  # of loading weights
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     with model_folder(what) as folder:
         model, tokenizer = whole_model(folder), load_tokenizer(folder)
         check_fits(model, tokenizer, length if generate else 0, top)
@@ -125,10 +124,10 @@ def inspect(
         console.print(strongest(tokens, weights, top))
         if picture is not None:
             draw_attention(tokens, weights).savefig(picture)
-            console.print(picture, markup=False)
+            console.print(picture)
     if generate:
         for row in gibbs(model, tokenizer, generate, length, sweeps, temperature, seed).tolist():
-            console.print(f"- {tokenizer.decode(row, skip_special_tokens=True)}", markup=False)
+            console.print(f"- {tokenizer.decode(row, skip_special_tokens=True)}")
 
 
 def check_picture(picture: str | None, attend: str | None) -> None:
@@ -188,8 +187,8 @@ def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[t
         for name, (shares, tokens) in by_name.items():
             pieces = tokenizer.convert_ids_to_tokens(tokens[number].tolist())  # None beyond the tokenizer's vocabulary
             best = zip(shares[number].tolist(), pieces, strict=True)
-            rows[name] = [f"{share:6.1%}  {escape(piece or '(no token)')}" for share, piece in best]
-        found.append((f"{escape(text)}, mask {number + 1}", rows))
+            rows[name] = [f"{share:6.1%}  {piece or '(no token)'}" for share, piece in best]
+        found.append((f"{text}, mask {number + 1}", rows))
     return found
 
 
@@ -234,7 +233,7 @@ def strongest(tokens: list[str], weights: Tensor, top: int) -> Any:
     for depth, of_layer in enumerate(weights, start=1):
         shares, places = of_layer.topk(min(top, len(tokens)))
         named = zip(places.tolist(), shares.tolist(), strict=True)
-        rows.append((str(depth), ", ".join(f"{escape(tokens[place])} {share:.0%}" for place, share in named)))
+        rows.append((str(depth), ", ".join(f"{tokens[place]} {share:.0%}" for place, share in named)))
     return table(("layer", "[CLS] attends to"), rows, justify="left")
 
 

@@ -218,7 +218,7 @@ def assumptions(module: CondenserModule, setting: Setting, mfu: float) -> Iterat
 
 
 def show(found: dict[str, Any]) -> None:
-    console, run, data = Console(highlight=False), found["run"], found["data"]
+    console, run, data = Console(highlight=False, markup=False, emoji=False), found["run"], found["data"]
     counts = ", ".join(f"{name} {count / 1e6:,.2f}" for name, count in found["parameters"].items())
     amount = f"{run['tokens']:,.0f} tokens of {run['flops_per_token'] / 1e9:.3g} GFLOP each: {run['flops']:.3g} FLOP"
     console.print(f"Million parameters: {counts}")

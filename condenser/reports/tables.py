@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from condenser.data.store import write_json
 
@@ -16,9 +17,9 @@ def table(
     title: str | None = None,
     justify: Literal["left", "right"] = "right",
 ) -> Table:
-    """Rows that begin with what they are of. An empty header is left out."""
+    """Rows that begin with what they are of. An empty header is left out. Nothing is taken for rich's markup."""
     shown = Table(
-        title=title,
+        title=None if title is None else Text(title, "table.title"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -26,9 +27,9 @@ def table(
         show_header=any(header),
     )
     for place, name in enumerate(header):
-        shown.add_column(name, justify=justify if place else "left", vertical="bottom" if name else "top")
+        shown.add_column(Text(name), justify=justify if place else "left", vertical="bottom" if name else "top")
     for row in rows:
-        shown.add_row(*row)
+        shown.add_row(*map(Text, row))
     return shown
 
 
