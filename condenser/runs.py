@@ -13,6 +13,7 @@ import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -151,15 +152,23 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield path, value
 
 
+def at_least(option: str, given: int | None, least: int) -> None:
+    if given is not None and given < least:
+        raise ValueError(f"--{option.replace('_', '-')} {given} must be at least {least}")
+
+
 def read_mapping(path: Path) -> Any:
-    """The content of a YAML or JSON file, None if there is no such file."""
+    """The content of a YAML or JSON file, None if there is no such file. ValueError for anything but a mapping."""
     if not path.exists():
         return None
     try:
         text = path.read_text(encoding="utf-8")
-        return json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is empty, or holds no mapping of names to values: is it damaged?")
+    return content
 
 
 def read_metrics(path: Path) -> Curves:
@@ -195,7 +204,16 @@ def parse_row(header: Sequence[str], cells: Sequence[str]) -> tuple[int, dict[st
     if len(cells) != len(header):
         raise ValueError(f"{len(cells)} cells under {len(header)} columns")
     row = {name: float(cell) for name, cell in zip(header, cells, strict=True) if cell or name == "step"}
-    return int(row.pop("step")), row
+    if not abs(step := row.pop("step")) < 2**63:
+        raise ValueError(f"{step} is no number of steps")
+    return int(step), row
+
+
+def version_of(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return "not installed"
 
 
 def output(*command: str) -> str | None:

@@ -783,6 +783,10 @@ WRONG = {
     "following arguments are required: model, output": ["evaluate"],
     'Parser key "step": - Expected a int': ["export", "a", "--output", "b", "--step", "x"],
     "--rounds 0 must be at least 1": ["bench", "--rounds", "0"],
+    "--batch-size 7 must be at least 8": ["bench", "data", "--batch-size", "7"],
+    "--rounds -1 must be at least 1": ["bench", "data", "--rounds", "-1"],
+    "no attribute 'Retro'": ["bench", "--objective", "condenser.models.retromae.Retro"],
+    "Expected an import path": ["bench", "--objective", "json.JSONDecoder"],
     "--nodes 0 must be at least 1": ["launch", "--name", "x", "--nodes", "0", "--dry-run"],
     "File does not exist": ["fit", "--config", "no-such.yaml"],
 }

@@ -190,6 +190,13 @@ def test_a_shipped_recipe_without_a_store_and_an_older_torch(tmp_path, capsys, n
     assert found["parameters"]["total"] > found["parameters"]["backbone"] > found["parameters"]["its embeddings"]
 
 
+@pytest.mark.parametrize(
+    ("devices", "n"), [("auto", 2), (-1, 2), ("-1", 2), (3, 6), ("3", 6), ([1, 5], 4), ("1,5", 4), ("1,", 2)]
+)
+def test_devices_are_counted_as_lightning_reads_them(devices, n):
+    assert estimating.n_devices(Namespace(devices=devices, num_nodes=2)) == n
+
+
 def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(tmp_path, monkeypatch):
     monkeypatch.setattr(estimating, "GPUS", {"L4": 2})
     two_layers = small_module(backbone_config={**SMALL, "num_hidden_layers": 2}, skip_from=1, n_head_layers=1)
@@ -209,6 +216,7 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(tmp_path, monkey
     [
         (["--model.skip_form", "3"], "skip_form"),
         (["--mfu", "40"], "--mfu"),
+        (["--tokens", "inf"], "--tokens must be"),
         (["--trainer.accumulate_grad_batches", "2"], "data.micro_batches_per_step"),
         (["--trainer.precision", "16-mixed"], "bf16-mixed"),
         (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "trainer.max_epochs or trainer.max_steps"),

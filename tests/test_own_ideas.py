@@ -17,6 +17,7 @@ from condenser.data.hashing import hash_ints, uniform
 from condenser.data.masking import mask_flat
 from condenser.data.store import Rows
 from condenser.recipes import CLONED, file_of, recipes, with_files
+from condenser.reports.bench import model_settings
 
 
 class OneRun(Masking):
@@ -175,6 +176,26 @@ def test_an_unknown_name_is_one_line_with_those_that_there_are(command, capsys):
     assert err.count("\n") == 1
     assert "--config condensed is neither a file nor a recipe; there are" in err
     assert all(name in err for name in recipes())
+
+
+def test_an_objective_that_cannot_be_imported_is_one_line_of_the_bench(own_modules, capsys):
+    (own_modules / "mine.py").write_text("import not_there\n")
+    (own_modules / "recipe.yaml").write_text("model: {objective: mine.Objective}\n")
+    for words in (["--objective", "mine.Objective"], ["--config", str(own_modules / "recipe.yaml")]):
+        assert main(["bench", *words]) in (1, 2)
+        error = capsys.readouterr().err
+        assert "No module named 'not_there'" in error
+        assert error.count("\n") == 1
+
+
+def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run, tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model:\n")
+    assert model_settings(str(path)) == {}
+    assert model_settings(str(run / "config.yaml"))["skip_from"] == 1
+    path.write_text("model: 3\n")
+    with pytest.raises(ValueError, match="its model is no mapping"):
+        model_settings(str(path))
 
 
 @pytest.mark.slow

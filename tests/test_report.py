@@ -3,6 +3,7 @@
 import json
 import re
 import tomllib
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -162,6 +163,14 @@ def test_curves_over_tokens(tmp_path):
         page(make_run(tmp_path / "b", VALIDATION), x="tokens")
 
 
+def test_a_checkout_that_is_not_installed_makes_reports_too(tmp_path, monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.version", version)
+    assert "condenser not installed, matplotlib not installed" in page(make_run(tmp_path / "a"))
+
+
 def test_runs_of_one_name_are_told_apart_by_their_path_and_one_given_twice_counts_once(tmp_path):
     a, b = make_run(tmp_path / "one" / "base"), make_run(tmp_path / "two" / "base")
     glance = section(page(a, b, b), "At a glance")
@@ -201,6 +210,8 @@ def test_each_kind_of_evaluation_has_a_table_and_attention_is_drawn(tmp_path):
         ("step,epoch,train/loss\n1,0,2.5\n2,0\n3,0,2.4\n", r"csv, line 3: broken row \(2 cells under 3 columns\)"),
         ("step,epoch,train/loss\n1,0,2.5\n2,0,2.x\n", "metrics.csv, line 3: broken row .*2.x"),
         ("step,epoch,train/loss\n,0,2.5\n", "metrics.csv, line 2: broken row"),
+        ("step,epoch,train/loss\n1,0,2.5\ninf,0,2\n", "metrics.csv, line 3: broken row .inf is no number of steps"),
+        ("step,epoch,train/loss\n1e30,0,2.5\n", "metrics.csv, line 2: broken row .1e.30 is no number of steps"),
         ("iteration,loss\n1,2.5\n", "has no 'step' column but iteration, loss"),
     ],
 )
@@ -215,9 +226,20 @@ def test_bad_metrics_are_refused_by_file_and_line(tmp_path, metrics, message):
 def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
     run = make_run(tmp_path / "a")
     (run / "summary.json").write_text('{"steps":')
-    for folder, expected in ((run, "summary.json cannot be read"), (tmp_path / "none", "none has no config.yaml")):
-        assert main(["report", str(folder), "--output", str(tmp_path / "r.html")]) == 1
-        assert expected in capsys.readouterr().err
+    empty, listed = make_run(tmp_path / "empty"), make_run(tmp_path / "listed")
+    (empty / "config.yaml").write_text("")
+    (listed / "summary.json").write_text("[1]")
+    for words, expected in (
+        ([run], "summary.json cannot be read"),
+        ([tmp_path / "none"], "none has no config.yaml"),
+        ([empty], f"{empty / 'config.yaml'} is empty, or holds no mapping"),
+        ([listed], f"{listed / 'summary.json'} is empty, or holds no mapping"),
+        ([run, "--reference", "typo"], "--reference typo is neither a file nor one of study, warm"),
+    ):
+        assert main(["report", *map(str, words), "--output", str(tmp_path / "r.html")]) == 1
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
     assert not (tmp_path / "r.html").exists()
 
 
@@ -258,6 +280,8 @@ def test_reference_curves_come_back_as_the_runs_logged_them_and_pandas_reads_the
         for metric, (tokens, values) in curves.items():
             np.testing.assert_allclose(tokens, logged[metric][0], atol=0.5)
             np.testing.assert_allclose(values, logged[metric][1], rtol=5e-5)
+    (tmp_path / "blank.csv").write_text((tmp_path / "r.csv").read_text().replace("\n", "\n\n") + "\n")
+    assert read_reference(tmp_path / "blank.csv").keys() == found.keys()
     table = pandas.read_csv(tmp_path / "r.csv")
     assert list(table.columns[:2]) == ["run", "tokens"]
     assert list(table.columns[-2:]) == ["probe/cls_entropy_layer_2", "probe/cls_entropy_layer_10"]

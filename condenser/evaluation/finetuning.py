@@ -21,6 +21,7 @@ from condenser.data.hashing import permuted
 from condenser.evaluation.encoders import Encoder, backbone, precision, prompt_of
 from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import bm25_search
+from condenser.runs import at_least
 
 LENGTH_GROUPS = 4  # with 8, the products of small matrices cost as much as the padding that is saved
 POOLING_RATE = 1e-2  # of a pooling's few weights, which hardly move at an encoder's rate
@@ -29,11 +30,6 @@ NEGATIVES_FROM = 200  # first hits of BM25, as for MS MARCO: the very first are 
 SCALE = 20.0  # of cosines in the ranking losses: sentence-transformers' own
 RANKING = "MultipleNegativesRankingLoss"
 PAIR_LOSSES = {"cosent": "CoSENTLoss", "cosine": "CosineSimilarityLoss"}
-
-
-def at_least(option: str, given: int | None, least: int) -> None:
-    if given is not None and given < least:
-        raise ValueError(f"--{option} {given} must be at least {least}")
 
 
 @dataclass(frozen=True)

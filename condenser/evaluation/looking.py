@@ -22,7 +22,6 @@ from condenser.data.collate import Masking
 from condenser.data.masking import Unit
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
 from condenser.evaluation.encoders import is_run, model_folder
-from condenser.evaluation.finetuning import at_least
 from condenser.evaluation.probes import at_rest, cls_attention
 from condenser.models.backbones.base import longest_text
 from condenser.models.condenser import Condenser
@@ -31,6 +30,7 @@ from condenser.models.objective import Objective, flattened
 from condenser.models.pretraining import CondenserForPreTraining, before_masking, opened
 from condenser.reports.inspection import inspect_store
 from condenser.reports.tables import table
+from condenser.runs import at_least
 
 MANY = 512  # tokens, of a text for a model that takes any number
 

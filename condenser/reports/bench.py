@@ -7,11 +7,11 @@ speed does not depend on them.
 
 import os
 from pathlib import Path
-from pydoc import locate
 from statistics import median
 from typing import Any
 
 import torch
+from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +24,7 @@ from condenser.reports.rehearsal import skeleton
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import table, write_figures
 from condenser.reports.trial import FASTER, FIRST, KINDS, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
-from condenser.runs import read_mapping
+from condenser.runs import at_least, read_mapping
 
 
 def bench(
@@ -70,8 +70,7 @@ def bench(
     """
     given = {"max-length": max_length, "sequences": sequences, "micro-batches": micro_batches, "steps": steps}
     for name, value in (given | {"rounds": rounds, "tokens-per-pass": tokens_per_pass}).items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} {value} must be at least 1")
+        at_least(name, value, 1)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     sequences, steps = sequences or (1024 if on_gpu else 32), steps or (10 if on_gpu else 1)
@@ -118,16 +117,16 @@ def bench(
 def model_settings(config: str | None) -> dict[str, Any]:
     """``model`` in a recipe (a YAML file for `condenser fit`). Raises ValueError if there is none."""
     settings = {} if config is None else read_mapping(Path(file_of(config)))
-    if settings is None:
-        raise ValueError(f"--config: no such file, or an empty one: {config}")
-    return settings.get("model", {})
+    model = (settings or {}).get("model") or {}
+    if settings is None or not isinstance(model, dict):
+        raise ValueError(f"--config {config}: no such file, or its model is no mapping of settings")
+    return model.get("init_args", model)
 
 
 def class_of(path: str | None) -> type[Objective]:
-    found = Condenser if path is None else locate(path)
-    if not (isinstance(found, type) and issubclass(found, Objective)):
-        raise ValueError(f"--objective {path} is not the class path of an objective")
-    return found
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--objective", type=type[Objective] | None)
+    return parser.parse_object({"objective": path}).objective or Condenser
 
 
 def build_model(recipe: dict[str, Any], objective: type[Objective], n_tokens: int, longest: int) -> Objective:

@@ -25,6 +25,7 @@ from condenser.data.store import SPECIAL_TOKENS, read_manifest
 from condenser.data.tokenizers import load_tokenizer
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import table, write_figures
+from condenser.runs import at_least
 
 Measured = dict[str, list[float]]  # million tokens a second in each round, by what was measured
 
@@ -55,6 +56,8 @@ def bench_data(
     """
     if bool(input) != bool(tokenizer):
         raise ValueError("give --input and --tokenizer together")
+    at_least("rounds", rounds, 1)
+    at_least("batch-size", batch_size, 8)  # micro-batches
     console, found = Console(), {"steps": steps(store, batch_size, rounds)}
     title = "Steps on one core: order, reading, whole-word masks, collation; million tokens/s"
     console.print(compared(title, found["steps"]))

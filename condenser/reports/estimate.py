@@ -49,7 +49,7 @@ class Data(NamedTuple):
 
 def estimate(args: Sequence[str]) -> None:
     options, of_the_run = own_parser().parse_known_args(args)
-    if not 0 < options.mfu <= 1 or options.gpus < 1 or not options.tokens > 0:
+    if not 0 < options.mfu <= 1 or options.gpus < 1 or not 0 < options.tokens < math.inf:
         raise ValueError("--mfu must lie between 0 and 1, --gpus and --tokens must be positive")
     run = run_cli("fit", of_the_run, DryCLI)
     found = costs(run.model, run.datamodule, run.config["fit"].trainer, options)
@@ -146,6 +146,8 @@ def length_of_run(trainer: Any, batch_size: int, data: Data) -> tuple[float, flo
 def n_devices(trainer: Any) -> int:
     """How many share a step; 1, which needs the most memory, where that is left to the machine."""
     devices = trainer.devices
+    if isinstance(devices, str) and "," in devices:  # ids; Lightning's own reading of them looks for these GPUs
+        devices = [number for number in devices.split(",") if number]
     each = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
     return max(1, each) * int(trainer.num_nodes)
 

@@ -13,6 +13,7 @@ from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.data.store import read_manifest
 from condenser.data.store import verify as verify_files
 from condenser.reports.tables import table
+from condenser.runs import at_least
 
 COLOURS = {"mask": "white on red", "random": "black on yellow", "keep": "black on green"}
 STEPS_LOOKED_AT = 20  # of an epoch
@@ -32,9 +33,8 @@ def inspect_store(
         ValueError: no store there, or a damaged one.
     """
     least = {"samples": (samples, 0), "epoch": (epoch, 0), "batch_size": (batch_size, 1)}
-    for name, (value, at_least) in (least | {"micro_batches_per_step": (micro_batches_per_step, 1)}).items():
-        if value < at_least:
-            raise ValueError(f"--{name.replace('_', '-')} {value} must be at least {at_least}")
+    for name, limits in (least | {"micro_batches_per_step": (micro_batches_per_step, 1)}).items():
+        at_least(name, *limits)
     console, manifest = Console(highlight=False), read_manifest(store)
     if verify:
         verify_files(Path(store), manifest["splits"])

@@ -58,7 +58,7 @@ def read_reference(path: Path) -> dict[str, Curves]:
         header = next(reader, [])
         if header[:2] != ["run", "tokens"]:
             raise ValueError(f"{path} does not begin with run,tokens: is it a file that write_reference wrote?")
-        for run, *cells in reader:
+        for run, *cells in filter(None, reader):
             try:
                 tokens, row = parse_row(["step", *header[2:]], cells)
             except ValueError as error:

@@ -13,7 +13,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from condenser.runs import (
     flatten,
     read_mapping,
     read_metrics,
+    version_of,
 )
 
 MAIN = ("seed_everything", "model", "data")  # settings of a run that is shown alone
@@ -72,10 +72,12 @@ def report(
         reference: draw the runs over known ones too, to see whether they are normal: `study` (from random weights) or
             `warm` (all objectives, from a trained encoder) for those of configs/study, or a CSV of others
     """
+    known = STUDIES.get(reference, Path(reference)) if reference else None
+    if known and not known.is_file():
+        raise ValueError(f"--reference {reference} is neither a file nor one of {', '.join(STUDIES)}")
     loaded = load_runs(runs)
     curves = [over_tokens(run.curves, run.name) if x == "tokens" else run.curves for run in loaded]
     panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x])
-    known = STUDIES.get(reference, Path(reference)) if reference else None
     html, target = page(loaded, panels, known), Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(target) as unfinished:
@@ -109,7 +111,7 @@ def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]], reference: Path
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["cell"] = cell
     columns = [{metric: run.last(metric) for metric in sorted(run.curves)} | (run.summary or {}) for run in runs]
-    versions = [f"{package} {version(package)}" for package in ("condenser", "matplotlib")]
+    versions = [f"{package} {version_of(package)}" for package in ("condenser", "matplotlib")]
     return environment.get_template("report.html").render(
         runs=runs,
         made=", ".join([datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"), *versions]),
@@ -175,7 +177,7 @@ def comparison(runs: Sequence[Run], reference: Path) -> list[tuple[str, str]]:
 def evaluation(found: dict[str, Any]) -> dict[str, Any]:
     """What `condenser evaluate` found: attention as SVG, tables (the header first) by task, settings, an example."""
     by_task: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in [*found["rows"], *(found.get("mteb") or [])]:
+    for row in [*found.get("rows", []), *(found.get("mteb") or [])]:
         by_task[row.get("task", "retrieval")].append(row)
     attention = by_task.pop("attention", [])
     tables = []

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from condenser.cluster import signals
 from condenser.data.store import atomic_write
 from condenser.models.flops import bf16_peak
-from condenser.runs import COMMIT, METRICS, output
+from condenser.runs import COMMIT, METRICS, output, version_of
 
 
 def is_repeated(metrics: Mapping[str, float], step: int, every_n_steps: int) -> bool:
@@ -224,12 +223,7 @@ def hardware(trainer: L.Trainer) -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {}
-    for name in ("condenser", "torch", "lightning", "transformers"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:  # a checkout that is not installed
-            found[name] = "not installed"
+    found = {name: version_of(name) for name in ("condenser", "torch", "lightning", "transformers")}
     return found | {"commit": commit()}
 
 
