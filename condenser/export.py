@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from condenser.card import model_card
+from condenser.data.lock import locked
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.heads import HEAD_FILE
 from condenser.models.initial import cut_vocabulary
@@ -55,22 +56,32 @@ def export(
     model, content = load_checkpoint(path)
     check_finite(model, path)
     cut_vocabulary(model.lm)
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try:
+    with whole_folder(target) as folder:
         source["step"] = content["global_step"]
-        write_export(partial, model, content["condenser"], source, measured(path.parent.parent, source["step"]))
-        compare_with_live(partial, model)
-        finish(partial, model)
-        note_files(partial)
-        partial.rename(target)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # of a full disk, for one
-            raise OSError(f"{partial} cannot be written: {error}") from error
-        raise
+        write_export(folder, model, content["condenser"], source, measured(path.parent.parent, source["step"]))
+        compare_with_live(folder, model)
+        finish(folder, model)
+        note_files(folder)
     print(f"{target}: step {content['global_step']:,} of {path}, reloaded and compared")
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Gives a hidden folder beside ``target``, which takes its place if nothing fails; ValueError while another process
+    is at work on it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f".{target.name}.unfinished-export")
+    busy = f"{target} is being written by {{holder}}: wait for its end, or choose another --output"
+    with locked(target.with_name(f".{target.name}.lock"), busy):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of one that was killed
+        unfinished.mkdir()
+        try:
+            yield unfinished
+            unfinished.rename(target)
+        except SafetensorError as error:  # of a full disk, for one
+            raise OSError(f"{unfinished} cannot be written: {error}") from error
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> Path:
@@ -127,8 +138,8 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
     if target.is_dir() and not any(target.iterdir()):
         target.rmdir()
         return False
-    content = read_mapping(target / ABOUT_FILE) or {"source": {}}
-    there = content["source"]
+    content = read_mapping(target / ABOUT_FILE) or {}
+    there = content.get("source", {})
     if (there.get("sha256"), there.get("options", {})) != (source["sha256"], source["options"]):
         raise ValueError(
             f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "

@@ -38,7 +38,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         if "/revision/" in self.path or self.path.count("/") == 4:
             return self.answer({"id": "me/model", "sha": "0" * 40, "siblings": []})
-        return self.answer([] if "/tree/" in self.path else {"name": "me", "type": "user", "orgs": []})
+        if "/tree/" in self.path:
+            files = self.server.files[self.path.split("?")[0].split("/")[-1]]
+            return self.answer([{"type": "file", "path": path, "oid": "2" * 40, "size": 1} for path in files])
+        return self.answer({"name": "me", "type": "user", "orgs": []})
 
     def do_POST(self):
         hub, parts = self.server, unquote(self.path.split("?")[0]).split("/")
@@ -48,7 +51,7 @@ class Handler(BaseHTTPRequestHandler):
         if parts[-2:] == ["repos", "create"]:
             return self.answer({"url": f"{hub.address}/me/{json.loads(body)['name']}"})
         if "branch" in parts:
-            hub.files[parts[-1]] = {}
+            hub.files[parts[-1]] = dict(hub.files["main"])  # where a branch begins
             return self.answer({})
         if "preupload" in parts:
             files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
@@ -60,6 +63,8 @@ class Handler(BaseHTTPRequestHandler):
             entry = json.loads(line)
             if entry["key"] == "file":
                 hub.files[parts[-1]][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            if entry["key"] == "deletedFile":
+                del hub.files[parts[-1]][entry["value"]["path"]]
         return self.answer({"success": True, "commitOid": "1" * 40, "commitUrl": f"{hub.address}/me/model/commit/1"})
 
 

@@ -16,6 +16,7 @@ from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from condenser import CondenserForPreTraining
 from condenser.cli import main
+from condenser.data.lock import locked
 from condenser.hub import load_authors_checkpoint, load_export
 from condenser.runs import checkpoints, step_of
 
@@ -146,13 +147,15 @@ def test_what_would_be_sent_is_said_and_nothing_is_sent(run, tmp_path, hub, caps
 
 
 def test_each_step_becomes_a_branch_and_the_newest_is_main(run, tmp_path, hub):
+    """Of an earlier push nothing stays."""
+    hub.files["main"] = {".gitattributes": b"the hub's", "onnx/model.onnx": b"of other weights"}
     assert export(run, tmp_path / "out", "--all-steps", "--push", "me/model") == 0
     steps = sorted({step_of(path) for path in checkpoints(run)})
     assert sorted(hub.files) == sorted(["main", *(f"step-{step}" for step in steps)])
     for branch, files in hub.files.items():
         folder = tmp_path / "out" / (f"step-{steps[-1]}" if branch == "main" else branch)
         on_disk = {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-        assert files == on_disk
+        assert files == on_disk | {".gitattributes": b"the hub's"}
 
 
 def test_a_hub_that_refuses_is_one_line_and_the_export_stays(run, tmp_path, hub, capsys):
@@ -208,6 +211,31 @@ def test_a_damaged_checkpoint_is_not_exported_however_it_is_named(run, tmp_path,
         assert export(copy, tmp_path / "none", *options) == 1
         assert "damaged; export another step" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_an_export_removes_what_a_killed_one_has_left_and_nothing_else(run, tmp_path, capsys):
+    for name in ("out.partial", ".out.unfinished-export", ".out2.unfinished-export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text("written")
+    (tmp_path / ".out.lock").write_text("process 1 on nowhere")
+    assert export(run, tmp_path / "out") == 0
+    assert "was left by process 1 on nowhere" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "out.partial", ".out2.unfinished-export"}
+    assert (tmp_path / "out.partial/weights").read_text() == "written"
+
+
+def test_two_exports_do_not_write_one_folder_at_a_time(run, tmp_path, capsys):
+    (tmp_path / ".out.unfinished-export").mkdir()
+    with locked(tmp_path / ".out.lock", ""):
+        assert export(run, tmp_path / "out") == 1
+        assert f"out is being written by process {os.getpid()} on" in capsys.readouterr().err
+        assert {path.name for path in tmp_path.iterdir()} == {".out.lock", ".out.unfinished-export"}
+
+
+def test_a_folder_with_another_kind_of_condenser_json_is_no_export(run, tmp_path, capsys):
+    (tmp_path / "condenser.json").write_text('{"name": "mine"}')
+    assert export(run, tmp_path) == 1
+    assert "exists and is not this checkpoint's export" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["gone", "changed"])

@@ -14,6 +14,7 @@ from test_devices import write_recipe
 import condenser
 from condenser.cli import main
 from condenser.cluster.launch import seconds_of
+from condenser.data.lock import locked
 
 ON_CPUS = ["--gpus", "0", "--tasks", "2", "--cpus", "1"]
 
@@ -159,6 +160,15 @@ def test_the_snapshot_holds_the_package_and_what_git_knows_here(recipe, project)
         "my_objective.py",
         "sub/in it.py",
     }
+
+
+def test_two_launches_do_not_write_one_job_at_a_time(recipe, project, capsys):
+    folder = project / "runs/N/launch"
+    folder.mkdir(parents=True)
+    with locked(folder / "lock", ""):
+        assert launch(recipe, "--name", "N") == 1
+    assert f"{folder} is being written by process" in capsys.readouterr().err
+    assert not any(folder.iterdir())
 
 
 def run_job(folder, commands, python_lines, **environment):

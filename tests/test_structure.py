@@ -17,7 +17,7 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
     "data": set(),
     "corpus": {"data"},  # the store alone: see below
     "hub": {"models", "data"},
-    "export": {"models", "hub", "runs", "card"},
+    "export": {"models", "data", "hub", "runs", "card"},
     "card": {"models"},
     "exports": {"models", "corpus", "evaluation", "hub", "export", "runs"},
     "training": {"models", "data", "hub", "export", "recipes", "runs", "cluster"},
@@ -33,6 +33,7 @@ MAY_IMPORT = {  # what a part of the package may import from it, besides itself
 }
 ACROSS = {  # and of these, that module alone
     ("corpus", "data"): {"store", "hashing", "tokenizers", "collate", "lock"},
+    ("export", "data"): {"lock"},
     ("training", "cluster"): {"signals"},
     ("cli", "cluster"): {"signals"},
     ("evaluation", "reports"): {"figures", "inspection", "tables"},

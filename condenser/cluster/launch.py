@@ -28,9 +28,10 @@ import yaml
 
 import condenser
 from condenser.data.datamodule import store_folder
+from condenser.data.lock import locked
 from condenser.data.store import read_manifest
 from condenser.recipes import FOLDER
-from condenser.runs import COMMIT, newest_valid_checkpoint, output
+from condenser.runs import COMMIT, at_least, newest_valid_checkpoint, output
 from condenser.training.ending import goes_on
 from condenser.training.fit import DryCLI, dumped, run_cli
 
@@ -50,8 +51,7 @@ class Script(string.Template):
 def launch(args: Sequence[str]) -> None:
     options, of_fit = own_parser().parse_known_args(args)
     for name, least in {"nodes": 1, "gpus": 0, "tasks": 1, "cpus": 1, "notice": 1, "retries": 0}.items():
-        if getattr(options, name) < least:
-            raise ValueError(f"--{name} {getattr(options, name)} must be at least {least}")
+        at_least(name, getattr(options, name), least)
     if options.notice >= (limit := seconds_of(options.time)):
         raise ValueError(
             f"--notice {options.notice} must be shorter than --time {options.time}, which is {limit} seconds: the run "
@@ -198,11 +198,12 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
     except (KeyError, ValueError) as error:
         raise ValueError(f"{options.template}: {error} cannot be filled in; write @@ for a plain @") from None
     folder.mkdir(parents=True, exist_ok=True)
-    snapshot(folder / "code")
-    for number, settings in enumerate(runs):
-        path = folder / (f"settings-{number}.yaml" if array else "settings.yaml")
-        path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    (folder / "job.sh").write_text(script)
+    with locked(folder / "lock", f"{folder} is being written by {{holder}}: wait for its end, or give another --name"):
+        snapshot(folder / "code")
+        for number, settings in enumerate(runs):
+            path = folder / (f"settings-{number}.yaml" if array else "settings.yaml")
+            path.write_text(yaml.safe_dump(settings, sort_keys=False))
+        (folder / "job.sh").write_text(script)
 
 
 def snapshot(folder: Path) -> None:

@@ -26,7 +26,7 @@ def locked(path: Path, busy: str, shared: bool = False) -> Iterator[None]:
             return
         file.seek(0)
         if holder := file.read().strip():
-            print(f"{path.parent} was left by {holder}, which has ended without a word: taking over")
+            print(f"{path} was left by {holder}, which has ended without a word: taking over")
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -23,7 +23,7 @@ from condenser.hub import load_authors_checkpoint
 from condenser.models.condenser import Condenser
 from condenser.models.heads import AUTHORS_FILE, HEAD_FILE
 from condenser.models.objective import Objective
-from condenser.runs import step_of
+from condenser.runs import at_least, step_of
 
 
 def export(
@@ -65,7 +65,8 @@ def export(
         whitening: texts (as --input of prepare), by the first 20,000 of which vectors are whitened.
         dimensions: how many whitening leaves; all by default.
         onnx: write the encoder for ONNX Runtime too, and with weights of 8 bits (pip install 'condenser[onnx]').
-        push: OWNER/NAME of the Hugging Face hub to send it to, each step as a branch step-N, the newest as main.
+        push: OWNER/NAME of the Hugging Face hub to send it to, in the place of what is there; each step as a branch
+            step-N, the newest as main.
         dry_run: say what --push would send, and send nothing.
 
     Raises:
@@ -113,8 +114,7 @@ def check_options(changed: dict[str, Any]) -> None:
     check_name(pooling)
     if "onnx" in changed and re.match("last|weighted", pooling):
         raise ValueError(f"--pooling {pooling} reads several layers, and --onnx writes the last: leave one out")
-    if changed.get("dimensions", 1) < 1:
-        raise ValueError(f"--dimensions {changed['dimensions']} must be at least 1")
+    at_least("dimensions", changed.get("dimensions"), 1)
     if pooling == "attention":
         raise ValueError("--pooling attention: it is learnt by fine-tuning, and sentence-transformers cannot save it")
     if "onnx" in changed:
@@ -196,8 +196,8 @@ def upload(repository: str, folders: Mapping[str, Path], dry_run: bool) -> None:
         for branch, folder in folders.items():
             if branch != "main":
                 api.create_branch(repository, branch=branch, exist_ok=True)
-            message = f"{folder.name} by condenser export"
-            api.upload_folder(repo_id=repository, folder_path=folder, revision=branch, commit_message=message)
+            about: Any = {"revision": branch, "commit_message": f"{folder.name} by condenser export"}
+            api.upload_folder(repo_id=repository, folder_path=folder, delete_patterns="*", **about)
             print(f"{repository}@{branch} is there")
     except Exception as error:  # of the network, the token, the name
         reason = " ".join(str(error).split())
