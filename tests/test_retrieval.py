@@ -258,6 +258,26 @@ def test_rows_are_paired_by_collection_model_and_seeds_of_both_kinds(tmp_path, c
     assert "B - A" in capsys.readouterr().out
 
 
+def test_folders_are_paired_by_the_seed_in_their_names_and_those_without_a_partner_are_said(tmp_path, capsys):
+    for seed in (0, 1, 2, 10):
+        write_folder(tmp_path / f"a-seed={seed}", shift=seed)
+    for seed in (2, 10):
+        write_folder(tmp_path / f"b-seed={seed}", shift=seed)
+    a, b = (str(tmp_path / f"{name}-seed=*") for name in "ab")
+    (row,) = compared(tmp_path, a, b)
+    assert (row["seeds"], row["difference"], row["low"], row["high"]) == (2, 0, 0, 0)
+    left_out = ", ".join(str(tmp_path / f"a-seed={seed}") for seed in (0, 1))
+    assert f"left out, as the other has no such seed: {left_out}\n" in capsys.readouterr().out
+    (row,) = compared(tmp_path, str(tmp_path / "a-seed=[01]"), b)  # no seed in common: in their order
+    assert row["seeds"] == 2
+
+
+def test_a_folder_whose_name_is_a_pattern_too_is_itself(tmp_path):
+    folder = write_folder(tmp_path / "a[1]")
+    (row,) = compared(tmp_path, folder, write_folder(tmp_path / "b"))
+    assert row["queries"] == 50
+
+
 def write_similarity(folder, noise, n=60, **row):
     """Cosines that follow the scores, which have ties, but for noise."""
     rng = np.random.default_rng(0)
@@ -293,14 +313,23 @@ def test_similarity_is_compared_by_correlations_of_drawn_pairs(tmp_path, capsys)
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     a = write_folder(tmp_path / "a", fine_tuned=True, seed=1)
-    (tmp_path / "empty").mkdir()
+    for folder in (tmp_path / "empty", tmp_path / "lost", tmp_path / "broken"):
+        folder.mkdir()
+    (tmp_path / "lost/results.json").write_text('{"fingerprints": ["0"]}')
+    (tmp_path / "broken/results.json").write_text('{"fingerprints"')
+    for name in ("p-1", "p-2"):
+        write_folder(tmp_path / name)
     for other, options, message in (
         (str(tmp_path / "empty"), {}, "empty has no rows of retrieval"),
+        (str(tmp_path / "lost"), {}, "lost/rows lacks rows, or they are damaged"),
+        (str(tmp_path / "broken"), {}, "broken/results.json cannot be read"),
+        (str(tmp_path / "p-*"), {}, "these are not equally many: .*/a and .*/p-1, .*/p-2"),
         (write_folder(tmp_path / "b", collection="town"), {}, "share no row: .*farm .test.: pre-trained"),
         (write_folder(tmp_path / "d", split="dev"), {}, "share no row: .*farm .test.*; and farm .dev."),
         (write_folder(tmp_path / "c", n=40, fine_tuned=True, seed=1), {}, "not the same queries"),
         (a, {"metric": "ndcg"}, "--metric ndcg is not among map, ndcg@10"),
-        (a, {"samples": 0}, "--samples 0"),
+        (a, {"samples": 0}, "--samples 0 must be at least 1"),
+        (a, {"seed": -1}, "--seed -1 must be at least 0"),
         (a, {"metric": "spearman"}, "no rows of similarity: .* another --metric"),
     ):
         with pytest.raises(ValueError, match=message):

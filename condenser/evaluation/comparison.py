@@ -8,6 +8,7 @@ query and seed by seed. Of similarity, both correlations are computed again for 
 """
 
 import glob
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from condenser.evaluation.evaluate import WHICH, print_rows
 from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
 from condenser.reports.tables import write_figures
-from condenser.runs import in_words
+from condenser.runs import at_least, in_words
 
 SAME = (*WHICH, "fine_tuned", "epochs", "split")
 HOW = ("max_length", "similarity", "dtype", "learning_rate", "scale", "examples")  # said where they differ
@@ -50,19 +51,19 @@ def compare(
 
     Args:
         a: output folder of `condenser evaluate`, or a pattern of those of several seeds of pre-training
-        b: another; of patterns, the folders are paired in the order of their names
+        b: another; of patterns, the folders are paired by seed=N in their names, else in the order of these
         metric: ndcg@10, ndcg@10_unseen, mrr@10, recall@100, recall@1000 or map; of similarity spearman or pearson
         samples: how often queries or pairs are drawn
         seed: of the draws
         json: a file for the figures
 
     Raises:
-        ValueError: a folder without rows, no row in common, or other queries in a row of one name.
+        ValueError: a folder without rows or a partner, no row in common, or other queries in a row of one name.
     """
-    if samples < 1:
-        raise ValueError(f"--samples {samples}: at least 1 is needed; 10000 are usual")
+    at_least("samples", samples, 1)
+    at_least("seed", seed, 0)
     kind, drawn = ("similarity", "pairs") if metric in CORRELATIONS else ("retrieval", "queries")
-    ours, theirs = (groups_of(folders, kind) for folders in (a, b))
+    ours, theirs = (groups_of(folders, kind) for folders in matched(a, b))
     shared = [key for key in ours if key in theirs and ours[key].values.keys() & theirs[key].values.keys()]
     if not shared:
         raise ValueError(
@@ -91,20 +92,36 @@ def compare(
     write_figures(json, settings | {"rows": rows})
 
 
-def groups_of(pattern: str, kind: str) -> dict[tuple, Group]:
+def matched(*given: str) -> list[list[Path]]:
+    """The folders at two paths or patterns, pair by pair: by the seed in their names, or in the order of these."""
+    sides = [[Path(each)] if Path(each).exists() else [*map(Path, sorted(glob.glob(each)))] for each in given]
+    if [] in sides:
+        raise ValueError(f"there is nothing at {given[sides.index([])]}: give output folders of `condenser evaluate`")
+    last = re.compile(r".*seed[=_-]?(\d+)")
+    by_seed = [{int(found[1]): folder for folder in side if (found := last.match(str(folder)))} for side in sides]
+    shared = sorted(by_seed[0].keys() & by_seed[1].keys())
+    if shared and [*map(len, by_seed)] == [*map(len, sides)]:  # each has one of its own
+        if alone := [str(folder) for side in by_seed for seed, folder in side.items() if seed not in shared]:
+            print(f"left out, as the other has no such seed: {', '.join(alone)}")
+        return [[side[seed] for seed in shared] for side in by_seed]
+    if len(sides[0]) != len(sides[1]):
+        listed = " and ".join(", ".join(map(str, folders)) for folders in sides)
+        raise ValueError(f"folders are compared pair by pair, and these are not equally many: {listed}")
+    return sides
+
+
+def groups_of(folders: list[Path], kind: str) -> dict[tuple, Group]:
     """Rows of retrieval or similarity by the fields in ``SAME``; ValueError if there are none."""
     groups: dict[tuple, Group] = {}
-    if not (folders := sorted(glob.glob(pattern))):
-        raise ValueError(f"there is nothing at {pattern}: give output folders of `condenser evaluate`")
     for place, folder in enumerate(folders):
-        for row, values in read_rows(Path(folder)):
+        for row, values in read_rows(folder):
             if row.get("task", "retrieval") == kind:
                 group = groups.setdefault(tuple(row.get(name) for name in SAME), Group(row, {}))
                 group.values[place, row.get("seed")] = values
     if not groups:
         raise ValueError(
-            f"{pattern} has no rows of {kind}: give what `condenser evaluate --{kind}` wrote, or another --metric "
-            f"({' and '.join(CORRELATIONS)} compare similarity, the others retrieval)"
+            f"{', '.join(map(str, folders))} has no rows of {kind}: give what `condenser evaluate --{kind}` wrote, or "
+            f"another --metric ({' and '.join(CORRELATIONS)} compare similarity, the others retrieval)"
         )
     return groups
 

@@ -20,7 +20,7 @@ from condenser.evaluation.finetuning import Tuning, fine_tune
 from condenser.evaluation.pooling import whitened, with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import UNSEEN, Attention, Retrieval, Task, Trainable
-from condenser.runs import in_words
+from condenser.runs import in_words, read_mapping
 
 PACKAGES = ("accelerate", "bm25s", "PyStemmer", "pytrec-eval-terrier", "sentence-transformers", "torch", "transformers")
 RANDOM = "random initialisation"
@@ -249,9 +249,10 @@ def read_kept(file: Path) -> dict[str, Any]:
 
 def read_rows(folder: Path) -> list[tuple[dict[str, Any], dict[str, dict[str, float]]]]:
     """Of the last call that wrote there: rows, and the values of each one's queries or pairs."""
-    path = folder / "results.json"
-    marks = json.loads(path.read_text(encoding="utf-8")).get("fingerprints", []) if path.is_file() else []
-    files = [json.loads((folder / ROWS / f"{mark}.json").read_text(encoding="utf-8")) for mark in marks]
+    marks = (read_mapping(folder / "results.json") or {}).get("fingerprints", [])
+    files = [read_kept(folder / ROWS / f"{mark}.json") for mark in marks]
+    if not all(files):
+        raise ValueError(f"{folder / ROWS} lacks rows, or they are damaged: run the same `condenser evaluate` again")
     return [(file["row"], file["values"]) for file in files]
 
 
