@@ -183,6 +183,17 @@ def test_a_row_that_is_damaged_is_computed_again(measure, tmp_path, capsys):
     assert "as before" not in capsys.readouterr().out
 
 
+def test_what_the_system_or_a_killed_process_has_left_in_the_folder_is_no_hindrance(measure, tmp_path):
+    before, out = measure(), tmp_path / "out"
+    mine = [out / name for name in (".DS_Store", ".nfs0001", ".ipynb_checkpoints/a", "rows/mine.partial")]
+    left = [out / f"{name}.0123abcd.partial" for name in ("results.json", "rows/0.json", "choices/0.json")]
+    for path in (*mine, *left):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("{")
+    assert measure() == before
+    assert [path.exists() for path in (*mine, *left)] == [True] * 4 + [False] * 3
+
+
 def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_path, capsys):
     measure("a", pooling=["cls"])
     measure("b", pooling=["cls", "mean"], max_length=16)
@@ -577,7 +588,10 @@ def vector(encoder):
         ({"whitening": [-1]}, "--whitening -1 must be at least 0"),
         ({"whitening": [20]}, "--whitening 20: .* farm has 20 texts"),
         ({"queries": 0}, "--queries 0 must be at least 1"),
-        ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query: give a collection"),
+        ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query, .* give one too, --retrieval"),
+        ({"queries": 5, "retrieval": None, "similarity": ["PAIRS"]}, "--queries .* give one too, --retrieval"),
+        ({"split": "dev", "retrieval": None, "similarity": ["PAIRS"]}, "--split .* give one too, --retrieval"),
+        ({"seeds": [0, 1]}, "--seeds are of fine-tuning and random weights: give --finetune or --baselines"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"retrieval": ["nowhere"]}, "no retrieval collection at nowhere"),
         ({"retrieval": None}, "nothing to measure: give --retrieval"),

@@ -1,6 +1,5 @@
 """`condenser prepare merge`: the shares of the work, put together to a finished store; the end of every preparation."""
 
-import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from condenser.data.store import (
     SPLITS,
     Shard,
     check_file_name,
+    leftovers,
     read_json,
     read_manifest,
     save_array,
@@ -97,9 +97,8 @@ def remove_leftovers(folder: Path) -> None:
 
 def partial_files(folder: Path) -> list[Path]:
     """The temporary files and folders that the making of a store has left in it, and no others."""
-    names = ("tokenizer", UNFINISHED, MANIFEST, "token_counts.npy", "units/*", *(f"{split}/*" for split in SPLITS))
-    found = itertools.chain.from_iterable(folder.glob(f"{name}.{'[0-9a-f]' * 8}.partial") for name in names)
-    return [path for path in found if not path.is_symlink()]
+    of_splits = (f"{split}/*" for split in SPLITS)
+    return leftovers(folder, "tokenizer", UNFINISHED, MANIFEST, "token_counts.npy", "units/*", *of_splits)
 
 
 def earlier_units(folder: Path, first_source: int) -> list[str]:

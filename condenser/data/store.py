@@ -130,6 +130,11 @@ def atomic_write(path: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
+def leftovers(folder: Path, *names: str) -> list[Path]:
+    """The temporary files or folders of these names, or patterns of them, that killed processes have left."""
+    return [path for name in names for path in folder.glob(name + PARTIAL[1:]) if not path.is_symlink()]
+
+
 def write_json(path: Path, value: Any) -> None:
     with atomic_write(path) as partial:
         partial.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -22,18 +22,18 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Column, Table
 
-from condenser.data.store import write_json
+from condenser.data.store import leftovers, write_json
 from condenser.evaluation import encoders
-from condenser.evaluation.finetuning import Tuning, at_least
+from condenser.evaluation.finetuning import Tuning
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 from condenser.evaluation.pooling import check_name, with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
 from condenser.reports.tables import table
-from condenser.runs import ZERO_SHOT_NOTE, in_words
+from condenser.runs import ZERO_SHOT_NOTE, at_least, in_words
 
-OWN = {"results.json", "results.partial", ROWS, "choices", "attention.svg"}  # of the output folder
+OWN = {"results.json", ROWS, "choices", "attention.svg"}  # of the output folder
 WHICH = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")  # a row, but seeds
 
 
@@ -94,6 +94,8 @@ def evaluate(
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
+    if seeds and not (finetune or baselines):
+        raise ValueError("--seeds are of fine-tuning and random weights: give --finetune or --baselines too")
     packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
     rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
     told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch
@@ -112,8 +114,8 @@ def evaluate(
         at_least("whitening", dimensions, 0)
     for name in pooling or []:
         check_name(name)
-    if query and not retrieval:
-        raise ValueError("--query: give a collection to answer it from, --retrieval")
+    if not retrieval and (query or queries or split != "test"):
+        raise ValueError("--query, --queries and --split are of collections: give one too, --retrieval")
     if not encoders.is_run(model):
         encoders.check_folder(model)
     path, of_mteb = result_path(Path(output)), find_tasks(mteb or [])
@@ -174,8 +176,11 @@ def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: give a folder")
-    if others := {file.name for file in folder.glob("*")} - OWN:
+    left = leftovers(folder, "results.json", f"{ROWS}/*", "choices/*")
+    if others := {file.name for file in folder.glob("[!.]*")} - OWN - {file.name for file in left}:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")
+    for file in left:
+        file.unlink(missing_ok=True)
     return folder / "results.json"
 
 

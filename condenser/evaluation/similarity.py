@@ -63,17 +63,18 @@ class Pairs:
 
 
 def read_similarity(path: Path) -> tuple[str, Pairs, Pairs | None]:
-    """-> name, test and training pairs of a file; or of a folder where one file has "test" in its name and at most one
-    "train", else ValueError"""
+    """-> name, test and training pairs of a file; or of a folder where one file has the word "test" in its name and at
+    most one "train", else ValueError"""
     if not path.is_dir():
         test = read_pairs(path)
         return test.name, test, None
     files = sorted(file for file in path.glob("[!.]*") if kind(file) in SUFFIXES)
-    tests, trains = ([file for file in files if split in file.name.lower()] for split in ("test", "train"))
+    words = {file: re.split("[^a-z]+", file.name.lower()) for file in files}
+    tests, trains = ([file for file in files if split in words[file]] for split in ("test", "train"))
     if len(tests) != 1 or len(trains) > 1:
         raise ValueError(
-            f"{path}: one file of sentence pairs must have 'test' in its name, and at most one 'train'; there is "
-            f"{', '.join(file.name for file in files) or 'none'}. Or give a file instead of the folder"
+            f"{path}: one file of sentence pairs must have the word 'test' in its name, and at most one 'train'; there "
+            f"is {', '.join(file.name for file in files) or 'none'}. Or give a file instead of the folder"
         )
     return path.resolve().name, read_pairs(tests[0]), read_pairs(trains[0]) if trains else None
 
