@@ -153,10 +153,10 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
 
 def note_files(folder: Path) -> None:
     """By their checksums, so that the same command later sees whether they are still what was written."""
-    about = json.loads((folder / ABOUT_FILE).read_text())
+    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ABOUT_FILE)
     about["files"] = {str(path.relative_to(folder)): sha256(path) for path in files}
-    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n")
+    (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def check_finite(model: Objective, path: Path) -> None:
@@ -185,18 +185,18 @@ def write_export(
     logging.disable_progress_bar()
     model.lm.save_pretrained(folder)
     for name, text in about["tokenizer"].items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
     head = {name: weight.contiguous() for name, weight in model.head_state().items()}
     known = {"format": "pt", "objective": class_path(type(model)), "head": json.dumps(model.settings)}
     save_file(head, folder / HEAD_FILE, metadata=known)
     manifest = json.loads(about["manifest"])
     write_sentence_transformers_files(folder, model.lm.config.hidden_size, manifest["settings"]["max_length"])
     if about["run_config"]:
-        (folder / "training_config.yaml").write_text(about["run_config"])
+        (folder / "training_config.yaml").write_text(about["run_config"], encoding="utf-8")
     card = {"source": source, "head": model.settings, "measured": numbers, "data": manifest}
-    (folder / ABOUT_FILE).write_text(json.dumps(card, indent=1) + "\n")
+    (folder / ABOUT_FILE).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     config = dict(flatten(yaml.safe_load(about["run_config"]) or {}))
-    (folder / "README.md").write_text(model_card(model, card, config.get("model.backbone")))
+    (folder / "README.md").write_text(model_card(model, card, config.get("model.backbone")), encoding="utf-8")
 
 
 def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length: int) -> None:
@@ -215,7 +215,7 @@ def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length
         "sentence_bert_config.json": {"max_seq_length": max_length},
         "config_sentence_transformers.json": {"similarity_fn_name": "dot"},
     }.items():
-        (folder / name).write_text(json.dumps(value, indent=1) + "\n")
+        (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 def compare_with_live(folder: Path, model: Objective) -> None:

@@ -74,6 +74,22 @@ def test_models_need_torch_its_compiler_and_transformers_only():
                 assert names <= allowed | {"condenser"}, path
 
 
+def test_text_files_are_utf_8_whatever_the_locale():
+    for path in PACKAGE.rglob("*.py"):
+        for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(call, ast.Call):
+                continue
+            name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+            modes = [value for value in call.args[1:2] if isinstance(value, ast.Constant)]
+            binary = any("b" in str(mode.value) for mode in modes)
+            is_text = name in ("read_text", "write_text") or (
+                isinstance(call.func, ast.Name) and name == "open" and not binary
+            )
+            if is_text:
+                given = [keyword.arg for keyword in call.keywords]
+                assert "encoding" in given, f"{path.relative_to(PACKAGE)}, line {call.lineno}"
+
+
 def test_every_command_exists_and_teaches_itself(capsys):
     assert main(["--help"]) == 0
     overview = capsys.readouterr().out

@@ -68,7 +68,7 @@ def launch(args: Sequence[str]) -> None:
     write(folder, name, runs, options)
     print(f"{len(runs)} run(s) of {options.nodes} x {options.gpus or options.tasks} processes: {script}")
     if options.dry_run:
-        print(f"\n{script.read_text()}\nnot submitted; that does: sbatch {shlex.quote(str(script))}")
+        print(f"\n{script.read_text(encoding='utf-8')}\nnot submitted; that does: sbatch {shlex.quote(str(script))}")
         return
     job = submit(script)
     folders = [shlex.quote(str(runs_dir / settings["name"])) for settings in runs]
@@ -194,7 +194,7 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
     values |= {"runs": shlex.join(str(Path(settings["runs_dir"]) / settings["name"]) for settings in runs)}
     values |= {"directives": "\n".join(f"#SBATCH {shlex.quote(directive)}" for directive in directives)}
     try:
-        script = Script(options.template.read_text()).substitute(values)
+        script = Script(options.template.read_text(encoding="utf-8")).substitute(values)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{options.template}: {error} cannot be filled in; write @@ for a plain @") from None
     folder.mkdir(parents=True, exist_ok=True)
@@ -202,8 +202,8 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
         snapshot(folder / "code")
         for number, settings in enumerate(runs):
             path = folder / (f"settings-{number}.yaml" if array else "settings.yaml")
-            path.write_text(yaml.safe_dump(settings, sort_keys=False))
-        (folder / "job.sh").write_text(script)
+            path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+        (folder / "job.sh").write_text(script, encoding="utf-8")
 
 
 def snapshot(folder: Path) -> None:
@@ -219,7 +219,7 @@ def snapshot(folder: Path) -> None:
             shutil.copy2(source, target)
     if known:
         commit = output("git", "rev-parse", "HEAD") or "no commit"
-        (fresh / COMMIT).write_text(f"{commit}\n{output('git', 'status', '--short')}\n")
+        (fresh / COMMIT).write_text(f"{commit}\n{output('git', 'status', '--short')}\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
 

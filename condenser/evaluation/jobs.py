@@ -99,7 +99,7 @@ class Candidate:
         once = replace(self, tuning=replace(self.tuning, seed=0), drawn=None if self.drawn is None else 0)
         path = folder / "choices" / f"{fingerprint(once.fingerprint, versions())}.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return json.loads(path.read_text(encoding="utf-8"))
         ranks = isinstance(part, Retrieval)
         similarities: Any = SIMILARITIES if ranks else [self.base.similarity_fn_name]
         size = self.tuning.train_size and min(self.tuning.train_size, part.n_train)

@@ -64,5 +64,5 @@ def run_mteb(encoder: Encoder, tasks: Sequence[Any], folder: Path) -> list[dict[
             row = {"collection": name, "metric": task.metadata.main_score, "score": float(found.get_score())}
             folder.mkdir(parents=True, exist_ok=True)
             write_json(file, row | {"revision": found.dataset_revision, "mteb": mteb.__version__})
-        rows.append(json.loads(file.read_text()))
+        rows.append(json.loads(file.read_text(encoding="utf-8")))
     return rows

@@ -148,7 +148,7 @@ def finish(folder: Path, model: Objective, changed: dict[str, Any]) -> None:
     if of_vectors:
         write_vectors(folder, **of_vectors)
     if "onnx" in changed:
-        longest = json.loads((folder / "sentence_bert_config.json").read_text())["max_seq_length"]
+        longest = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["max_seq_length"]
         for name, numbers in write_onnx(folder, longest).items():
             print(
                 f"{name}: {numbers['bytes'] / 1e6:,.1f} MB; states differ by at most "

@@ -84,7 +84,7 @@ def write_onnx(folder: Path, longest: int, n_rows: int = 8) -> dict[str, Any]:
         found[name] = differences(expected, torch.from_numpy(states), mask > 0) | {"bytes": file.stat().st_size}
     if found[FULL]["largest_difference"] > CLOSE:
         raise ValueError(f"--onnx: ONNX Runtime's states differ by {found[FULL]['largest_difference']:.2g}")
-    (folder / FOLDER / "parity.json").write_text(json.dumps(found, indent=1) + "\n")
+    (folder / FOLDER / "parity.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return found
 
 

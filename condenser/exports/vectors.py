@@ -59,13 +59,15 @@ def write_vectors(
             if path.is_dir():
                 shutil.copytree(path, folder / path.name)
         shutil.copy(Path(saved) / "config_sentence_transformers.json", folder)
-        modules = json.loads((Path(saved) / "modules.json").read_text())
+        modules = json.loads((Path(saved) / "modules.json").read_text(encoding="utf-8"))
     for module in modules:
         module["type"] = as_before(folder / module["path"] / "config.json", module["type"].rsplit(".", 1)[1])
-    (folder / "modules.json").write_text(json.dumps(modules, indent=1) + "\n")
+    (folder / "modules.json").write_text(json.dumps(modules, indent=1) + "\n", encoding="utf-8")
     if backbone(encoder).config.output_hidden_states:
-        config: dict[str, Any] = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(config | {"output_hidden_states": True}, indent=2) + "\n")
+        config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(
+            json.dumps(config | {"output_hidden_states": True}, indent=2) + "\n", encoding="utf-8"
+        )
     vectors, again = (each.encode(SAMPLE) for each in (encoder, SentenceTransformer(str(folder), device="cpu")))
     if not np.allclose(vectors, again, rtol=1e-3, atol=1e-4):
         raise ValueError(f"sentence-transformers reads back vectors that differ by {np.abs(vectors - again).max():.2g}")
@@ -75,7 +77,7 @@ def as_before(config: Path, kind: str) -> str:
     """Write a module's settings in the words of sentence-transformers before version 6, which that knows too; and its
     class in these words."""
     if kind in ("Pooling", "WeightedLayerPooling", "Dense"):
-        settings: dict[str, Any] = json.loads(config.read_text())
+        settings: dict[str, Any] = json.loads(config.read_text(encoding="utf-8"))
         if kind != "Dense":
             settings["word_embedding_dimension"] = settings.pop("embedding_dimension")
         if kind == "Pooling":
@@ -84,5 +86,5 @@ def as_before(config: Path, kind: str) -> str:
             for mode, name in (("cls", "cls_token"), ("mean", "mean_tokens"), ("max", "max_tokens")):
                 settings[f"pooling_mode_{name}"] = mode in modes
         settings = {name: value for name, value in settings.items() if not name.startswith("module_")}
-        config.write_text(json.dumps(settings, indent=1) + "\n")
+        config.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
     return f"sentence_transformers.models.{kind}"

@@ -222,7 +222,7 @@ def allocated_at_most(profiler: Any) -> int:
 def without_stderr() -> Iterator[None]:
     """The profiler's library notes there that it begins and ends, whatever it is told."""
     kept = os.dup(2)
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         os.dup2(nowhere.fileno(), 2)
     try:
         yield

@@ -161,7 +161,7 @@ class RunCLI(LightningCLI):
             remove_leftovers(self.run)
             (self.run / SUMMARY).unlink(missing_ok=True)
             with atomic_write(self.run / CONFIG) as partial:  # other processes may read it now
-                partial.write_text(text)
+                partial.write_text(text, encoding="utf-8")
 
     @in_one_line("trainer")
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -80,9 +80,9 @@ class MetricsCSV(Logger):
     def write_again(self, columns: Sequence[str]) -> None:
         """The same rows under more ``columns``."""
         with (
-            open(self.path, newline="") as file,
+            open(self.path, newline="", encoding="utf-8") as file,
             atomic_write(self.path) as partial,
-            open(partial, "w", newline="") as out,
+            open(partial, "w", newline="", encoding="utf-8") as out,
         ):
             table = csv.DictWriter(out, columns, restval="", lineterminator="\n")
             table.writeheader()
@@ -212,7 +212,7 @@ class Trace(Callback):
         self.profiler.stop()
         self.profiler.export_chrome_trace(str(self.folder / "trace.json.gz"))
         longest = self.profiler.key_averages().table(sort_by=f"self_{device.type}_time_total", row_limit=25)
-        (self.folder / "trace.txt").write_text(longest)
+        (self.folder / "trace.txt").write_text(longest, encoding="utf-8")
         self.profiler = None
 
 
@@ -233,5 +233,5 @@ def commit() -> str:
     if not any((folder / name).exists() for name in (COMMIT, ".git")):  # installed: git would find some other's
         return "unknown"
     if (folder / COMMIT).is_file():
-        return (folder / COMMIT).read_text().splitlines()[0]
+        return (folder / COMMIT).read_text(encoding="utf-8").splitlines()[0]
     return output("git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40") or "unknown"

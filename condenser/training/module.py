@@ -398,7 +398,7 @@ class CondenserModule(L.LightningModule):
         if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
             checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
-        run_config = config.read_text() if config.is_file() else ""
+        run_config = config.read_text(encoding="utf-8") if config.is_file() else ""
         checkpoint["condenser"] = hub.description(
             self.model, datamodule.tokenizer_files, datamodule.about(), run_config
         )

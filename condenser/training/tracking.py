@@ -100,15 +100,15 @@ def run_id(run: Path) -> str:
     path = run / "wandb_id"
     if not path.is_file():
         with atomic_write(path) as partial:
-            partial.write_text(secrets.token_hex(4))
-    return path.read_text()
+            partial.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8")
 
 
 def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions: dict[str, str], keep: bool) -> None:
     """Show the settings, the versions and the stores' checksums with the run, and ``keep`` them as an artifact."""
     names = names_of(weights)
     about = {
-        "settings": yaml.safe_load((run / CONFIG).read_text()),
+        "settings": yaml.safe_load((run / CONFIG).read_text(encoding="utf-8")),
         "versions": versions,
         "stores": {
             names[folder]: {"weight": weight, "manifest_sha256": sha256(folder / MANIFEST)}
