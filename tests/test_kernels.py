@@ -63,7 +63,7 @@ def test_on_a_gpu_attention_over_short_sequences_equals_torchs(size):
 
 @pytest.mark.parametrize(("device", "longest", "size"), [("cpu", 40, 64), ("cuda", 136, 64), ("cuda", 40, 80)])
 def test_other_devices_sequences_and_heads_are_left_to_torch(device, longest, size):
-    assert not short.is_for(torch.device(device), longest, size)
+    assert not short.is_short(torch.device(device), longest, size)
 
 
 @pytest.fixture
