@@ -64,21 +64,17 @@ class Bert(Backbone):
         return self.parts(self.layers[0]).dropout.p
 
     def parts(self, layer: Any) -> Parts:
-        attention, out, wide, narrow = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        attention, out = layer.attention.self, layer.attention.output
         return Parts(
             query=attention.query,
             key=attention.key,
             value=attention.value,
             out=out.dense,
             out_norm=out.LayerNorm,
-            wide=wide.dense,
-            act=wide.intermediate_act_fn,
-            narrow=narrow.dense,
-            narrow_norm=narrow.LayerNorm,
             head_size=attention.attention_head_size,
             dropout=attention.dropout,
             out_dropout=out.dropout,
-            narrow_dropout=narrow.dropout,
+            **feed_forward(layer),
         )
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -126,6 +122,18 @@ class Bert(Backbone):
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.cls.predictions.transform
         return norm(head.transform_act_fn(linear(hidden, head.dense)), head.LayerNorm).to(hidden.dtype)
+
+
+def feed_forward(layer: Any) -> dict[str, Any]:
+    """`Parts` of what comes after attention, by the names that BERT's modules have."""
+    wide, narrow = layer.intermediate, layer.output
+    return {
+        "wide": wide.dense,
+        "act": wide.intermediate_act_fn,
+        "narrow": narrow.dense,
+        "narrow_norm": narrow.LayerNorm,
+        "narrow_dropout": narrow.dropout,
+    }
 
 
 class Roberta(Bert):

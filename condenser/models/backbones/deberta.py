@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from condenser.models.attention import PLAIN, Scores
-from condenser.models.backbones.bert import Bert, Parts, embedded, linear, norm, state_type
+from condenser.models.backbones.bert import Bert, Parts, embedded, feed_forward, linear, norm, state_type
 from condenser.models.dropout import drop
 
 
@@ -25,21 +25,17 @@ class Deberta(Bert):
             raise ValueError("a deberta-v2 with another MLM head (legacy: false) is not supported")
 
     def parts(self, layer: Any) -> Parts:
-        of, out, wide, narrow = layer.attention.self, layer.attention.output, layer.intermediate, layer.output
+        attention, out = layer.attention.self, layer.attention.output
         return Parts(
-            query=of.query_proj,
-            key=of.key_proj,
-            value=of.value_proj,
+            query=attention.query_proj,
+            key=attention.key_proj,
+            value=attention.value_proj,
             out=out.dense,
             out_norm=out.LayerNorm,
-            wide=wide.dense,
-            act=wide.intermediate_act_fn,
-            narrow=narrow.dense,
-            narrow_norm=narrow.LayerNorm,
-            head_size=of.attention_head_size,
-            dropout=of.dropout,
+            head_size=attention.attention_head_size,
+            dropout=attention.dropout,
             out_dropout=out.dropout,
-            narrow_dropout=narrow.dropout,
+            **feed_forward(layer),
         )
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:

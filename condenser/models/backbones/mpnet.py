@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from condenser.models.attention import Scores
-from condenser.models.backbones.bert import Bert, Parts, linear, norm
+from condenser.models.backbones.bert import Bert, Parts, feed_forward, linear, norm
 
 
 class MPNet(Bert):
@@ -18,21 +18,17 @@ class MPNet(Bert):
         return self.lm.lm_head.decoder
 
     def parts(self, layer: Any) -> Parts:
-        of, out, wide, narrow = layer.attention.attn, layer.attention, layer.intermediate, layer.output
+        attention, out = layer.attention.attn, layer.attention
         return Parts(
-            query=of.q,
-            key=of.k,
-            value=of.v,
-            out=of.o,
+            query=attention.q,
+            key=attention.k,
+            value=attention.v,
+            out=attention.o,
             out_norm=out.LayerNorm,
-            wide=wide.dense,
-            act=wide.intermediate_act_fn,
-            narrow=narrow.dense,
-            narrow_norm=narrow.LayerNorm,
-            head_size=of.attention_head_size,
-            dropout=of.dropout,
+            head_size=attention.attention_head_size,
+            dropout=attention.dropout,
             out_dropout=out.dropout,
-            narrow_dropout=narrow.dropout,
+            **feed_forward(layer),
         )
 
     def scores(self, layer: Any) -> Scores:
