@@ -22,9 +22,11 @@ from safetensors.torch import save_file
 from condenser.card import model_card
 from condenser.data.lock import locked
 from condenser.hub import load_checkpoint, load_export
+from condenser.models.condenser import Condenser
+from condenser.models.files import load_file
 from condenser.models.heads import HEAD_FILE
 from condenser.models.initial import cut_vocabulary
-from condenser.models.objective import Objective, class_path
+from condenser.models.objective import Objective, class_path, known_class
 from condenser.runs import METRICS, RESULTS, checkpoints, flatten, is_intact, read_mapping, read_metrics, step_of
 
 ABOUT_FILE = "condenser.json"  # where the export came from
@@ -50,6 +52,7 @@ def export(
         ValueError: weights that are not finite, or a target that holds something else.
     """
     source: dict[str, Any] = {"checkpoint": path.name, "sha256": sha256(path), "options": options or {}}
+    source["objective"] = read_as(path)
     if already_exported(target, source):
         print(f"{target} already holds this checkpoint's export: nothing to do")
         return
@@ -82,6 +85,13 @@ def whole_folder(target: Path) -> Iterator[Path]:
             raise OSError(f"{unfinished} cannot be written: {error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def read_as(path: Path) -> str:
+    """The class path that a checkpoint's model is read as: its own, a Condenser's where that is not imported."""
+    content = load_file(path, mmap=True)
+    own = content.get("condenser", {}).get("objective") if isinstance(content, dict) else None
+    return own if own and known_class(own) else class_path(Condenser)
 
 
 def find_checkpoint(name: str, best: bool = False, step: int | None = None) -> Path:
@@ -140,6 +150,8 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
         return False
     content = read_mapping(target / ABOUT_FILE) or {}
     there = content.get("source", {})
+    if there.get("objective", source["objective"]) != source["objective"]:
+        raise ValueError(f"--output {target} exists, of a model that was read as {there['objective']}; remove it first")
     if (there.get("sha256"), there.get("options", {})) != (source["sha256"], source["options"]):
         raise ValueError(
             f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "
@@ -154,6 +166,9 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
 def note_files(folder: Path) -> None:
     """By their checksums, so that the same command later sees whether they are still what was written."""
     about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
+    mode = (folder / ABOUT_FILE).stat().st_mode
+    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody else read
+        path.chmod(mode)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ABOUT_FILE)
     about["files"] = {str(path.relative_to(folder)): sha256(path) for path in files}
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")

@@ -67,6 +67,8 @@ def warm_start(
         model = objective.from_masked_lm(lm, **options)
     except TypeError as error:
         raise ValueError(f"model.objective_options: {error}") from None
+    except AttributeError as error:
+        raise ValueError(f"model.objective: {objective.__name__} cannot be made: {error}") from error
     if truncated_normal:
         draw_truncated(model, lm.config.initializer_range)
     if backbone is not None and model.head_state():

@@ -95,6 +95,20 @@ def test_the_model_card_says_what_a_reader_of_the_hub_needs(run, tmp_path):
     assert "Validation losses at this step: not recorded" in lone
 
 
+def test_an_export_that_was_read_as_another_class_is_not_taken_for_this_one(tiny_export, run, capsys):
+    about = tiny_export / "condenser.json"
+    kept = about.read_text()
+    about.write_text(kept.replace("condenser.models.condenser.Condenser", "my_objective.Weighted"))
+    assert main(["export", str(run), "--output", str(tiny_export)]) == 1
+    assert "exists, of a model that was read as my_objective.Weighted; remove it first" in capsys.readouterr().err
+    about.write_text(kept)
+
+
+def test_whoever_may_read_a_files_folder_may_read_all_of_an_export(tiny_export):
+    modes = {path.stat().st_mode for path in tiny_export.rglob("*") if path.is_file()}
+    assert len(modes) == 1
+
+
 def test_exporting_again_does_nothing_and_other_options_or_something_else_there_is_refused(
     tiny_export, run, tmp_path, capsys
 ):

@@ -32,7 +32,7 @@ from condenser.hub import load_checkpoint, load_export
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.flops import Work
 from condenser.models.losses import pair_losses, pair_measures, pair_scores
-from condenser.models.objective import COUNTS, Objective, flattened
+from condenser.models.objective import COUNTS, Objective, Term, flattened
 from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.step import TrainingStep, inputs_of
@@ -334,7 +334,51 @@ class Forgetful(CoCondenser):
         super().__init__(lm, **settings)
 
 
+class Keeps(CoCondenser):
+    def __init__(self, lm, act=torch.relu, **settings):
+        super().__init__(lm, **settings)
+        self.act = act
+
+
+class Unmade(Objective):
+    def __init__(self, lm):
+        self.lm = lm
+
+
+class WithoutFlops(Objective):
+    def losses(self, batch, score=False):
+        late, _, _ = self.encoded(batch)
+        return self.returned(late.sum(1))
+
+
+class Own(WithoutFlops):
+    def flops(self, work):
+        return 0.0
+
+
+def returning(name, returned):
+    made = type(name, (Own,), {"returned": staticmethod(returned), "__module__": __name__})
+    globals()[name] = made
+    return made
+
+
+RETURNED = {
+    "ATensor": (lambda values: values.sum(), "losses must return Terms by name, not tensor("),
+    "Nothing": (lambda values: None, "losses must return Terms by name, not None"),
+    "NoTerm": (lambda values: {}, "losses returned no term"),
+    "Tensors": (lambda values: {"a": values.sum()}, "losses must return Terms by name, not {'a': tensor("),
+    "AVector": (lambda values: {"a": Term(values)}, "term 'a': sum must be a tensor that is a scalar, not tensor(["),
+    "ANumber": (
+        lambda values: {"a": Term(values.sum().item())},
+        "term 'a': sum must be a tensor that is a scalar, not",
+    ),
+}
+for name, (returned, _) in RETURNED.items():
+    returning(name, returned)
+
+
 class WithoutBoth(Objective):
+    flops = Own.flops
     contrast = CoCondenser.contrast
 
 
@@ -702,6 +746,13 @@ BAD = {
         ["--model.objective", f"{__name__}.Forgetful", "--data.store", "SPANS"],
         "Forgetful does not keep its setting strength: set self.strength in __init__",
     ),
+    "a setting that is no plain value": (
+        ["--model.objective", f"{__name__}.Keeps", "--data.store", "SPANS"],
+        "its setting act is a builtin_function_or_method, unfit for checkpoints: settings are numbers",
+    ),
+    "no flops": (["--model.objective", f"{__name__}.WithoutFlops"], "WithoutFlops needs a method flops"),
+    "never made": (["--model.objective", f"{__name__}.Unmade"], "model.objective: Unmade cannot be made: "),
+    **{name: (["--model.objective", f"{__name__}.{name}"], message) for name, (_, message) in RETURNED.items()},
     "no head": (["--model.n_head_layers", "0", "--model.optimizer.head_only_steps", "2"], "no head to train alone"),
 }
 

@@ -64,7 +64,18 @@ def drawn_elsewhere(self, rows, visits, sample_ids, vocabulary):
     return inputs, chosen
 
 
+def in_place(self, rows, visits, sample_ids, vocabulary):
+    rows.tokens[0] = vocabulary.mask_id
+    return rows.tokens, np.array([0])
+
+
+def of_a_text(self, rows, visits, sample_ids, vocabulary):
+    return rows.tokens + np.array("five"), np.array([0])
+
+
 WRONG = {
+    "mask writes into the rows that it is given": in_place,
+    "mask failed on 16 samples": of_a_text,
     "must return two arrays": lambda self, rows, *_: None,
     r"must return integers, tokens \[\d+\] and places \[M\]; it returned float64": lambda self, rows, *_: (
         rows.tokens / 1.0,

@@ -105,14 +105,20 @@ class Masking:
     def check(self, rows: Rows, vocabulary: Vocabulary) -> None:
         """Raises ValueError if what becomes of these samples is not theirs alone."""
         ids, begins = np.arange(len(rows.lengths)), np.append(0, rows.lengths.cumsum())
-        inputs, chosen = self.masked(rows, ids % 2, ids, vocabulary)
+        name, given = type(self).__name__, rows.tokens.copy()
+        try:
+            inputs, chosen = self.masked(rows, ids % 2, ids, vocabulary)
+        except TypeError as error:
+            raise ValueError(f"data.masking: {name}.mask failed on {len(ids)} samples: {error}") from error
+        if (rows.tokens != given).any():
+            raise ValueError(f"data.masking: {name}.mask writes into the rows that it is given; let it copy the tokens")
         for one, (first, end) in zip(ids[:, None], itertools.pairwise(begins), strict=True):
             row = Rows(rows.tokens[first:end], rows.word_starts[first:end], rows.lengths[one])
             again = self.masked(row, one % 2, one, vocabulary)
             beside = inputs[first:end], chosen[(chosen >= first) & (chosen < end)] - first
             if not all(map(np.array_equal, again, beside)):
                 raise ValueError(
-                    f"data.masking: {type(self).__name__} masks a sample otherwise when it is asked again, or beside "
+                    f"data.masking: {name} masks a sample otherwise when it is asked again, or beside "
                     "other samples; let all that is drawn be of `hash_ints(self.seed, visits, sample_ids, ...)`"
                 )
 

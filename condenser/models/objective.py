@@ -8,6 +8,7 @@ Legend: B sequences, L padded length, T tokens, M masked tokens, H hidden size.
 """
 
 import inspect
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
@@ -72,7 +73,16 @@ class Objective(nn.Module):
                 f"{type(self).__name__} does not keep its setting {', '.join(lost)}: set self.{lost[0]} in __init__, "
                 "or checkpoints and exports do not know it"
             )
-        return {name: getattr(self, name) for name in names}
+        settings = {name: getattr(self, name) for name in names}
+        for name, value in settings.items():
+            try:
+                json.dumps(value)
+            except TypeError:
+                raise ValueError(
+                    f"{type(self).__name__}: its setting {name} is a {type(value).__name__}, unfit for checkpoints: "
+                    "settings are numbers, texts, lists, mappings"
+                ) from None
+        return settings
 
     def head_state(self) -> dict[str, Tensor]:
         """Its weights but those of ``lm``, by name."""
@@ -128,7 +138,9 @@ class Objective(nn.Module):
 
     def flops(self, work: Work) -> float:
         """Operations that training on so much needs."""
-        raise NotImplementedError
+        raise ValueError(
+            f"{type(self).__name__} needs a method flops: operations, for perf/mfu and `condenser estimate`"
+        )
 
     def scored_share(self, masked: float) -> float:
         """Tokens at which the vocabulary is scored, of all, where a share of them is ``masked``: for memory."""
@@ -169,11 +181,17 @@ def identity(cls: Tensor) -> Tensor:
     return cls
 
 
-def check_terms(terms: dict[str, Term]) -> None:
-    """Raises ValueError for a term over what is not counted."""
+def check_terms(objective: Objective, terms: Any) -> None:
+    """Raises ValueError for what are no terms by name, a term over what is not counted, or a sum that is no scalar."""
+    if not isinstance(terms, dict) or not all(isinstance(term, Term) for term in terms.values()):
+        raise ValueError(f"{type(objective).__name__}: losses must return Terms by name, not {terms!r:.100}")
+    if not terms and objective.contrast is None:
+        raise ValueError(f"{type(objective).__name__}: losses returned no term")
     for name, term in terms.items():
         if term.over not in COUNTS:
             raise ValueError(f"term {name!r}: over={term.over!r} must be one of {', '.join(COUNTS)}")
+        if not isinstance(term.sum, Tensor) or term.sum.dim():
+            raise ValueError(f"term {name!r}: sum must be a tensor that is a scalar, not {term.sum!r:.100}")
 
 
 def setting_names(objective: type[Objective]) -> list[str]:

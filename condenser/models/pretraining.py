@@ -274,8 +274,8 @@ def objective_on(lm: PreTrainedModel, path: str, settings: dict[str, Any]) -> Ob
 def made(objective: type[Objective], lm: PreTrainedModel, settings: dict[str, Any]) -> Objective:
     try:
         return objective.from_masked_lm(lm, **known_options(objective, {}, settings))
-    except TypeError as error:
-        raise ValueError(f"settings of {objective.__name__}: {error}") from None
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"{objective.__name__} cannot be made: {error}") from error
 
 
 class Found(NamedTuple):

@@ -162,7 +162,7 @@ class CondenserModule(L.LightningModule):
         torch.manual_seed(self.seed)
         settings, tokenizer, options = self.backbone_config, self.datamodule.tokenizer, self.beginning | options
         model = hub.warm_start(self.backbone, settings, tokenizer, self.objective, say, **options)
-        _ = model.settings  # now, and not with the first checkpoint, an objective hears that it lacks one
+        _ = model.settings, model.flops(Work(2, 4, 2, 4, 1))  # an objective hears now, not later, what it lacks
         return model
 
     def prepare(self, model: Objective, layers: dict[str, Any]) -> None:

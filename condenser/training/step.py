@@ -226,8 +226,7 @@ def cls_and_terms(objective: Objective, inputs: Fields, score: bool) -> tuple[Te
         cls, terms = objective.cls_and_losses(inputs, score)
     else:
         cls, terms = None, objective.losses(inputs, score)
-        assert len(terms) > 0, "an objective has one term or more"
-    check_terms(terms)
+    check_terms(objective, terms)
     return cls, terms
 
 
