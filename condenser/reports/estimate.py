@@ -247,6 +247,7 @@ def table_of_gpus(gpus: list[dict[str, Any]]) -> Table:
     for gpu in gpus:
         numbers = [f"{gpu[key]:,}" for key in ("memory", "sequences", "tokens")]
         micro_batches = str(gpu["micro_batches"] or "-")
-        rows.append((f"{gpu['devices']} x {gpu['gpu']}", *numbers, micro_batches, f"{gpu['hours']:,.3g}"))
-    title = "Largest pass (rows of full length), smallest data.micro_batches_per_step, hours"
+        hours = f"{gpu['hours']:,.3g}" if gpu["hours"] >= 0.01 else "< 0.01"
+        rows.append((f"{gpu['devices']} x {gpu['gpu']}", *numbers, micro_batches, hours))
+    title = "The largest pass that fits (rows of full length), smallest data.micro_batches_per_step, hours"
     return table(("", "GB", "rows", "tokens", "micro-batches", "hours"), rows, title)
