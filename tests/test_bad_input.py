@@ -279,7 +279,18 @@ def test_a_disk_that_fills_up_leaves_the_store_and_the_command_goes_on(corpus, s
         subprocess.run(["umount", str(disk)], check=False)
 
 
-@pytest.mark.parametrize("options", [["--trainer.max_steps", "0"], ["--model.skip_from", "9"]], ids=["length", "model"])
-def test_a_run_that_is_refused_leaves_no_folder(options, recipe, tmp_path):
-    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a", *options]) == 1
-    assert list(tmp_path.iterdir()) == []
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--trainer.max_steps", "0"], "a run of no steps"),
+        (["--model.skip_from", "9"], "skip_from=9"),
+        (["--data.store", "nowhere", "--wandb", "offline"], "no token store at nowhere: make one with"),
+        (["--data.store", "null", "--data.stores", "{nowhere: 1}", "--wandb", "offline"], "no token store at nowhere"),
+    ],
+    ids=["length", "model", "store", "stores"],
+)
+def test_a_run_that_is_refused_leaves_no_folder(options, message, recipe, tmp_path, capsys):
+    for runs in (tmp_path, tmp_path / "new" / "runs"):
+        assert main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", "a", *options]) == 1
+        assert message in capsys.readouterr().err
+        assert list(tmp_path.iterdir()) == []

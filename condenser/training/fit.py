@@ -9,7 +9,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,7 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from condenser.cluster import signals
 from condenser.data.datamodule import CondenserDataModule, store_folder
 from condenser.data.lock import locked
-from condenser.data.store import atomic_write, check_same_stores
+from condenser.data.store import atomic_write, check_same_stores, read_manifest
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
 from condenser.recipes import HELP, recipes, with_files
@@ -147,12 +147,15 @@ class RunCLI(LightningCLI):
                 f"{self.run} has ended ({SUMMARY}), and none of its checkpoints is there and whole: give another "
                 "--name, or remove the folder to begin anew"
             )
+        for name in [settings.data.store] if settings.data.store else settings.data.stores or ():
+            read_manifest(store_folder(name))
         if is_first_rank():
             ours = any((self.run / name).exists() for name in ("lock", "checkpoints", METRICS))
             if (self.run / CONFIG).exists() and not ours:
                 raise ValueError(f"{self.run} has a {CONFIG} and is no run of ours: give another --name or --runs_dir")
             if not self.run.exists():
-                self.held.callback(remove_if_not_begun, self.run)
+                new = [folder for folder in self.run.parents if not folder.exists()]
+                self.held.callback(remove_if_not_begun, self.run, new)
             self.run.mkdir(parents=True, exist_ok=True)
             busy = f"{self.run} is being trained by {{holder}}: wait for its end, stop it, or give another --name"
             self.held.enter_context(locked(self.run / "lock", busy))
@@ -195,10 +198,14 @@ class RunCLI(LightningCLI):
         return [metrics, tracker]
 
 
-def remove_if_not_begun(run: Path) -> None:
-    """A folder in which there is nothing but the settings: something was refused before training began."""
+def remove_if_not_begun(run: Path, around: Sequence[Path]) -> None:
+    """A folder in which there is nothing but the settings: something was refused before training began. The folders
+    ``around`` it go too, the innermost first, as far as nothing else is in them."""
     if not any(path.stat().st_size for path in run.iterdir() if path.name != CONFIG):
         shutil.rmtree(run)
+        with suppress(OSError):
+            for folder in around:
+                folder.rmdir()
 
 
 class DryCLI(RunCLI):
