@@ -25,6 +25,7 @@ from transformers import (
 import condenser
 from condenser import CondenserConfig, CondenserForPreTraining
 from condenser.cli import main
+from condenser.export import find_checkpoint
 from condenser.hub import load_export
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
@@ -244,9 +245,15 @@ def test_options_that_are_not_known_are_named(options, message, tiny_export):
     assert CondenserForPreTraining.from_pretrained(tiny_export, dtype="auto").dtype is torch.float32
 
 
-def test_a_run_and_rows_that_are_too_long_are_refused_by_what_to_do(run, tiny_export):
-    with pytest.raises(ValueError, match="`condenser export` makes a folder of it"):
-        CondenserForPreTraining.from_pretrained(run)
+def test_a_run_and_rows_that_are_too_long_are_refused_by_what_to_do(run, recipe, tiny_export, tmp_path, capsys):
+    for name in (run, run / "checkpoints", find_checkpoint(str(run))):
+        with pytest.raises(
+            ValueError, match=f"is a run or its checkpoint: export it first, `condenser export {name} --o"
+        ):
+            CondenserForPreTraining.from_pretrained(name)
+    options = ["--name", "a", "--runs_dir", str(tmp_path), "--model.backbone", str(run)]
+    assert main(["fit", "--config", str(recipe), *options]) == 1
+    assert f"{run} is a run or its checkpoint: export it first" in capsys.readouterr().err
     model, ids = CondenserForPreTraining.from_pretrained(tiny_export), torch.ones(1, 41, dtype=torch.long)
     with pytest.raises(ValueError, match="a row of 41 tokens, and a backbone that takes 40"):
         model(input_ids=ids, labels=ids)

@@ -19,7 +19,7 @@ from condenser.evaluation.probes import probe_store
 from condenser.export import export, find_checkpoint
 from condenser.hub import load_export
 from condenser.models.backbones.base import longest_text
-from condenser.models.files import reading
+from condenser.models.files import is_run, reading
 from condenser.models.heads import HEAD_FILE
 from condenser.online import ask_hub
 
@@ -153,10 +153,6 @@ def describe(encoder: Encoder) -> dict[str, Any]:
 def pooling_of(encoder: Encoder) -> str | None:
     modes: Any = next((module.pooling_mode for module in encoder if hasattr(module, "pooling_mode")), None)
     return "+".join(modes) if isinstance(modes, tuple | list) else modes
-
-
-def is_run(name: str) -> bool:
-    return name.endswith(".ckpt") or (Path(name) / "checkpoints").is_dir()
 
 
 @contextmanager

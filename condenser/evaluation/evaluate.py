@@ -30,6 +30,7 @@ from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 from condenser.evaluation.pooling import check_name, with_pooling
 from condenser.evaluation.search import BM25
 from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
+from condenser.models.files import is_run
 from condenser.reports.tables import table
 from condenser.runs import ZERO_SHOT_NOTE, at_least, in_words
 
@@ -116,7 +117,7 @@ def evaluate(
         check_name(name)
     if not retrieval and (query or queries or split != "test"):
         raise ValueError("--query, --queries and --split are of collections: give one too, --retrieval")
-    if not encoders.is_run(model):
+    if not is_run(model):
         encoders.check_folder(model)
     path, of_mteb = result_path(Path(output)), find_tasks(mteb or [])
     tasks = read_tasks(retrieval or [], similarity or [], attention, queries, split)

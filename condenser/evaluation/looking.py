@@ -21,10 +21,11 @@ from transformers.utils import logging
 from condenser.data.collate import Masking
 from condenser.data.masking import Unit
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
-from condenser.evaluation.encoders import is_run, model_folder
+from condenser.evaluation.encoders import model_folder
 from condenser.evaluation.probes import at_rest, cls_attention
 from condenser.models.backbones.base import longest_text
 from condenser.models.condenser import Condenser
+from condenser.models.files import is_run
 from condenser.models.losses import logits_of
 from condenser.models.objective import Objective, flattened
 from condenser.models.pretraining import CondenserForPreTraining, before_masking, opened

@@ -22,6 +22,13 @@ def load_file(path: str | Path, **options: Any) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
+def is_run(name: str | Path) -> bool:
+    """Whether it is what is exported before a model is read: a checkpoint, a run folder, or the checkpoints/ of one."""
+    path = Path(name)
+    of_run = (path / "checkpoints").is_dir() or (path.name == "checkpoints" and path.is_dir())
+    return path.suffix == ".ckpt" or (of_run and not (path / "config.json").is_file())
+
+
 @contextmanager
 def reading(source: str | Path) -> Iterator[None]:
     """What fails while ``source``, a file or a model's folder, is read becomes a ValueError that names it."""

@@ -144,8 +144,6 @@ class CondenserForPreTraining(PreTrainedModel):
         Raises:
             ValueError: nothing there, files that are damaged or would run code, or a head that does not fit.
         """
-        if str(name).endswith(".ckpt") or (Path(name) / "checkpoints").is_dir():
-            raise ValueError(f"{name} is a run or its checkpoint: `condenser export` makes a folder of it")
         hub = {key: options.pop(key) for key in OF_THE_HUB if key in options}
         config = options.pop("config", None) or config_of(str(name), hub)
         if isinstance(config, CondenserConfig) and not {"objective", *config.names} & options.keys():

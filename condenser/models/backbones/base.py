@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
 from condenser.models.attention import Bounds, Sequences
-from condenser.models.files import reading
+from condenser.models.files import is_run, reading
 from condenser.online import ask_hub
 
 
@@ -217,6 +217,10 @@ def config_of(name: str, hub: Mapping[str, Any] = {}) -> PretrainedConfig:
     Raises:
         ValueError: none there, or one that needs code of its own.
     """
+    if is_run(name):
+        raise ValueError(
+            f"{name} is a run or its checkpoint: export it first, `condenser export {name} --output FOLDER`"
+        )
     if not Path(name).is_dir():
         ask_hub()
     try:
