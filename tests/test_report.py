@@ -143,6 +143,12 @@ def test_unfinished_run_with_a_cut_last_line_is_reported_as_such(tmp_path):
     assert "unfinished" not in page(make_run(tmp_path / "b"))
 
 
+@pytest.mark.parametrize(("finished", "steps"), [(True, 60), (False, 61)])
+def test_steps_are_those_taken_though_the_first_is_logged_as_0(finished, steps, tmp_path):
+    glance = section(page(make_run(tmp_path / "a", finished=finished)), "At a glance")
+    assert re.search(rf"<td>steps</td>\s*<td>{steps}</td>", glance)
+
+
 def test_values_that_are_not_finite_are_warned_about_and_not_drawn(tmp_path):
     columns = "step,epoch,train/mlm_loss,train/grad_norm\n"
     html = page(logged(tmp_path / "a", columns + "10,0,5.0,nan\n20,0,inf,nan\n30,0,nan,nan\n40,0,4.0,nan\n"))
@@ -171,10 +177,11 @@ def test_a_checkout_that_is_not_installed_makes_reports_too(tmp_path, monkeypatc
     assert "condenser not installed, matplotlib not installed" in page(make_run(tmp_path / "a"))
 
 
-def test_runs_of_one_name_are_told_apart_by_their_path_and_one_given_twice_counts_once(tmp_path):
+def test_runs_of_one_name_are_told_apart_by_their_path_and_one_given_twice_counts_once(tmp_path, capsys):
     a, b = make_run(tmp_path / "one" / "base"), make_run(tmp_path / "two" / "base")
     glance = section(page(a, b, b), "At a glance")
     assert glance.count(str(a)) == glance.count(str(b)) == 1
+    assert "3 runs given, of which 1 repeat others: each is shown once\n" in capsys.readouterr().out
 
 
 def write_evaluation(run: Path, *, model: str, text: str) -> None:

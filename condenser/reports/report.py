@@ -52,6 +52,7 @@ class Run:
 
     @property
     def last_step(self) -> int:
+        """As logged: the first is 0."""
         return max(int(steps[-1]) for steps, _ in self.curves.values())
 
 
@@ -87,6 +88,8 @@ def report(
 
 def load_runs(runs: Sequence[str]) -> list[Run]:
     folders = {Path(run).resolve(): Path(run) for run in runs}
+    if len(folders) < len(runs):
+        print(f"{len(runs)} runs given, of which {len(runs) - len(folders)} repeat others: each is shown once")
     taken = Counter(folder.name for folder in folders)
     names = [folder.name if taken[folder.name] == 1 else str(given) for folder, given in folders.items()]
     return [load_run(*each) for each in zip(folders, names, run_colours(len(names)), strict=True)]
@@ -139,7 +142,8 @@ def warnings(run: Run) -> Iterator[str]:
 
 def facts(run: Run) -> dict[str, object]:
     """What to look at first."""
-    found: dict[str, object] = {"state": "unfinished" if run.summary is None else "finished", "steps": run.last_step}
+    found: dict[str, object] = {"state": "unfinished" if run.summary is None else "finished"}
+    found["steps"] = (run.summary or {}).get("steps", run.last_step + 1)
     if "train/tokens_seen" in run.curves:
         found["tokens"] = short(run.last("train/tokens_seen"))
     if "perf/tokens_per_second" in run.curves:
