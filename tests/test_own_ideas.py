@@ -17,7 +17,7 @@ from condenser.data.hashing import hash_ints, uniform
 from condenser.data.masking import mask_flat
 from condenser.data.store import Rows
 from condenser.recipes import CLONED, file_of, recipes, with_files
-from condenser.reports.bench import model_settings
+from condenser.reports.bench import model_settings, table_of_speed
 
 
 class OneRun(Masking):
@@ -207,6 +207,13 @@ def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run,
     path.write_text("model: 3\n")
     with pytest.raises(ValueError, match="its model is no mapping"):
         model_settings(str(path))
+
+
+@pytest.mark.parametrize(("speeds", "shown"), [([5.0], "5"), ([5.0, 5.0], "5 ±0%"), ([4.0, 6.0], "5 ±20%")])
+def test_the_bench_says_how_far_rounds_differ_where_there_are_several(speeds, shown):
+    names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait", "launches", "host_ms")
+    figures = {"tokens_per_second": speeds, **{name: [1.0] * len(speeds) for name in names}}
+    assert next(iter(table_of_speed({"ours": figures}, 1.0).columns[1].cells)).plain == shown
 
 
 @pytest.mark.slow

@@ -165,8 +165,9 @@ def table_of_speed(found: dict[str, Figures], rate: float) -> Table:
     rows = []
     for name, figures in found.items():
         speeds, typical = figures["tokens_per_second"], {key: median(values) for key, values in figures.items()}
+        spread = f" ±{(max(speeds) - min(speeds)) / 2 / median(speeds):.0%}" if len(speeds) > 1 else ""
         cells = (
-            f"{median(speeds):,.0f} ±{(max(speeds) - min(speeds)) / 2 / median(speeds):.0%}",
+            f"{median(speeds):,.0f}{spread}",
             f"{median(ours / theirs for ours, theirs in zip(speeds, base, strict=True)):.2f}",
             f"{typical['flops_per_token'] / 1e9:.3f}",
             f"{typical['needed_flops_per_second'] / rate:.0%}",
