@@ -126,6 +126,8 @@ def seconds_of(time: str) -> float:
 
 def settings_of_runs(options: Any, of_fit: list[str]) -> tuple[str, list[Settings]]:
     """The name of all and the complete settings of each run. Raises ValueError as `fit` does."""
+    if options.seeds and any(word.partition("=")[0] == "--seed_everything" for word in of_fit):
+        raise ValueError("--seed_everything and --seeds: give one of them")
     of_fit = [*of_fit, *(["--name", options.name] if options.name else [])]
     plain = complete(of_fit, options)
     name, runs = plain["name"], {}
