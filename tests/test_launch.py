@@ -162,6 +162,28 @@ def test_the_snapshot_holds_the_package_and_what_git_knows_here(recipe, project)
     }
 
 
+@pytest.mark.parametrize("how", ["file", "package", "folder"])
+def test_the_module_of_an_own_objective_is_taken_along_without_git_and_the_job_imports_that(
+    how, recipe, project, commands, own_modules
+):
+    name = {"file": f"mine_{how}", "package": f"mine_{how}.sub.idea", "folder": f"mine_{how}.idea"}[how]
+    path = own_modules / f"{name.replace('.', '/')}.py"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = ["words.txt"] if how == "package" else []
+    if beside:
+        (own_modules / f"mine_{how}/__init__.py").touch()
+        (own_modules / f"mine_{how}/words.txt").touch()
+    path.write_text("from condenser.models.condenser import Condenser\n\n\nclass Mine(Condenser):\n    pass\n")
+    python = str(commands("fake-python"))
+    assert launch(recipe, "--name", "N", "--model.objective", f"{name}.Mine", "--python", python) == 0
+    path.write_text("raise SystemExit('edited')\n")
+    code = project / "runs/N/launch/code"
+    assert {path.name for path in code.rglob("*.txt")} == set(beside)
+    lines = [f'exec {sys.executable} -c "import {name} as mine; print(mine.__file__)"']
+    done, _ = run_job(code.parent, commands, lines, PYTHONPATH=str(own_modules))
+    assert done.stdout.strip() == str(code / path.relative_to(own_modules)), done.stderr
+
+
 def test_two_launches_do_not_write_one_job_at_a_time(recipe, project, capsys):
     folder = project / "runs/N/launch"
     folder.mkdir(parents=True)

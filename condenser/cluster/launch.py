@@ -31,7 +31,7 @@ from condenser.data.datamodule import store_folder
 from condenser.data.lock import locked
 from condenser.data.store import read_manifest
 from condenser.recipes import FOLDER
-from condenser.runs import COMMIT, at_least, newest_valid_checkpoint, output
+from condenser.runs import COMMIT, at_least, flatten, newest_valid_checkpoint, output
 from condenser.training.ending import goes_on
 from condenser.training.fit import DryCLI, dumped, run_cli
 
@@ -201,22 +201,24 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
         raise ValueError(f"{options.template}: {error} cannot be filled in; write @@ for a plain @") from None
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / "lock", f"{folder} is being written by {{holder}}: wait for its end, or give another --name"):
-        snapshot(folder / "code")
+        snapshot(folder / "code", runs)
         for number, settings in enumerate(runs):
             path = folder / (f"settings-{number}.yaml" if array else "settings.yaml")
             path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
         (folder / "job.sh").write_text(script, encoding="utf-8")
 
 
-def snapshot(folder: Path) -> None:
-    """The package, and beside it what git knows in the working folder, with the commit that it stands on."""
+def snapshot(folder: Path, runs: list[Settings]) -> None:
+    """The package, and beside it what git knows in the working folder, with the commit that it stands on, and modules
+    of one's own."""
     fresh = folder.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
     shutil.copytree(condenser.__path__[0], fresh / "condenser", ignore=shutil.ignore_patterns("__pycache__"))
     known = output("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
-    for name in (known or "").split("\0"):
-        source, target = Path(name), fresh / name
-        if name and source.is_file() and not target.exists() and source.stat().st_size <= LARGEST_FILE:
+    wanted = {name: Path(name) for name in (known or "").split("\0") if name} | own_modules(runs)
+    for name, source in wanted.items():
+        target = fresh / name
+        if source.is_file() and not target.exists() and source.stat().st_size <= LARGEST_FILE:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
     if known:
@@ -224,6 +226,20 @@ def snapshot(folder: Path) -> None:
         (fresh / COMMIT).write_text(f"{commit}\n{output('git', 'status', '--short')}\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
+
+
+def own_modules(runs: list[Settings]) -> dict[str, Path]:
+    """The files of modules that the settings name and that are not installed, by their place on Python's path."""
+    values = {value for settings in runs for _, value in flatten(settings) if isinstance(value, str)}
+    tops = {value.partition(".")[0] for value in values if re.fullmatch(r"\w+(\.\w+)+", value)} & sys.modules.keys()
+    found: dict[str, Path] = {}
+    for top in tops - sys.stdlib_module_names - {"condenser"}:
+        spec: Any = sys.modules[top].__spec__
+        for root in map(Path, spec.submodule_search_locations or [spec.origin]):
+            if {"site-packages", "dist-packages"}.isdisjoint(root.parts):
+                paths = [root, *root.rglob("*" if spec.origin else "*.py")]  # a folder without __init__ may hold much
+                found |= {str(path.relative_to(root.parent)): path for path in paths if path.suffix != ".pyc"}
+    return found
 
 
 def submit(script: Path) -> str:
