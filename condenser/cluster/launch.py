@@ -234,8 +234,8 @@ def own_modules(runs: list[Settings]) -> dict[str, Path]:
     tops = {value.partition(".")[0] for value in values if re.fullmatch(r"\w+(\.\w+)+", value)} & sys.modules.keys()
     found: dict[str, Path] = {}
     for top in tops - sys.stdlib_module_names - {"condenser"}:
-        spec: Any = sys.modules[top].__spec__
-        for root in map(Path, spec.submodule_search_locations or [spec.origin]):
+        spec: Any = getattr(sys.modules[top], "__spec__", None)
+        for root in map(Path, spec.submodule_search_locations or [spec.origin or ""] if spec else []):
             if {"site-packages", "dist-packages"}.isdisjoint(root.parts):
                 paths = [root, *root.rglob("*" if spec.origin else "*.py")]  # a folder without __init__ may hold much
                 found |= {str(path.relative_to(root.parent)): path for path in paths if path.suffix != ".pyc"}
