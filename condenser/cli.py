@@ -183,15 +183,16 @@ def function_parser(function: Callable, prog: str) -> Any:
     import jsonargparse
     from docstring_parser import parse
 
+    from condenser.recipes import ConfigFile, Parser
+
     class Formatter(jsonargparse.DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         """Leaves the lines of a description as they are."""
 
     doc = parse(inspect.getdoc(function) or "")
     about = "\n\n".join(text for text in (doc.short_description, doc.long_description) if text)
-    strict: Any = {"exit_on_error": False, "allow_abbrev": False}
-    parser = jsonargparse.ArgumentParser(prog=prog, description=about, formatter_class=Formatter, **strict)
+    parser = Parser(prog=prog, description=about, formatter_class=Formatter)
     if "config" not in inspect.signature(function).parameters:
-        parser.add_argument("-c", "--config", action="config", help="a YAML file with any of these settings")
+        parser.add_argument("-c", "--config", action=ConfigFile, help="a YAML file with any of these settings")
     parser.add_function_arguments(function, as_group=False, as_positional=True)
     return parser
 

@@ -1,8 +1,16 @@
 """Recipes by name: `condenser fit --config condenser -c ddp`, from a clone's configs/ or from those in the package."""
 
+import difflib
+import itertools
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser
+
+from condenser.runs import read_mapping
 
 INSTALLED, CLONED = Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"
 FOLDER = INSTALLED if INSTALLED.is_dir() else CLONED
@@ -40,3 +48,49 @@ def with_files(args: Sequence[str]) -> list[str]:
         found.append(file_of(word) if before in OPTIONS else word)
         before = word
     return found
+
+
+class Parser(ArgumentParser):
+    """Raises errors, which `condenser.cli` says in one line, with the nearest setting to one that it does not know."""
+
+    of_model: Sequence[str] = ()  # names that it does not hold itself
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
+
+    def error(self, message: str, *args: Any) -> Any:
+        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.-]+)", message)
+        if re.search(r"are required: \w+\.model\b", message):
+            message = "no model is set: give --config RECIPE (such as --config demo)"
+        elif unknown and "did you mean" not in message:
+            message += hint(unknown[1], self)
+        super().error(message, *args)
+
+
+class ConfigFile(ActionConfigFile):
+    """A file of settings. ValueError, with its name, for one that is no YAML, or that holds what is no setting."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
+        content = read_mapping(Path(values)) if os.path.isfile(values) else {}
+        known = {name.partition(".")[0] for name in names(parser)}
+        of_fit = any(isinstance(content.get(section), dict) for section in ("model", "data", "trainer", "checkpoint"))
+        if "trainer" not in known and (of_fit or (not content and values in recipes())):
+            raise ValueError(f"{values} is a recipe of `condenser fit`; -c takes settings of this command alone")
+        if unknown := [name for name in content if name.rstrip("+") not in known]:
+            raise ValueError(f"{values}: there is no setting {unknown[0]}{hint(unknown[0], parser)}")
+        super().__call__(parser, cfg, values, option_string)
+
+
+def hint(unknown: str, parser: Any) -> str:
+    """The nearest setting, or nothing."""
+    known, unknown = names(parser), unknown.replace("-", "_")
+    same = [name for name in known if name.rpartition(".")[2] == unknown]
+    near = same or difflib.get_close_matches(unknown, known, 1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def names(parser: Any) -> list[str]:
+    """Of its settings, and of those of commands within it."""
+    within = [action.choices.values() for action in parser._actions if isinstance(action.choices, dict)]
+    found = [name for inner in itertools.chain(*within) for name in names(inner)]
+    return [*found, *(action.dest for action in parser._actions), *parser.of_model]

@@ -165,6 +165,9 @@ def read_mapping(path: Path) -> Any:
         text = path.read_text(encoding="utf-8")
         content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (yaml.YAMLError, ValueError) as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0)
+        if re.match(r" *\t", "".join(text.splitlines()[line : line + 1])):
+            raise ValueError(f"{path}, line {line + 1} begins with a tab: YAML is indented by spaces") from error
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is empty, or holds no mapping of names to values: is it damaged?")

@@ -777,7 +777,20 @@ WRONG = {
         "--outptu",
         "x",
     ],
-    "unrecognized arguments: --trainer.max_step": ["fit", "--trainer.max_step", "3"],
+    "--trainer.max_step 3: did you mean trainer.max_steps?": ["fit", "--trainer.max_step", "3"],
+    "--max_steps 3: did you mean trainer.max_steps?": ["fit", "--max_steps", "3"],
+    "--skip_from 3: did you mean model.skip_from?": ["estimate", "--skip_from", "3"],
+    "--data.batchsize 3: did you mean data.batch_size?": ["launch", "--data.batchsize", "3"],
+    "--inputs a: did you mean input?": ["prepare", "--inputs", "a"],
+    "top.yaml: there is no setting max_steps: did you mean trainer.max_steps?": ["fit", "-c", "top.yaml"],
+    "tab.yaml, line 2 begins with a tab: YAML is indented by spaces": ["fit", "-c", "tab.yaml"],
+    "inner.yaml, line 3 begins with a tab: YAML is indented by spaces": ["bench", "--config", "inner.yaml"],
+    "tab.yaml, line 2 begins with a tab": ["inspect", "a", "-c", "tab.yaml"],
+    "nth.yaml is a recipe of `condenser fit`; -c takes settings of this command": ["inspect", "a", "-c", "nth.yaml"],
+    "demo is a recipe of `condenser fit`; -c takes": ["prepare", "--config", "demo"],
+    "error: no model is set: give --config RECIPE (such as --config demo) (": ["fit"],
+    "error: no model is set: give --config RECIPE": ["launch"],
+    "error: no model is set: give --config": ["validate", "--name", "x"],
     "learning_rat": ["fit", "--model.optimizer.learning_rat", "1"],
     'Parser key "data.batch_size"': ["fit", "--data.batch_size", "many"],
     "following arguments are required: model, output": ["evaluate"],
@@ -791,9 +804,19 @@ WRONG = {
     "File does not exist": ["fit", "--config", "no-such.yaml"],
 }
 
+WRONG_FILES = {
+    "top.yaml": "max_steps: 3\n",
+    "tab.yaml": "trainer:\n\tmax_steps: 3\n",
+    "inner.yaml": "trainer:\n  max_steps: 3\n\taccelerator: cpu\n",
+    "nth.yaml": "data:\n  masking_options:\n    n: 3\n",
+}
+
 
 @pytest.mark.parametrize("what", WRONG)
-def test_wrong_command_lines_are_one_line(what, capsys):
+def test_wrong_command_lines_are_one_line(what, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, text in WRONG_FILES.items():
+        (tmp_path / name).write_text(text)
     assert main(WRONG[what]) in (1, 2)
     said = capsys.readouterr().err
     assert what in said

@@ -4,6 +4,7 @@
 there; a finished run says so; a changed setting is refused by name (devices may change).
 """
 
+import inspect
 import logging
 import os
 import shutil
@@ -17,7 +18,6 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -29,7 +29,7 @@ from condenser.data.lock import locked
 from condenser.data.store import atomic_write, check_same_stores, read_manifest
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
-from condenser.recipes import HELP, recipes, with_files
+from condenser.recipes import HELP, ConfigFile, Parser, recipes, with_files
 from condenser.runs import CONFIG, METRICS, SUMMARY, is_intact, newest_valid_checkpoint, step_of
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
@@ -43,11 +43,10 @@ from condenser.training.module import CondenserModule
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
-class Parser(LightningArgumentParser):
-    """Takes no abbreviations, and raises errors, which `condenser.cli` says in one line; so do those that it makes."""
+class FitParser(Parser, LightningArgumentParser):
+    """Those that it makes are such too."""
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
+    of_model = tuple(f"model.{name}" for name in inspect.signature(CondenserModule).parameters)
 
 
 class RunCLI(LightningCLI):
@@ -67,8 +66,8 @@ class RunCLI(LightningCLI):
 
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """As Lightning's, but its help knows of recipes."""
-        parser = Parser(dump_header=[f"lightning.pytorch=={L.__version__}"], **kwargs)
-        parser.add_argument("-c", "--config", action=ActionConfigFile, help=f"{HELP}: {', '.join(recipes())}")
+        parser = FitParser(dump_header=[f"lightning.pytorch=={L.__version__}"], **kwargs)
+        parser.add_argument("-c", "--config", action=ConfigFile, help=f"{HELP}: {', '.join(recipes())}")
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
