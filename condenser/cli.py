@@ -120,9 +120,12 @@ def in_short(message: str) -> str:
         r"Does not validate against any of the Union subtypes Subtypes: \[.*?\] Errors: ",
         r"- Expected a <class 'NoneType'> ?",
         r"Given value type: <class '[\w.]*'> ",
-        r" Given value: (Namespace|NestedArg)\(.*",
+        r"- Problem with given class_path 'condenser\.training\.module\.CondenserModule': ",
+        r" Given value: (Namespace\(|NestedArg\(|\{).*",
     ):
         message = re.sub(noise, "", message)
+    if re.search(r"import path string|import path format|^Parser key.*(No module named|has no attribute)", message):
+        message += "; give a class path such as my_objective.Weighted, with PYTHONPATH=. for a file beside you"
     return re.sub(r"<class '([\w.]*)'>", r"\1", message)
 
 

@@ -199,6 +199,19 @@ def test_an_objective_that_cannot_be_imported_is_one_line_of_the_bench(own_modul
         assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("given", ["./mine.py", "Condenser", "not_there.Mine", "mine.Mine"])
+@pytest.mark.parametrize("way", ["option", "file"])
+def test_an_objective_that_is_not_found_ends_with_what_to_write(given, way, recipe, own_modules, capsys):
+    (own_modules / "mine.py").write_text("")
+    (own_modules / "mine.yaml").write_text(yaml.safe_dump({"model": {"objective": given}}))
+    words = ["--model.objective", given] if way == "option" else ["-c", str(own_modules / "mine.yaml")]
+    assert main(["fit", "--config", str(recipe), "--name", "x", *words]) == 2
+    error = capsys.readouterr().err
+    assert "give a class path such as my_objective.Weighted, with PYTHONPATH=. for a file beside you" in error
+    assert error.count("\n") == 1
+    assert not any(word in error for word in ("Given value: {", "CondenserModule", "backbone_config"))
+
+
 def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model:\n")
