@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from condenser.cli import main
 from condenser.corpus.documents import Document
-from condenser.corpus.inputs import in_short, resolve
+from condenser.corpus.inputs import FORMATS, in_short, resolve
 from condenser.corpus.prepare import prepare as prepare_from_python
 from condenser.corpus.repeats import keys_of, runs_of_words
 from condenser.data.collate import Vocabulary
@@ -187,6 +187,29 @@ def test_a_folder_of_texts_alone_gives_texts_but_what_is_about_them(tmp_path):
     found, left_out = read_from(tmp_path)
     assert found == [str(tmp_path / "a.TXT"), str(tmp_path / "b.txt")]
     assert "2 text beside data" in left_out
+
+
+@pytest.mark.parametrize(
+    ("fixture", "what"), [("run", "a run folder"), ("tiny_export", "an export"), ("store", "a token store")]
+)
+def test_what_the_commands_made_is_no_text_and_named(fixture, what, request, store, tmp_path, capsys):
+    folder = request.getfixturevalue(fixture)
+    capsys.readouterr()
+    assert f"{folder} is {what}, not text" in refused(capsys, folder, store / "tokenizer", tmp_path / "out")
+
+
+@pytest.mark.parametrize(("between", "said"), [("\n", True), ("\n\n", False)])
+def test_plain_text_without_blank_lines_is_said_to_be_one_document(between, said, store, tmp_path, capsys):
+    source = tmp_path / "a.txt"
+    source.write_text(between.join(make_documents(40)))
+    assert prepared(source, store / "tokenizer", tmp_path / "out")["documents"] == (1 if said else 40)
+    out = capsys.readouterr().out
+    assert (f"{source}: 1 document in 40 lines: in plain text a blank line ends a document" in out) is said
+    assert ("give more than one document" in out) is said
+
+
+def test_what_is_read_is_the_same_in_the_help_as_in_what_refuses():
+    assert FORMATS in " ".join(prepare_from_python.__doc__.split())
 
 
 @pytest.mark.parametrize("name", ["f.csv", "_SUCCESS.json", "*.csv", "deep/.ipynb_checkpoints/*.json", "nothing/**"])

@@ -20,7 +20,8 @@ class Document(NamedTuple):
 
 
 def check(sources: list[Source], skip_bad_lines: bool) -> list[Source]:
-    """Read the beginning of every source, so that what cannot work stops before any work.
+    """Read the beginning of every source, so that what cannot work stops before any work. Plain text that is one
+    document of many lines is named.
 
     Returns:
         those without any document that were not named themselves.
@@ -28,11 +29,18 @@ def check(sources: list[Source], skip_bad_lines: bool) -> list[Source]:
     Raises:
         ValueError: as `units` and `documents`, or a source that was named, or all, without any document.
     """
-    empty = []
+    empty, undivided = [], []
     for source in sources:
         found = (documents(unit, skip_bad_lines) for unit in units(source, 1 << 16))
-        if not any(good or bad for good, bad in found):
+        good, bad = next((pair for pair in found if any(pair)), ([], []))
+        n_lines = good[0].text.count("\n") + 1 if good else 0
+        if not (good or bad):
             empty.append(source)
+        elif source.kind == "text" and n_lines >= 20 and len(good) == 1 and not any(map(any, found)):
+            undivided.append(f"{source.name}: 1 document in {n_lines:,} lines")
+    if undivided:
+        more = f" ({len(undivided) - 1:,} more such files)" if undivided[1:] else ""
+        print(f"{undivided[0]}: in plain text a blank line ends a document{more}")
     for source in empty:
         if not source.found or len(empty) == len(sources):
             raise ValueError(f"{source.name} holds no documents")

@@ -24,7 +24,7 @@ SYSTEMS_OWN = ("__MACOSX", "__pycache__")  # folders
 ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "copying")  # how names of plain text begin
 OF_DATASETS = {"dataset_dict.json": b'"splits"', "state.json": b'"_data_files"', "dataset_info.json": b""}
 FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
-
+OURS = {"a run folder": ("config.yaml", "metrics.csv"), "an export": ("config.json", "condenser.json")}  # what is there
 
 LeftOut = tuple[str, str]  # a path, and why it is not read
 
@@ -57,6 +57,10 @@ def resolve(inputs: list[str], split: str = "train", **columns: Any) -> tuple[li
 def sources_of(name: str) -> tuple[list[Source], list[LeftOut]]:
     """Of one name, which may be that of a path although it looks like a pattern."""
     if os.path.isdir(name):
+        ours = [what for what, files in OURS.items() if all(Path(name, file).is_file() for file in files)]
+        if ours or is_store(name):
+            what = ours[0] if ours else "a token store"
+            raise ValueError(f"{name} is {what}, not text: give what `condenser prepare` made stores of")
         return chosen(within(name, set()))
     if os.path.exists(name):
         return [file_source(name)], []

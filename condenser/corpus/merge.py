@@ -154,5 +154,6 @@ def summary(store: Path, manifest: dict[str, Any]) -> str:
     lines.append(in_words(counts, "tokens_kept", "tokens_dropped", "tokens_unknown", "special_tokens_as_text"))
     lines += [f"bad: {bad}" for bad in manifest["bad"][:3]]
     if not splits["validation"]["rows"]:
-        lines.append("no document is in the validation split: raise --validation-fraction to validate during training")
+        advice = "raise --validation-fraction" if counts["kept"] > 1 else "give more than one document"
+        lines.append(f"no document is in the validation split: {advice} to validate during training")
     return "\n".join(lines)

@@ -83,9 +83,9 @@ def prepare(
     On several machines, give each the same command with its --shard, then run `condenser prepare merge` once.
 
     Args:
-        input: files (.jsonl, .ndjson, .parquet, .txt; .gz, .xz or .zst of them), folders with whatever of these they
-            hold, patterns (`**` too), or a Hugging Face dataset (a saved folder, or NAME[:CONFIGURATION] on the hub).
-            In plain text a blank line ends a document. What is found but not read is named.
+        input: files (.jsonl, .ndjson, .json, .txt, .text, .parquet, or .gz, .xz, .zst of it), folders with whatever of
+            these they hold, patterns (`**` too), or a Hugging Face dataset (a saved folder, or NAME[:CONFIGURATION] on
+            the hub). In plain text a blank line ends a document. What is found but not read is named.
         tokenizer: a folder, a hub name, or train:SIZE for a lower-casing WordPiece trained on the input.
         output: the store's folder.
         kind: blocks are independent rows; spans are those of documents with at least two (coCondenser).
