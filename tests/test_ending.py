@@ -484,6 +484,15 @@ def test_from_python_a_module_is_given_another_data_module_as_if_it_were_its_fir
         assert losses[0] == losses[1]
 
 
+def test_from_python_what_was_validated_can_be_saved(store, tmp_path):
+    module, data = module_and_data(store)
+    trainer = trainer_of(tmp_path, 1)
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    again = CondenserModule.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert all(torch.equal(weight, module.state_dict()[name]) for name, weight in again.state_dict().items())
+
+
 def test_from_python_a_data_module_that_gave_pairs_gives_rows_to_the_next(spans, tmp_path):
     (co, data), (plain, other) = module_and_data(spans, objective=CoCondenser), module_and_data(spans)
     trainer_of(tmp_path, 1).validate(co, datamodule=data, verbose=False)

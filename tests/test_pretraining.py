@@ -133,6 +133,17 @@ def test_losses_are_those_of_the_training_step(name):
     torch.testing.assert_close(model(**rows).loss, pass_loss(model.model, batch, scale, False).loss)
 
 
+def test_in_double_precision_as_lightning_sets_it_dupmae_has_its_losses():
+    torch.manual_seed(0)
+    model, batch = CondenserForPreTraining.of(DupMAE.from_masked_lm(MODELS["bert"](0.0))).eval(), tiny_batch()
+    expected = model(**batch).loss.item()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert model.double()(**batch).loss.item() == pytest.approx(expected, rel=1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_in_training_a_decoder_sees_others_in_each_batch_and_else_always_the_same():
     model = CondenserForPreTraining.of(RetroMAE.from_masked_lm(MODELS["bert"](0.0))).eval()
     losses = [model(**tiny_batch()).decoder_loss.item() for _ in range(3)]

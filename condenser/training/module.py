@@ -124,6 +124,7 @@ class CondenserModule(L.LightningModule):
         }
         self.model: Objective | None = None
         self.is_prepared = False  # for training, by the settings above
+        self.guard: Any = None  # of the steps, in training
         self.start: dict[str, Tensor] = {}  # weights before the first step, where the decay is toward them
         self.length, self.validation_owed = 0, False  # see ending.py
         self.stopped: str | None = None
@@ -390,12 +391,13 @@ class CondenserModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         assert self.model is not None
-        self.guard.check()  # the last step's, before its weights are kept
+        if self.guard is not None:
+            self.guard.check()  # the last step's, before its weights are kept
         datamodule, config = self.datamodule, Path(self.trainer.default_root_dir) / CONFIG
         self.count(self.since.tolist())
         checkpoint["steps_per_epoch"], checkpoint["stores"] = datamodule.steps_per_epoch, datamodule.digests
         checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.validation_owed
-        if "optimizer_states" in checkpoint and not isinstance(self.trainer.strategy, ModelParallelStrategy):
+        if checkpoint.get("optimizer_states") and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
             checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
         run_config = config.read_text(encoding="utf-8") if config.is_file() else ""
