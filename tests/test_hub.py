@@ -104,6 +104,23 @@ def test_an_export_that_was_read_as_another_class_is_not_taken_for_this_one(tiny
     about.write_text(kept)
 
 
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"c_head.1000000000.a": torch.zeros(1)},
+        {"c_head.x.y": torch.zeros(1)},
+        {"c_head.0.a": "text"},
+        {7: torch.zeros(1)},
+    ],
+)
+def test_a_head_that_is_none_is_one_line_at_once(state, tiny_export, tmp_path):
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_export / file, tmp_path)
+    torch.save(state, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"model\.pt"):
+        load_authors_checkpoint(tmp_path, skip_from=1)
+
+
 def test_whoever_may_read_a_files_folder_may_read_all_of_an_export(tiny_export):
     modes = {path.stat().st_mode for path in tiny_export.rglob("*") if path.is_file()}
     assert len(modes) == 1

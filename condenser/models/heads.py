@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
@@ -26,13 +27,25 @@ def head_beside(name: str, hub: Mapping[str, Any]) -> tuple[dict[str, Tensor] | 
     """
     if path := file_of(name, HEAD_FILE, hub):
         head, about = read_safetensors(path)
-        return head, about.get("objective", class_path(Condenser)), json.loads(about["head"])
+        try:
+            settings = json.loads(about["head"])
+        except (KeyError, ValueError):
+            settings = None
+        if not isinstance(settings, dict):
+            raise ValueError(f"{path} does not say its head's settings: it is damaged, or not what export wrote")
+        return head, about.get("objective", class_path(Condenser)), settings
     if path := file_of(name, AUTHORS_FILE, hub):
         state = load_file(path)
-        head = {key: state[key] for key in state if key.startswith("c_head.")} if isinstance(state, dict) else {}
+        state = state if isinstance(state, dict) else {}
+        head = {str(key): value for key, value in state.items() if str(key).startswith("c_head.")}
         if not head:
             raise ValueError(f"{path} holds no head (keys c_head.*): remove it to start without one")
-        return head, None, {"n_head_layers": 1 + max(int(key.split(".")[1]) for key in head)}
+        numbers = {key.split(".")[1] for key in head}
+        if numbers != {str(number) for number in range(len(numbers))} or not all(map(torch.is_tensor, head.values())):
+            raise ValueError(
+                f"{path}: what it holds as c_head.0.*, c_head.1.*, ... are not the weights of so many layers"
+            )
+        return head, None, {"n_head_layers": len(numbers)}
     return None, None, {}
 
 
