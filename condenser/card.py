@@ -18,6 +18,11 @@ PAPERS = {
 }
 
 
+def named(files: list[str]) -> str:
+    left = len(files) - FILES_NAMED
+    return ", ".join(files[:FILES_NAMED]) + (f" and {left:,} more" if left > 0 else "")
+
+
 def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> str:
     """The page that the hub shows; its first part is the hub's metadata."""
     config, data, numbers = model.lm.config, card["data"], card["measured"]
@@ -26,8 +31,7 @@ def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> 
     about |= {"tags": ["condenser", "dense-retrieval", "masked-lm"]}
     if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
         about["base_model"] = backbone  # of the hub
-    names = [source["name"] for source in data["settings"]["sources"]]
-    files = ", ".join(names[:FILES_NAMED]) + (f" and {len(names) - FILES_NAMED:,} more" if names[FILES_NAMED:] else "")
+    files = named([source["name"] for source in data["settings"]["sources"]])
     name = type(model).__name__
     control = name == "Condenser" and not model.head_state()
     objective = "plain MLM" if control else name

@@ -36,7 +36,7 @@ def check(sources: list[Source], skip_bad_lines: bool) -> list[Source]:
         n_lines = good[0].text.count("\n") + 1 if good else 0
         if not (good or bad):
             empty.append(source)
-        elif source.kind == "text" and n_lines >= 20 and len(good) == 1 and not any(map(any, found)):
+        elif source.kind == "text" and n_lines >= 20 and len(good) == 1 and not any(map(any, found)):  # and no more
             undivided.append(f"{source.name}: 1 document in {n_lines:,} lines")
     if undivided:
         more = f" ({len(undivided) - 1:,} more such files)" if undivided[1:] else ""

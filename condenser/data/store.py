@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-PARTIAL = "*." + "[0-9a-f]" * 8 + ".partial"  # names of files that are being written
+PARTIAL = "." + "[0-9a-f]" * 8 + ".partial"  # ends the names of files that are being written
 MANIFEST = "manifest.json"
 SPLITS = ("train", "validation")
 SPECIAL_TOKENS = 2  # [CLS] and [SEP], which a row gets when it is fed
@@ -132,7 +132,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 def leftovers(folder: Path, *names: str) -> list[Path]:
     """The temporary files or folders of these names, or patterns of them, that killed processes have left."""
-    return [path for name in names for path in folder.glob(name + PARTIAL[1:]) if not path.is_symlink()]
+    return [path for name in names for path in folder.glob(name + PARTIAL) if not path.is_symlink()]
 
 
 def write_json(path: Path, value: Any) -> None:

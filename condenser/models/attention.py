@@ -64,7 +64,7 @@ class Sequences(NamedTuple):
     keys: Bounds
     queries: Bounds
     query_index: Tensor  # [Q] int64
-    position_ids: Tensor  # [T] int64, from 0 in each sequence
+    position_ids: Tensor  # [T] int64, as they are embedded: from 0 in each sequence, or behind its padding
 
 
 def sequences_of(batch: dict[str, Any], hidden: Tensor, as_they_lie: bool) -> Sequences:
@@ -153,6 +153,7 @@ def attend(
 
 
 def attend_as_they_lie(query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds, scores: Scores) -> Tensor:
+    """`attend` by the kernel that takes bounds."""
     from torch.nn.attention.varlen import varlen_attn
 
     key, value = key_value.unbind(1)

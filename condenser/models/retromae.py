@@ -140,8 +140,8 @@ class DupMAE(RetroMAE):
         laid_out = logits.new_full((n * rows.longest, logits.shape[1]), LEAST).index_copy(0, rows.slots, logits)
         strongest = laid_out.view(n, rows.longest, -1).amax(1)  # [B, V]
         word = rows.slots // rows.longest * logits.shape[1] + original.clamp(min=0)
-        none = torch.zeros(strongest.numel(), dtype=torch.float32, device=late.device)
-        times = none.index_add(0, word, ordinary.float())
+        times = torch.zeros(strongest.numel(), dtype=torch.float32, device=late.device)
+        times = times.index_add(0, word, ordinary.float())
         words = (times > 0).view(strongest.shape)
         nats = -at_least_fp32(strongest).log_softmax(-1)
         return (nats * words).sum(1) / words.sum(1).clamp(min=1)

@@ -22,7 +22,7 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from condenser.data.store import PARTIAL, atomic_write
+from condenser.data.store import atomic_write, leftovers
 from condenser.models.files import load_file
 from condenser.runs import seal, step_of
 from condenser.training.ending import averaging
@@ -136,7 +136,7 @@ def sync_folder(folder: Path) -> None:
 
 def remove_leftovers(run: Path) -> None:
     """What a process was writing when it was killed."""
-    for leftover in (*run.glob(PARTIAL), *(run / "checkpoints").glob(PARTIAL)):
+    for leftover in leftovers(run, "*", "checkpoints/*"):
         if leftover.is_file():
             leftover.unlink(missing_ok=True)
 

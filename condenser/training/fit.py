@@ -133,21 +133,22 @@ class RunCLI(LightningCLI):
     def begin_run(self, settings: Any) -> None:
         """Make the run folder, or see that it is this configuration's own."""
         text = dumped(self)
+        stores = [settings.data.store] if settings.data.store else settings.data.stores or ()
+        folders = [store_folder(name) for name in stores]
         if self.checkpoint is not None:
             if not goes_on(self.run, self.checkpoint, yaml.safe_load(text)):
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
-            stores = [settings.data.store] if settings.data.store else settings.data.stores
             content = load_file(self.checkpoint, mmap=True)
             if "stores" in content:
-                check_same_stores(content["stores"], [store_folder(name) for name in stores], self.checkpoint)
+                check_same_stores(content["stores"], folders, self.checkpoint)
         elif (self.run / SUMMARY).is_file():
             raise ValueError(
                 f"{self.run} has ended ({SUMMARY}), and none of its checkpoints is there and whole: give another "
                 "--name, or remove the folder to begin anew"
             )
-        for name in [settings.data.store] if settings.data.store else settings.data.stores or ():
-            read_manifest(store_folder(name))
+        for folder in folders:
+            read_manifest(folder)
         if is_first_rank():
             ours = any((self.run / name).exists() for name in ("lock", "checkpoints", METRICS))
             if (self.run / CONFIG).exists() and not ours:

@@ -150,7 +150,7 @@ class CondenserModule(L.LightningModule):
         layers = self.layers
         if self.model is None:
             self.model = self.built(print if trainer.is_global_zero else lambda message: None)
-        elif not self.is_prepared:
+        else:
             layers = layers | {"reinit_layers": 0}  # those of the checkpoint are trained
         if not self.is_prepared:
             self.prepare(self.model, layers)

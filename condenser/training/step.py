@@ -177,7 +177,7 @@ class TrainingStep:
         share of those of weights that the contrast has of its own. It is computed whole on every device, so that
         nothing but vectors has to be exchanged."""
         own = self.of_head
-        everything = gathered(self.objective, batch, vectors, batch, self.all_reduce).requires_grad_()
+        everything = gathered(self.objective, zip(batch, vectors, strict=True), batch, self.all_reduce).requires_grad_()
         with torch.enable_grad():
             term: Term = self.objective.contrast(everything)  # type: ignore[misc]
             if term.over != "n_sequences":
@@ -244,17 +244,16 @@ def with_surrogate(loss: Tensor, objective: Objective, cls: Tensor | None, known
 
 def gathered(
     objective: Objective,
-    passes: Iterable[Fields],
-    vectors: Iterable[Tensor],
+    passes: Iterable[tuple[Fields, Tensor]],
     batch: StepBatch,
     all_reduce: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The ``vectors`` ``[B, H]`` of this device's ``passes``, and those of all other devices, in the order of the step:
+    """The vectors ``[B, H]`` of this device's ``passes``, and those of all other devices, in the order of the step:
     ``[N, H]``, of weights' type."""
     n, width = batch.n_sequences, objective.lm.config.hidden_size
     dtype = next(objective.parameters()).dtype
     everything = torch.zeros(n + 1, width, dtype=dtype, device=batch.buffer.device)  # dummies are put at the end
-    for fields, some in zip(passes, vectors, strict=True):
+    for fields, some in passes:
         everything.index_copy_(0, fields["slots"], some.detach().to(dtype))
     return all_reduce(everything[:n])
 

@@ -27,13 +27,12 @@ class Validation:
 
     def add(self, batch: StepBatch, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Count a step; ``all_reduce`` adds up a tensor over all devices."""
-        model, counted, vectors = self.model, [], []
+        model, counted = self.model, []
         for fields in batch:
             cls, terms = cls_and_terms(model, inputs_of(fields), score=True)
             if fields.get("again"):
                 continue
-            counted.append(fields)
-            vectors.append(cls)
+            counted.append((fields, cls))
             at_mask = fields["input_ids"][fields["masked_index"]] == self.mask_id
             self.mean("unigram_loss_at_mask").update(self.unigram_nats[fields["labels"]][at_mask])
             for name, term in terms.items():
@@ -41,7 +40,7 @@ class Validation:
                 if term.losses is not None and term.over == "n_masked":
                     self.mean(f"{name}_loss_at_mask").update(term.losses[at_mask])
         if model.contrast is not None:
-            everything = gathered(model, counted, vectors, batch, all_reduce)  # type: ignore[arg-type]
+            everything = gathered(model, counted, batch, all_reduce)  # type: ignore[arg-type]
             if len(everything) > 2:  # a document alone is told from no other
                 self.add_term("contrast", model.contrast(everything), len(everything))
 

@@ -60,7 +60,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        """States ``[T, H]`` of tokens ``[T]``, whose ``position_ids`` begin at 0 with every sequence."""
+        """States ``[T, H]`` of tokens ``[T]``; ``position_ids`` begin at 0 with a sequence, or behind its padding."""
 
     @abstractmethod
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
