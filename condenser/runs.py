@@ -174,7 +174,7 @@ def read_mapping(path: Path) -> Any:
     return content
 
 
-def read_metrics(path: Path) -> Curves:
+def read_metrics(path: Path, may_be_empty: bool = False) -> Curves:
     """Curves by metric. Of a step that a resumed run logged again, the later row counts; a cut last line does not."""
     points: defaultdict[str, tuple[array, array]] = defaultdict(lambda: (array("q"), array("d")))
     with open(path, encoding="utf-8", newline="") as file:
@@ -192,7 +192,7 @@ def read_metrics(path: Path) -> Curves:
                 steps.append(step)
                 values.append(value)
     points.pop("epoch", None)
-    if not points:
+    if not points and not may_be_empty:
         raise ValueError(f"{path} holds no values yet: wait until the run has logged its first step")
     return {name: in_order(np.array(steps), np.array(values)) for name, (steps, values) in points.items()}
 

@@ -1,9 +1,11 @@
 """Exact over time: a run that was killed anywhere and goes on is the run that was left alone."""
 
 import copy
+import itertools
 import json
 import os
 import random
+import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -17,6 +19,7 @@ from test_training import assert_same_weights, final_state, metrics_of
 from condenser.cli import main
 from condenser.data.datamodule import CondenserDataModule, Steps
 from condenser.runs import checkpoints, step_of
+from condenser.training.checkpoints import Checkpoints
 
 N_STEPS, N_MICRO = 20, 4
 LATE = 1_000_001  # within an epoch of 8 steps
@@ -310,6 +313,61 @@ def test_with_averaged_weights_resumed_equals_uninterrupted(recipe, tmp_path):
         assert all(torch.equal(value, states[1][key][name]) for name, value in states[0][key].items())
     averaged = states[0]["state_dict"]
     assert any(not torch.equal(value, averaged[name]) for name, value in states[0]["current_model_state"].items())
+
+
+ENDS = {
+    "within an epoch": {"trainer__max_steps": 10},
+    "after an epoch": {"trainer__max_steps": 12},
+    "by epochs": {"trainer__max_steps": -1, "trainer__max_epochs": 3},
+    "often validated": {
+        "trainer__max_steps": 10,
+        "trainer__val_check_interval": 2,
+        "trainer__check_val_every_n_epoch": None,
+    },
+}
+GUESTS = {
+    "alone": [],
+    "EMAWeightAveraging": [{"decay": 0.9}],
+    "StochasticWeightAveraging": [{"swa_lrs": 1e-3, "swa_epoch_start": 1, "annealing_epochs": 2}],
+    "EarlyStopping": [{"monitor": "val/loss"}],
+}
+QUICK = [("within an epoch", "alone"), ("by epochs", "StochasticWeightAveraging")]
+OTHERS = [pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product(ENDS, GUESTS) if each not in QUICK]
+
+
+@pytest.mark.parametrize(("end", "guest"), [*QUICK, *OTHERS])
+def test_a_run_that_was_killed_after_any_of_its_checkpoints_ends_as_if_it_had_not_been(
+    end, guest, recipe, tmp_path, monkeypatch
+):
+    guests = [{"class_path": f"lightning.pytorch.callbacks.{guest}", "init_args": args} for args in GUESTS[guest]]
+    every_epoch = {"trainer__val_check_interval": 1.0, "trainer__check_val_every_n_epoch": 1}
+    changes = {"data__batch_size": 248, "checkpoint__every_n_steps": 3, "trainer__callbacks": guests}
+    file = write_recipe(recipe, tmp_path / "r.yaml", **changes, **every_epoch | ENDS[end])
+    arguments = ["fit", "--config", str(file), "--runs_dir", str(tmp_path), "--name"]
+    left, save = tmp_path / "left", Checkpoints.save
+
+    def saved(self, trainer, path, ends=False):
+        done = save(self, trainer, path, ends)
+        shutil.copytree(left, tmp_path / f"killed-after-{len(list(tmp_path.iterdir()))}-{path.stem}")
+        return done
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Checkpoints, "save", saved)
+        assert main([*arguments, "left"]) == 0
+
+    def summary(run):
+        content = json.loads((run / "summary.json").read_text())
+        return content | {"seconds_since_last_start": None}
+
+    killed = sorted(tmp_path.glob("killed-after-*"))
+    assert len(killed) > 5
+    for run in killed:
+        assert not (run / "summary.json").exists()
+        assert main([*arguments, run.name]) == 0
+        assert_same_state(run, left)
+        assert metrics_of(run) == metrics_of(left), run
+        assert summary(run) == summary(left), run
+        assert checkpoints(run)[0].name == checkpoints(left)[0].name
 
 
 @pytest.mark.slow

@@ -198,14 +198,17 @@ class Checkpoints(Checkpoint):
         if step == self.first_step:  # what was owed is done
             self.save_last(trainer)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.should_stop:  # before callbacks end training, which may put other weights in the place of these
-            self.save_last(trainer, ends=True)
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        if trainer.should_stop and not self.is_averaged_at_end(trainer, pl_module):
+            self.save_last(trainer, ends=True)  # before callbacks end training, which may leave other weights
 
     def on_train_end(self, trainer: L.Trainer, pl_module: Any) -> None:
-        is_averaged = averaging(trainer) and pl_module.stopped is None  # and is not to go on from there
-        if self.last_step != trainer.global_step or is_averaged:
+        if self.last_step != trainer.global_step or self.is_averaged_at_end(trainer, pl_module):
             self.save_last(trainer, ends=True)
+
+    def is_averaged_at_end(self, trainer: L.Trainer, pl_module: Any) -> bool:
+        """The average takes the place of the weights, which nothing goes on from then."""
+        return bool(averaging(trainer)) and pl_module.stopped is None
 
     def save_last(self, trainer: L.Trainer, ends: bool = False) -> None:
         if self.save(trainer, self.path("last", trainer.global_step), ends):

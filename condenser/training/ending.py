@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.data.store import write_json
 from condenser.models.files import load_file
-from condenser.runs import CONFIG, SUMMARY, changed_keys, length, read_mapping, step_of
+from condenser.runs import CONFIG, METRICS, SUMMARY, changed_keys, length, read_mapping, read_metrics, step_of
 from condenser.training.logs import hardware, versions
 
 SIGNAL, TIME = "a signal", "trainer.max_time"
@@ -153,15 +153,15 @@ class Ending(Callback):
             write_json(self.folder / SUMMARY, self.facts(trainer, pl_module))
 
     def facts(self, trainer: Any, module: Any) -> dict[str, Any]:
-        final = {name: float(value) for name, value in sorted(trainer.callback_metrics.items())}
+        curves = read_metrics(self.folder / METRICS, may_be_empty=True)  # also of before the last start
         return {
             "steps": trainer.global_step,
-            "epochs": trainer.current_epoch,
+            "epochs": round(trainer.global_step / module.datamodule.steps_per_epoch, 3),
             "tokens_seen": int(module.tokens_seen),
             "seconds_since_last_start": round(time.perf_counter() - self.began, 1),
             "parameters": sum(parameter.numel() for parameter in module.parameters()),
             "hardware": hardware(trainer),
             "precision": trainer.precision,
             "versions": versions(),
-            "final": {name: value for name, value in final.items() if name.startswith("val/")},
+            "final": {name: float(curves[name][1][-1]) for name in sorted(curves) if name.startswith("val/")},
         }

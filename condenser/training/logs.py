@@ -49,6 +49,7 @@ class MetricsCSV(Logger):
         self.path, self.every_n_steps = folder / METRICS, every_n_steps
         self.columns: list[str] = []
         self.unwritten: deque[dict[str, Any]] = deque()
+        self.last = b""  # line before those that are appended
 
     @property
     def name(self) -> str:
@@ -74,7 +75,7 @@ class MetricsCSV(Logger):
                     raise ValueError(f"{self.path}, line {number}: begins with {at[:20]!r}, which is no step")
                 if not line.endswith(b"\n") or int(at) >= step:
                     break
-                end += len(line)
+                end, self.last = end + len(line), line
             file.truncate(end)
 
     def write_again(self, columns: Sequence[str]) -> None:
@@ -116,6 +117,8 @@ class MetricsCSV(Logger):
             self.columns = columns
         with open(self.path, "ab", buffering=0) as file:
             line, end = self.line(row).encode(), file.tell()
+            if line == self.last:  # a validation that was done already, after which the run was killed
+                return
             if file.write(line) < len(line):
                 file.truncate(end)
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))

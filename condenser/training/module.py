@@ -155,6 +155,8 @@ class CondenserModule(L.LightningModule):
         if not self.is_prepared:
             self.prepare(self.model, layers)
         self.settle()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.length = length_of(trainer)
 
     def built(self, say: Callable[[str], None]) -> Objective:
         options = self.options
@@ -232,7 +234,6 @@ class CondenserModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = build_optimizer(self, self.optimization, self.start)
-        self.length = length_of(self.trainer)
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, self.length)}
 
     def on_fit_start(self) -> None:
@@ -299,7 +300,8 @@ class CondenserModule(L.LightningModule):
         scheduler: Any = self.lr_schedulers()
         if log:
             self.log_step(passes, totals, norm)
-        if isinstance(scheduler, LambdaLR):  # and not a callback's, of epochs
+        ends_epoch = self.global_step % self.trainer.num_training_batches == 0
+        if isinstance(scheduler, LambdaLR) or ends_epoch:  # that of a callback, as of averaging, is one of epochs
             scheduler.step()
 
     def figures(self, batch: StepBatch) -> Tensor:
@@ -357,12 +359,6 @@ class CondenserModule(L.LightningModule):
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         self.validation.add(batch, self.all_reduce)
 
-    def on_train_epoch_end(self) -> None:
-        scheduler: Any = self.lr_schedulers()
-        is_over = self.global_step % self.trainer.num_training_batches == 0  # and not stopped before
-        if is_over and not isinstance(scheduler, LambdaLR):
-            scheduler.step()
-
     def on_train_batch_end(self, outputs: Any, batch: StepBatch, batch_idx: int) -> None:
         self.end_here()  # after the callbacks
 
@@ -371,8 +367,9 @@ class CondenserModule(L.LightningModule):
         run, and should not where there may be no time for it."""
         trainer: Any = self.trainer
         if self.global_step >= self.length:
-            trainer.should_stop = True
-        elif trainer.should_stop:
+            trainer.should_stop = not self.validation_owed
+            trainer.val_check_batch = 1  # where it is owed, it is now
+        elif trainer.should_stop and not trainer.validating:
             self.stopped = stopped_by(trainer, self.guard.stop)
             if self.stopped is not None:
                 self.validation_owed = validation_follows(trainer, self.global_step)
@@ -383,7 +380,9 @@ class CondenserModule(L.LightningModule):
         """Lightning would let go of the gradients here, whose buffers stay."""
 
     def on_validation_epoch_end(self) -> None:
-        self.validation_owed = self.validation_owed and self.trainer.sanity_checking
+        if not self.trainer.sanity_checking:
+            self.validation_owed = False
+            self.end_here()
         found = self.validation.result()
         if "loss" in found:
             self.log("val/loss", found.pop("loss"), prog_bar=True)
@@ -396,7 +395,8 @@ class CondenserModule(L.LightningModule):
         datamodule, config = self.datamodule, Path(self.trainer.default_root_dir) / CONFIG
         self.count(self.since.tolist())
         checkpoint["steps_per_epoch"], checkpoint["stores"] = datamodule.steps_per_epoch, datamodule.digests
-        checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.validation_owed
+        in_last_validation = self.trainer.validating and self.global_step >= self.length > 0
+        checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.validation_owed or in_last_validation
         if checkpoint.get("optimizer_states") and not isinstance(self.trainer.strategy, ModelParallelStrategy):
             optimizer: Any = self.trainer.optimizers[0]
             checkpoint["optimizer_states"] = [in_model_order(checkpoint["optimizer_states"][0], optimizer, self)]
@@ -415,7 +415,7 @@ class CondenserModule(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             if "stores" in checkpoint:
                 check_same_stores(checkpoint["stores"], [*self.datamodule.weights], "the checkpoint")
-            step, whole, loops = checkpoint["global_step"], length_of(self.trainer), checkpoint["loops"]
+            step, whole, loops = checkpoint["global_step"], self.length, checkpoint["loops"]
             if step > whole:
                 raise ValueError(
                     f"the checkpoint has taken {step:,} steps, and the run is to have {whole:,}: see trainer.max_steps"
@@ -423,6 +423,8 @@ class CondenserModule(L.LightningModule):
             per_epoch, by_steps = self.datamodule.steps_per_epoch, self.trainer.max_steps != -1
             owed = checkpoint.get("owed", False)
             loops["fit_loop"] = loops_at(loops["fit_loop"], step, per_epoch, by_steps, owed)
+            if step == whole and owed:  # Lightning would leave out all that is still to be done
+                self.validation_owed, self.trainer.fit_loop.epoch_loop.max_steps = True, -1
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError if the checkpoint is of another model, naming the first weight that differs."""
