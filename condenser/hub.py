@@ -14,7 +14,7 @@ from condenser.data.store import check_file_name, tokenizer_hash
 from condenser.data.tokenizers import has_tokenizer, is_path, load_tokenizer, vocabulary_size
 from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
-from condenser.models.files import load_file
+from condenser.models.files import is_run, load_file
 from condenser.models.heads import AUTHORS_FILE, HEAD_FILE, load_head, parts
 from condenser.models.initial import draw_truncated, fill_vocabulary
 from condenser.models.objective import Objective, class_of, class_path
@@ -83,9 +83,9 @@ def warm_start(
 
 
 def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
-    if is_path(backbone) and not Path(backbone).is_dir():
+    if is_path(backbone) and not Path(backbone).is_dir() and not is_run(backbone):  # which is refused by what it is
         raise ValueError(f"model.backbone: no such folder: {backbone}")
-    if Path(backbone).is_dir() and not has_tokenizer(Path(backbone)):
+    if is_run(backbone) or (Path(backbone).is_dir() and not has_tokenizer(Path(backbone))):
         return  # bare weights: only the vocabulary's size can be compared
     if tokenizer_hash(load_tokenizer(backbone)) != tokenizer_hash(tokenizer):
         raise ValueError(

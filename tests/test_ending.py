@@ -493,6 +493,18 @@ def test_from_python_what_was_validated_can_be_saved(store, tmp_path):
     assert all(torch.equal(weight, module.state_dict()[name]) for name, weight in again.state_dict().items())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_from_python_spawned_processes_say_where_the_trained_weights_are(strategy, store, tmp_path, capfd):
+    module, data = module_and_data(store)
+    options = {"accelerator": "cpu", "devices": 2, "strategy": strategy, "max_steps": 2, "logger": False}
+    trainer = L.Trainer(**options, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer.fit(module, datamodule=data)
+    assert "read it with CondenserModule.load_from_checkpoint" in capfd.readouterr().out
+    (path,) = tmp_path.glob("**/*.ckpt")
+    assert CondenserModule.load_from_checkpoint(path, weights_only=True).model is not None
+
+
 def test_from_python_a_data_module_that_gave_pairs_gives_rows_to_the_next(spans, tmp_path):
     (co, data), (plain, other) = module_and_data(spans, objective=CoCondenser), module_and_data(spans)
     trainer_of(tmp_path, 1).validate(co, datamodule=data, verbose=False)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_backbones import FAMILIES
 from test_model import tiny_batch, tiny_config
 from transformers import (
@@ -262,9 +262,10 @@ def test_a_run_and_rows_that_are_too_long_are_refused_by_what_to_do(run, recipe,
             ValueError, match=f"is a run or its checkpoint: export it first, `condenser export {name} --o"
         ):
             CondenserForPreTraining.from_pretrained(name)
-    options = ["--name", "a", "--runs_dir", str(tmp_path), "--model.backbone", str(run)]
-    assert main(["fit", "--config", str(recipe), *options]) == 1
-    assert f"{run} is a run or its checkpoint: export it first" in capsys.readouterr().err
+    for name in (run, find_checkpoint(str(run))):
+        options = ["--name", "a", "--runs_dir", str(tmp_path), "--model.backbone", str(name)]
+        assert main(["fit", "--config", str(recipe), *options]) == 1
+        assert f"{name} is a run or its checkpoint: export it first" in capsys.readouterr().err
     model, ids = CondenserForPreTraining.from_pretrained(tiny_export), torch.ones(1, 41, dtype=torch.long)
     with pytest.raises(ValueError, match="a row of 41 tokens, and a backbone that takes 40"):
         model(input_ids=ids, labels=ids)
@@ -278,6 +279,40 @@ def test_what_is_damaged_or_nowhere_is_refused_in_one_line(tiny_export, tmp_path
         CondenserForPreTraining.from_pretrained(tmp_path / "saved")
     with pytest.raises((ValueError, OSError)):
         CondenserForPreTraining.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"settings": [1]}, {"backbone_config": {"hidden_size": 32}}, {"backbone_config": 3}], ids=str
+)
+def test_a_configuration_that_is_none_is_named_in_one_line(changes, tiny_export, tmp_path):
+    CondenserForPreTraining.from_pretrained(tiny_export).save_pretrained(tmp_path)
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+    with pytest.raises(ValueError, match=f"no configuration could be loaded from .*{tmp_path.name}.*: .") as caught:
+        CondenserForPreTraining.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_without_some_weight_is_refused_by_the_weights_name(tiny_export, tmp_path):
+    CondenserForPreTraining.from_pretrained(tiny_export).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in weights if "c_head.0" in name)
+    save_file({key: value for key, value in weights.items() if key != name}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=f"1 are missing, {name}"):
+        CondenserForPreTraining.from_pretrained(tmp_path)
+
+
+def test_gradients_are_the_same_with_hugging_faces_gradient_checkpointing(tiny_export):
+    gradients = []
+    for checkpointing in (False, True):
+        model = CondenserForPreTraining.from_pretrained(tiny_export)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        assert model.model.gradient_checkpointing is checkpointing
+        model(**{name: value[:, :16] for name, value in tiny_batch().items()}).loss.backward()
+        gradients.append({name: weight.grad for name, weight in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
 
 
 class OnesOwn(Condenser):

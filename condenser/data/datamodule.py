@@ -18,7 +18,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, SequentialSampler
 
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import EXTRAS, Fields, Masking, Shapes, StepBatch, Vocabulary, collate, filled
@@ -334,9 +334,10 @@ class Steps(Dataset):
         return filled(fields, self.shapes.fitting(fields)) if self.shapes else fields
 
 
-class Upcoming(SequentialSampler):
+class Upcoming(SequentialSampler, DistributedSampler):
     """The steps from a loader's position to the end of its epoch, which may have fewer than there are: Lightning limits
-    that number. (For ``overfit_batches`` it puts a sampler of its own in the place of any that is not sequential.)"""
+    that number. (It puts a sampler of its own in the place of one that is not distributed where there are several
+    devices, and of one that is not sequential for ``overfit_batches``.)"""
 
     def __init__(self, n_steps: int, limited: int | None, progress: dict[str, int]):
         self.n_steps, self.limited, self.progress = n_steps, limited or n_steps, progress

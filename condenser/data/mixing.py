@@ -7,7 +7,8 @@ is computed where it is asked for.
     sample   what is fed once; its number is its place in its epoch, from 0
     row      what a sample reads; its number counts the rows of all stores, one store after the other
     visit    how often the row was read before, over all epochs: the epoch itself, for a single store of weight 1
-    id       of a row: the same whatever else is mixed with it. Masks are drawn by (visit, id)
+    id       of a row: which of the stores it is of, and its number there, whatever the weights. Masks are drawn by
+             (visit, id)
 
 Legend: n samples of an epoch, N rows of all stores, B samples asked for.
 """

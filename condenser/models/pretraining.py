@@ -101,7 +101,8 @@ class CondenserConfig(PretrainedConfig):
 
 class CondenserForPreTraining(PreTrainedModel):
     """A masked LM, and what is trained on it: ``model.lm`` is the encoder with its MLM head, ``model.c_head`` (or
-    ``model.decoder``) the head that is dropped after pre-training.
+    ``model.decoder``) the head that is dropped after pre-training. Functions read the weights of ``model.lm``, so hooks
+    and adapters (NEFTune, LoRA) in its layers do nothing here.
 
     Args:
         config: of the masked LM and the objective.
@@ -110,6 +111,7 @@ class CondenserForPreTraining(PreTrainedModel):
 
     config_class = CondenserConfig
     base_model_prefix = "model"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: CondenserConfig, model: Objective | None = None):
         attention = model.lm.config._attn_implementation if model is not None else None
@@ -147,8 +149,12 @@ class CondenserForPreTraining(PreTrainedModel):
         hub = {key: options.pop(key) for key in OF_THE_HUB if key in options}
         config = options.pop("config", None) or config_of(str(name), hub)
         if isinstance(config, CondenserConfig) and not {"objective", *config.names} & options.keys():
+            with_report = options.pop("output_loading_info", False)
+            options |= {"config": config, "output_loading_info": True}
             with reading(name):
-                return super().from_pretrained(str(name), *args, config=config, **hub, **options)
+                loaded: Any = super().from_pretrained(str(name), *args, **hub, **options)
+            check_complete(str(name), loaded[1])
+            return loaded if with_report else loaded[0]
         dtype = as_dtype(options.pop("dtype", None))
         wanted = class_of_name(options.pop("objective", None))
         found = opened(str(name), {}, hub)

@@ -42,6 +42,18 @@ from condenser.training.module import CondenserModule
 # Lightning has members of enumerations for defaults, which a configuration holds by their values
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
+USAGE = "condenser {} -c RECIPE [-c FILE ...] --name NAME [--SETTING VALUE ...]"
+FIT_HELP = {
+    "usage": USAGE.format("fit"),
+    "description": "Train, or go on with a run from its newest checkpoint: the same command does both. All goes to "
+    "RUNS_DIR/NAME. Of recipes and files the later win, and over all of them settings that are given here by name, as "
+    "--data.batch_size 512 or --trainer.devices 8; --print_config shows what comes of it.",
+}
+VALIDATE_HELP = {
+    "usage": USAGE.format("validate"),
+    "description": "Validate a run's newest checkpoint, or that of --ckpt_path, with the settings of its fit.",
+}
+
 
 class FitParser(Parser, LightningArgumentParser):
     """Those that it makes are such too."""
@@ -306,7 +318,7 @@ def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, he
         trainer_defaults={"use_distributed_sampler": False},
         load_from_checkpoint_support=False,
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": "condenser", "description": __doc__},
+        parser_kwargs={"prog": "condenser", "description": __doc__, "fit": FIT_HELP, "validate": VALIDATE_HELP},
     )
 
 

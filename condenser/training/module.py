@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher  # there is no other sign of spawn and fork
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -228,6 +229,11 @@ class CondenserModule(L.LightningModule):
         device = self.trainer.strategy.root_device.type
         if device not in ("cpu", "cuda"):
             raise ValueError(f"trainer.accelerator: {device} is not supported; use cpu, or a CUDA GPU")
+        if isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher) and self.trainer.is_global_zero:
+            print(
+                "spawned and forked processes keep the model that they train: save a checkpoint, and read it with "
+                "CondenserModule.load_from_checkpoint"
+            )
         for callback in averaging(self.trainer):  # it copies the module here, and the model is still to be made
             self.configure_model()
             callback.setup(self.trainer, self, stage)
