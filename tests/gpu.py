@@ -23,7 +23,8 @@ import torch
 from transformers import BertConfig, BertForMaskedLM
 
 from condenser.data.collate import Masking, StepBatch
-from condenser.data.datamodule import CondenserDataModule, StepLoader
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.steps import StepLoader
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser

@@ -21,9 +21,10 @@ from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from condenser.cli import main
 from condenser.data.batching import BucketedBatches
-from condenser.data.collate import Masking, Shape, Shapes, StepBatch, Vocabulary, collate, filled
-from condenser.data.datamodule import Steps
+from condenser.data.collate import Masking, StepBatch, Vocabulary, collate
 from condenser.data.mixing import Mixture
+from condenser.data.shapes import Shape, Shapes, filled
+from condenser.data.steps import Steps
 from condenser.data.store import Rows
 from condenser.data.synthetic import SyntheticStore
 from condenser.models import attention, losses

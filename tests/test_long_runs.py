@@ -18,8 +18,8 @@ from test_training import metrics_of
 
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import StepBatch
-from condenser.data.datamodule import StepLoader
 from condenser.data.mixing import Mixture
+from condenser.data.steps import StepLoader
 from condenser.runs import read_metrics
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles
 from condenser.training.guard import Guard

@@ -23,8 +23,8 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForM
 from condenser.cli import main
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, StepBatch, Vocabulary
-from condenser.data.datamodule import Steps
 from condenser.data.pairs import Pairs, cut_pairs
+from condenser.data.steps import Steps
 from condenser.data.store import TokenStore
 from condenser.data.tokenizers import load_tokenizer
 from condenser.evaluation.probes import probe_store, sample_batches

@@ -17,7 +17,8 @@ from test_devices import DDP, start_ranks, wait_for, write_recipe
 from test_training import assert_same_weights, final_state, metrics_of
 
 from condenser.cli import main
-from condenser.data.datamodule import CondenserDataModule, Steps
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.steps import Steps
 from condenser.runs import checkpoints, step_of
 from condenser.training.checkpoints import Checkpoints
 

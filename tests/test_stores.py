@@ -18,10 +18,11 @@ from condenser.corpus.readers import Source
 from condenser.corpus.work import Share
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, Vocabulary, collate
-from condenser.data.datamodule import CondenserDataModule, StepLoader, Steps
+from condenser.data.datamodule import CondenserDataModule
 from condenser.data.hashing import hash_ints
 from condenser.data.mixing import Mixture
 from condenser.data.pairs import two_of
+from condenser.data.steps import StepLoader, Steps
 from condenser.data.store import TokenStore, check_same_stores, digest, names_of, read_manifest
 from condenser.data.tokenizers import load_tokenizer
 from condenser.evaluation.evaluate import print_rows

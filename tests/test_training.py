@@ -24,7 +24,8 @@ from torch import nn
 from transformers import BertConfig, BertForMaskedLM
 
 from condenser.cli import main
-from condenser.data.datamodule import CondenserDataModule, Steps
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.steps import Steps
 from condenser.data.store import read_manifest
 from condenser.hub import load_checkpoint, load_export
 from condenser.models.condenser import Condenser

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from condenser.data.collate import StepBatch
-from condenser.data.datamodule import CondenserDataModule, Steps, limited
+from condenser.data.datamodule import CondenserDataModule, limited
+from condenser.data.steps import Steps
 from condenser.data.store import SPECIAL_TOKENS
 from condenser.data.synthetic import SyntheticStore
 from condenser.models.flops import TOKENS_AT_ONCE, Work, bf16_peak

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from condenser.data.datamodule import CondenserDataModule, Steps
+from condenser.data.datamodule import CondenserDataModule
+from condenser.data.steps import Steps
 from condenser.data.store import read_manifest
 from condenser.data.store import verify as verify_files
 from condenser.reports.tables import table

@@ -5,9 +5,9 @@ from typing import Any
 
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Masking, Vocabulary
-from condenser.data.datamodule import Steps
 from condenser.data.mixing import Mixture
 from condenser.data.pairs import Pairs
+from condenser.data.steps import Steps
 from condenser.data.store import SPECIAL_TOKENS, TokenStore
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size

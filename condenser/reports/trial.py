@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.utils.benchmark import Timer
 
 from condenser.data.collate import StepBatch
-from condenser.data.datamodule import StepLoader, Steps
+from condenser.data.steps import StepLoader, Steps
 from condenser.data.store import SPECIAL_TOKENS
 from condenser.models.attention import put
 from condenser.models.condenser import Condenser
