@@ -37,6 +37,7 @@ class Parts(NamedTuple):
 
 class Bert(Backbone):
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
+    projections: ClassVar[tuple[str, ...]] = ("query", "key", "value")  # their names in Hugging Face's attention
 
     @property
     def embeddings(self) -> Any:
@@ -65,10 +66,11 @@ class Bert(Backbone):
 
     def parts(self, layer: Any) -> Parts:
         attention, out = layer.attention.self, layer.attention.output
+        query, key, value = (getattr(attention, name) for name in self.projections)
         return Parts(
-            query=attention.query,
-            key=attention.key,
-            value=attention.value,
+            query=query,
+            key=key,
+            value=value,
             out=out.dense,
             out_norm=out.LayerNorm,
             head_size=attention.attention_head_size,

@@ -1,7 +1,7 @@
 """DeBERTa of the second and third version: BERT's layers, whose scores also hold what a query says of a distance, and
 what a key does (disentangled attention, He et al. 2021)."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +9,13 @@ from transformers import PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from condenser.models.attention import PLAIN, Scores
-from condenser.models.backbones.bert import Bert, Parts, embedded, feed_forward, linear, norm, state_type
+from condenser.models.backbones.bert import Bert, embedded, linear, norm, state_type
 from condenser.models.dropout import drop
 
 
 class Deberta(Bert):
     model_types = ("deberta-v2",)
+    projections: ClassVar[tuple[str, ...]] = ("query_proj", "key_proj", "value_proj")
     has_kernel = False
 
     def __init__(self, lm: PreTrainedModel):
@@ -23,20 +24,6 @@ class Deberta(Bert):
             raise ValueError("a deberta-v2 with a convolution (conv_kernel_size) is not supported")
         if not self.lm.config.legacy:
             raise ValueError("a deberta-v2 with another MLM head (legacy: false) is not supported")
-
-    def parts(self, layer: Any) -> Parts:
-        attention, out = layer.attention.self, layer.attention.output
-        return Parts(
-            query=attention.query_proj,
-            key=attention.key_proj,
-            value=attention.value_proj,
-            out=out.dense,
-            out_norm=out.LayerNorm,
-            head_size=attention.attention_head_size,
-            dropout=attention.dropout,
-            out_dropout=out.dropout,
-            **feed_forward(layer),
-        )
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         parts = self.embeddings
