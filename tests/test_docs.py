@@ -15,6 +15,7 @@ from pydoc import locate
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from conftest import TINY_MODEL
 from sentence_transformers import SentenceTransformer
@@ -125,6 +126,19 @@ def example(own_modules):
 
 def fit(recipe, folder, name, *options):
     return main(["fit", "--config", str(recipe), "--runs_dir", str(folder), "--name", name, *options])
+
+
+def test_from_python_the_page_s_script_trains_and_its_checkpoint_is_exported(store, tmp_path, monkeypatch):
+    (text,) = re.findall(r"```python\n(import lightning.*?)```", (DOCS / "training.md").read_text(), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    text = text.replace("data/tokens/demo", str(store)).replace("max_steps=100", "max_steps=2")
+    Path("mine.py").write_text(text)
+    found = runpy.run_path("mine.py")
+    assert found["trainer"].global_step == 2
+    assert main(["export", "mine.ckpt", "--output", "mine-export"]) == 0
+    exported = AutoModel.from_pretrained("mine-export").state_dict()
+    trained = found["module"].model.lm.base_model.state_dict()
+    assert all(torch.equal(weight, exported[name]) for name, weight in trained.items())
 
 
 def test_another_objective_is_a_file_and_a_yaml(recipe, tmp_path, example, monkeypatch, capsys):

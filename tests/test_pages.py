@@ -137,6 +137,7 @@ def test_every_setting_named_exists():
     known |= {f"model.optimizer.{name}" for name in inspect.signature(Optimization).parameters}
     files = {"model.pt", "model.onnx", "data.md"}
     for page, text in TEXTS.items():
+        text = re.sub(r"```python.*?```", "", text, flags=re.DOTALL)
         for name in re.findall(r"(?<![\w./])(?:--)?((?:data|model|checkpoint|trainer)\.[a-z]\w*(?:\.[a-z]\w*)?)", text):
             if page == "docs/fine-tuning.md" or name in files or name.startswith("trainer.logger."):
                 continue
