@@ -127,7 +127,7 @@ def tiny_recipe(store):
     """Settings that train 8 steps of a tiny Condenser."""
     return {
         "seed_everything": 1,
-        "data": {"store": str(store), "batch_size": 32, "micro_batches_per_step": 4, "num_workers": 0},
+        "data": {"store": str(store), "batch_size": 32, "micro_batches_per_step": 2, "num_workers": 0},
         "model": {"backbone_config": TINY_MODEL, "skip_from": 1, "optimizer": {"learning_rate": 1e-3}},
         "checkpoint": {"every_n_steps": 3},
         "trainer": {

@@ -175,7 +175,7 @@ STEPS, VALIDATED = 6, 4  # the checkpoint of the validated step is kept as the b
 
 @pytest.fixture(scope="module")
 def runs(recipe, spans, tmp_path_factory):
-    """Runs without dropout over eight micro-batches a step, by name; all processes of one number are started once."""
+    """Runs without dropout over four micro-batches a step, by name; all processes of one number are started once."""
     folder = tmp_path_factory.mktemp("devices")
 
     def arguments(name, strategy=None, devices=1, callbacks=(), start=None, **changes):
@@ -183,7 +183,7 @@ def runs(recipe, spans, tmp_path_factory):
         path = write_recipe(
             recipe,
             folder / f"{name}.yaml",
-            data__micro_batches_per_step=8,
+            data__micro_batches_per_step=4,
             model__backbone_config__hidden_dropout_prob=0.0,
             model__optimizer__gradient_clip=0.0,  # which would hide a gradient of another length
             trainer__callbacks=[observer, *callbacks],

@@ -603,7 +603,7 @@ REFUSED = {
     "the weights of stores must be numbers": ["--data.store", "null", "--data.stores", '{"STORE": .nan}'],
     "STORE is there twice": ["--data.store", "null", "--data.stores", '{"STORE": 1, "STORE/.": 2}'],
     "has no setting 'hiden_size'": ["--model.backbone_config.hiden_size", "3"],
-    "micro_batches_per_step=4 needs at least as many": ["--data.batch_size", "2"],
+    "micro_batches_per_step=2 needs at least as many": ["--data.batch_size", "1"],
     "no such folder: ./nowhere": ["--model.backbone", "./nowhere"],
 }
 

@@ -546,7 +546,7 @@ class Poisoned(Condenser):
     def losses(self, batch, score=False):
         Poisoned.calls += self.training
         terms = super().losses(batch, score)
-        bad = Poisoned.calls == 4 * 4 + 3 and self.training  # step 5, micro-batch 2
+        bad = Poisoned.calls == 4 * 2 + 2 and self.training  # step 5, micro-batch 1
         return {name: Term(term.sum * (float("inf") if bad else 1.0)) for name, term in terms.items()} if bad else terms
 
 
@@ -561,8 +561,8 @@ def test_a_step_that_is_not_finite_is_skipped_and_stops_training_with_its_sample
     assert fit(recipe, tmp_path, "bad", *options) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     saved = torch.load(tmp_path / "bad" / "not-finite-step=5-rank=0.pt", weights_only=True)
-    samples = ", ".join(map(str, saved[2]["sample_ids"].tolist()))
-    assert f"not finite at step 5: the loss of micro-batch 2, samples {samples}." in error
+    samples = ", ".join(map(str, saved[1]["sample_ids"].tolist()))
+    assert f"not finite at step 5: the loss of micro-batch 1, samples {samples}." in error
     assert [path.name for path in checkpoints(tmp_path / "bad")] == [
         "last-step=4.ckpt",
         "best-step=4.ckpt",
@@ -620,7 +620,7 @@ def test_settings_that_this_machine_or_version_does_not_know_are_refused(option,
 
 @pytest.mark.parametrize("tokens", [700, 10**9])
 def test_micro_batches_joined_to_passes_take_the_same_steps(tokens, recipe, tmp_path):
-    dry = ["--model.backbone_config.hidden_dropout_prob", "0"]
+    dry = ["--model.backbone_config.hidden_dropout_prob", "0", "--data.micro_batches_per_step", "4"]
     assert fit(recipe, tmp_path, "apart", *dry) == 0
     assert fit(recipe, tmp_path, "joined", *dry, "--data.tokens_per_pass", str(tokens)) == 0
     assert_same_weights(tmp_path / "apart", tmp_path / "joined", rtol=1e-3, atol=2e-5)

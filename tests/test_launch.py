@@ -56,6 +56,7 @@ def directives(folder):
 def test_a_dry_run_writes_a_job_of_one_process_per_device_and_submits_nothing(recipe, project, commands, capsys):
     sbatch = commands("sbatch")
     more = ["--partition", "short", "--sbatch", "--mem=8G --comment='a b'", "--notice", "90", "--time", "1:00:00"]
+    more += ["--data.micro_batches_per_step", "4"]
     assert launch(recipe, "--name", "N", "--nodes", "2", *more) == 0
     folder = project / "runs" / "N" / "launch"
     assert directives(folder) == [

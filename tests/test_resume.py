@@ -22,7 +22,7 @@ from condenser.data.steps import Steps
 from condenser.runs import checkpoints, step_of
 from condenser.training.checkpoints import Checkpoints
 
-N_STEPS, N_MICRO = 20, 4
+N_STEPS, N_MICRO = 20, 2
 LATE = 1_000_001  # within an epoch of 8 steps
 
 
