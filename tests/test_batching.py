@@ -63,7 +63,7 @@ def test_steps_and_micro_batches_have_equal_tokens_up_to_a_sequence():
         assert np.ptp(window) < 0.05 * np.mean(window)
 
 
-@pytest.mark.parametrize("micro_batches_per_step", [1, 2, 4, 8])
+@pytest.mark.parametrize("micro_batches_per_step", [1, 8])
 @pytest.mark.parametrize("batch_size", [32, 1024])
 def test_every_token_weighs_alike_whatever_its_row_and_the_number_of_micro_batches(batch_size, micro_batches_per_step):
     """A step's loss is a mean, so a token weighs 1 / the step's tokens; by quarters of the rows' lengths."""

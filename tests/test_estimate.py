@@ -87,8 +87,12 @@ FUSED = Setting("bf16-mixed", checkpointing=True, fused=True, on_gpu=False)
 NEEDS_NEW_TORCH = pytest.mark.skipif(not FUSED_AVAILABLE, reason="needs torch 2.13")
 
 
-@pytest.mark.parametrize("pruned", [True, False])
-@pytest.mark.parametrize("setting", [*SETTINGS, pytest.param(FUSED, marks=NEEDS_NEW_TORCH)])
+QUICK = [(SETTINGS[0], True), (SETTINGS[3], False), pytest.param(FUSED, True, marks=NEEDS_NEW_TORCH)]
+OTHERS = [*itertools.product(SETTINGS[1:3], (True, False)), (SETTINGS[0], False), (SETTINGS[3], True)]
+OTHERS = [pytest.param(*each, marks=pytest.mark.slow) for each in OTHERS]
+
+
+@pytest.mark.parametrize(("setting", "pruned"), [*QUICK, *OTHERS])
 def test_memory_is_that_of_real_steps(setting, pruned):
     rehearsed = rehearsal_of(pruned=pruned).peak(setting, LENGTHS)
     measured = allocated_at_most(train, small_module(pruned=pruned), setting)

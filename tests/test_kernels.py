@@ -14,7 +14,6 @@ from torch import nn
 from condenser.models import short_attention as short
 from condenser.models.attention import bounds_of
 from condenser.models.dropout import Seeds, drop, kept
-from condenser.models.retromae import RetroMAE
 
 BEGINS = [0, 5, 5, 133, 200, 201]  # an empty sequence, one of 128 tokens, one of a single token
 
@@ -46,7 +45,7 @@ def check_against_torch(device, dtype, size, tolerance):
 def test_attention_over_short_sequences_equals_torchs_over_each_alone():
     """On a CPU, where triton interprets its kernels if it is told so before they are made."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    calls = [("float32", 16, 1e-5), ("float32", 64, 1e-5), ("float16", 32, 2e-3)]
+    calls = [("float32", 64, 1e-5), ("float16", 16, 2e-3)]
     program = "import test_kernels, torch\n" + "\n".join(
         f"test_kernels.check_against_torch('cpu', torch.{dtype}, {size}, {tolerance})"
         for dtype, size, tolerance in calls
@@ -86,6 +85,8 @@ def test_each_state_is_dropped_with_its_probability_whatever_its_place_module_an
     for axis in (0, 1):  # rows and columns differ by chance alone
         means = first.mean(axis)
         assert means.var() * shape[axis] / 0.09 == pytest.approx(1, abs=4.5 * (2 / len(means)) ** 0.5)
+    assert kept(dropouts[0].seed, shape, 0.0).all()
+    assert not kept(dropouts[0].seed, shape, 1.0).any()
     Seeds(dropouts.append(nn.Linear(1, 1))).draw()  # the next pass
     assert abs((first * (kept(dropouts[0].seed, shape, 0.1).double() - 0.9)).mean()) < 4 * 0.09 / n**0.5
 
@@ -101,7 +102,7 @@ def test_seeds_of_a_pass_come_from_the_generator_and_are_all_different(dropouts)
     assert len({tuple(each) for each in drawn[0] + drawn[2]}) == 100
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("p", [0.1, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.0, 1.0))])
 def test_compiled_dropout_drops_the_same_forwards_and_backwards(dropouts, p):
     dropouts[0].p = p
     states = torch.randn(300, 64, requires_grad=True)
@@ -119,6 +120,8 @@ def test_compiled_dropout_drops_the_same_forwards_and_backwards(dropouts, p):
 @pytest.mark.parametrize("longest", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_what_a_decoder_sees_is_the_same_compiled(longest):
     """The hash's products would wrap around in 32 bits, which C++ leaves undefined: by 24 it went another way."""
+    from condenser.models.retromae import RetroMAE  # which takes seconds, in the process of the interpreter too
+
     decoder = SimpleNamespace(decoder_mask_rate=0.7)
     rows = bounds_of(torch.arange(4) * longest, longest, 3 * longest, kernel=False)
     keys = torch.randint(-(2**31), 2**31, (3,), generator=torch.Generator().manual_seed(0))

@@ -129,12 +129,8 @@ def test_seeds_and_overlays_are_one_array_with_a_run_for_each(recipe, project):
     assert launch(recipe, "--name=N", "--overlays", "plain.yaml", "span.yaml", "--seeds", "0", "7") == 0
     folder = project / "runs/N/launch"
     settings = [yaml.safe_load((folder / f"settings-{number}.yaml").read_text()) for number in range(4)]
-    assert [each["name"] for each in settings] == [
-        "N-plain-seed=0",
-        "N-plain-seed=7",
-        "N-span-seed=0",
-        "N-span-seed=7",
-    ]
+    names = ["N-plain-seed=0", "N-plain-seed=7", "N-span-seed=0", "N-span-seed=7"]
+    assert [each["name"] for each in settings] == names
     assert [each["seed_everything"] for each in settings] == [0, 7, 0, 7]
     assert [each["model"]["init_args"]["n_head_layers"] for each in settings] == [0, 0, 2, 2]
     assert [each["data"]["mask_unit"] for each in settings] == ["word", "word", "span", "span"]
@@ -154,13 +150,9 @@ def test_the_snapshot_holds_the_package_and_what_git_knows_here(recipe, project)
     package = Path(condenser.__file__).parent
     ours = {path.relative_to(package.parent): path.read_bytes() for path in package.rglob("*.py")}
     assert ours == {path.relative_to(code): path.read_bytes() for path in (code / "condenser").rglob("*.py")}
-    beside = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
-    assert {name for name in beside if not name.startswith("condenser/")} == {
-        ".gitignore",
-        "COMMIT",
-        "my_objective.py",
-        "sub/in it.py",
-    }
+    files = {str(path.relative_to(code)) for path in code.rglob("*") if path.is_file()}
+    beside = {name for name in files if not name.startswith("condenser/")}
+    assert beside == {".gitignore", "COMMIT", "my_objective.py", "sub/in it.py"}
 
 
 @pytest.mark.parametrize("how", ["file", "package", "folder"])
@@ -180,7 +172,8 @@ def test_the_module_of_an_own_objective_is_taken_along_without_git_and_the_job_i
     path.write_text("raise SystemExit('edited')\n")
     code = project / "runs/N/launch/code"
     assert {path.name for path in code.rglob("*.txt")} == set(beside)
-    lines = [f'exec {sys.executable} -c "import {name} as mine; print(mine.__file__)"']
+    where = f"import importlib.util as found; print(found.find_spec('{name}').origin)"
+    lines = [f'exec {sys.executable} -c "{where}"']
     done, _ = run_job(code.parent, commands, lines, PYTHONPATH=str(own_modules))
     assert done.stdout.strip() == str(code / path.relative_to(own_modules)), done.stderr
 

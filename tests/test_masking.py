@@ -180,9 +180,9 @@ def test_permuted_is_a_permutation_and_can_be_asked_for_any_part(n):
 
 def test_permutations_of_different_keys_are_unrelated_and_uniform():
     n = 20
-    places = np.array([permuted(np.arange(n), n, key) for key in range(4000)])  # where each index is sent
+    places = np.array([permuted(np.arange(n), n, key) for key in range(1500)])  # where each index is sent
     counts = np.array([np.bincount(places[:, index], minlength=n) for index in range(n)])
-    assert (abs(counts - 200) < 5 * np.sqrt(200)).all()
+    assert (abs(counts - 75) < 5 * np.sqrt(75)).all()
 
 
 def test_hashes_are_uniform():
@@ -192,11 +192,7 @@ def test_hashes_are_uniform():
 
 
 # What the first version, which went over rows, gave for these: inputs, labels and sample ids are hashed
-MASKS_OF_ROWS = {
-    "word": "a472cf7739f28337",
-    "token": "ad501ecd169b7672",
-    "span": "bd41f052ee42c377",
-}
+MASKS_OF_ROWS = {"word": "a472cf7739f28337", "token": "ad501ecd169b7672", "span": "bd41f052ee42c377"}
 
 
 @pytest.mark.parametrize("unit", MASKS_OF_ROWS)

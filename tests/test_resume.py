@@ -147,26 +147,6 @@ def samples(store):
 
 
 @pytest.fixture(scope="module")
-def whole(recipe, tmp_path_factory):
-    """The run on two processes, left alone."""
-    run = Run(recipe, tmp_path_factory.mktemp("resume"), "whole")
-    run.on(2)
-    return run
-
-
-@pytest.fixture(scope="module")
-def killed(whole, recipe, samples):
-    """The same, killed at random in its first epoch and in its second, with and without loader workers."""
-    run, steps_per_epoch = Run(recipe, whole.folder, "killed"), samples[1]
-    at = random.randint(3, steps_per_epoch - 1), random.randint(steps_per_epoch + 2, 2 * steps_per_epoch - 1)
-    print(f"killed at {at}")
-    run.killed(2, workers=2, at=at[0])
-    run.killed(2, workers=0, at=at[1])
-    run.on(2, workers=2)
-    return run
-
-
-@pytest.fixture(scope="module")
 def alone(recipe, tmp_path_factory):
     """The run on one process, left alone."""
     run = Run(recipe, tmp_path_factory.mktemp("alone"), "alone")
@@ -184,14 +164,26 @@ def changing(alone, recipe):
     return run
 
 
-def test_one_process_killed_at_random_and_resumed_equals_uninterrupted_bit_for_bit(alone, recipe, samples):
-    run, steps_per_epoch = Run(recipe, alone.folder, "killed"), samples[1]
+def test_a_run_killed_at_random_and_resumed_equals_uninterrupted_bit_for_bit(alone, recipe, samples, tmp_path):
+    """In its first epoch and in its second, with and without loader workers. On two processes: see the ten kills."""
+    run, steps_per_epoch = Run(recipe, tmp_path, "killed"), samples[1]
     at = random.randint(3, steps_per_epoch - 1), random.randint(steps_per_epoch + 2, 2 * steps_per_epoch - 1)
     print(f"killed at {at}")
     run.killed(1, workers=0, at=at[0])
     run.killed(1, workers=2, at=at[1])
-    run.here(workers=2)
+    run.on(1, workers=2)
     assert_same_run(alone, run)
+    assert run.steps() == alone.steps()
+
+
+def test_no_batch_is_left_out_and_none_is_read_twice(alone, samples):
+    n_samples, steps_per_epoch = samples
+    assert alone.steps() == list(range(N_STEPS))
+    read = alone.read()
+    for epoch in range(N_STEPS // steps_per_epoch):
+        steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
+        epochs_samples = [sample for step in steps for ids in read[step].values() for sample in ids]
+        assert sorted(epochs_samples) == list(range(n_samples))
 
 
 @pytest.mark.slow
@@ -208,24 +200,8 @@ def test_two_ranks_with_a_contrast_killed_at_random_and_resumed_equal_uninterrup
     assert_same_run(*runs)
 
 
-@pytest.mark.slow
-def test_two_ranks_killed_at_random_and_resumed_equal_uninterrupted_bit_for_bit(whole, killed):
-    assert_same_run(whole, killed)
-
-
-@pytest.mark.parametrize("name", ["whole", "killed", "changing"])
-def test_no_batch_is_left_out_and_none_is_read_twice(name, samples, request):
-    run, (n_samples, steps_per_epoch) = request.getfixturevalue(name), samples
-    for rank in range(2 if name != "changing" else 1):
-        assert run.steps(rank) == list(range(N_STEPS))
-    read = run.read()
-    for epoch in range(N_STEPS // steps_per_epoch):
-        steps = range(epoch * steps_per_epoch, (epoch + 1) * steps_per_epoch)
-        epochs_samples = [sample for step in steps for ids in read[step].values() for sample in ids]
-        assert sorted(epochs_samples) == list(range(n_samples))
-
-
 def test_resumed_on_another_number_of_processes_the_same_batches_make_the_same_steps(alone, changing):
+    assert changing.steps() == alone.steps()
     assert changing.read() == alone.read()
     assert_same_weights(alone.path, changing.path, rtol=1e-3, atol=5e-5)
     ours, theirs = metrics_of(changing.path), metrics_of(alone.path)
@@ -238,8 +214,8 @@ def test_resumed_on_another_number_of_processes_the_same_batches_make_the_same_s
             assert mine[key] == other[key]
 
 
-def test_checkpoints_load_without_unpickling_anything_but_tensors(whole, killed, changing):
-    for path in [path for run in (whole, killed, changing) for path in checkpoints(run.path)]:
+def test_checkpoints_load_without_unpickling_anything_but_tensors(alone, changing):
+    for path in [*checkpoints(alone.path), *checkpoints(changing.path)]:
         assert torch.load(path, weights_only=True)["global_step"] == step_of(path)
 
 
@@ -332,13 +308,13 @@ GUESTS = {
     "StochasticWeightAveraging": [{"swa_lrs": 1e-3, "swa_epoch_start": 1, "annealing_epochs": 2}],
     "EarlyStopping": [{"monitor": "val/loss"}],
 }
-QUICK = [("within an epoch", "alone"), ("by epochs", "StochasticWeightAveraging")]
-OTHERS = [pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product(ENDS, GUESTS) if each not in QUICK]
+QUICK = [("within an epoch", "alone", "step"), ("by epochs", "StochasticWeightAveraging", "step")]
+ALL = [pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product(ENDS, GUESTS, ["file"])]
 
 
-@pytest.mark.parametrize(("end", "guest"), [*QUICK, *OTHERS])
+@pytest.mark.parametrize(("end", "guest", "every"), [*QUICK, *ALL])
 def test_a_run_that_was_killed_after_any_of_its_checkpoints_ends_as_if_it_had_not_been(
-    end, guest, recipe, tmp_path, monkeypatch
+    end, guest, every, recipe, tmp_path, monkeypatch
 ):
     guests = [{"class_path": f"lightning.pytorch.callbacks.{guest}", "init_args": args} for args in GUESTS[guest]]
     every_epoch = {"trainer__val_check_interval": 1.0, "trainer__check_val_every_n_epoch": 1}
@@ -362,6 +338,8 @@ def test_a_run_that_was_killed_after_any_of_its_checkpoints_ends_as_if_it_had_no
 
     killed = sorted(tmp_path.glob("killed-after-*"))
     assert len(killed) > 5
+    if every == "step":  # of several files the last
+        killed = {path.name.partition("=")[2]: path for path in killed}.values()
     for run in killed:
         assert not (run / "summary.json").exists()
         assert main([*arguments, run.name]) == 0
@@ -369,19 +347,6 @@ def test_a_run_that_was_killed_after_any_of_its_checkpoints_ends_as_if_it_had_no
         assert metrics_of(run) == metrics_of(left), run
         assert summary(run) == summary(left), run
         assert checkpoints(run)[0].name == checkpoints(left)[0].name
-
-
-@pytest.mark.slow
-def test_a_run_of_some_epochs_that_was_stopped_within_one_still_takes_all_its_steps(recipe, samples, tmp_path):
-    run = Run(recipe, tmp_path, "stopped", trainer__max_steps=-1, trainer__max_epochs=2)
-    run.here(n_steps=3)
-    run.here(n_steps=samples[1])
-    run.here()
-    assert final_state(run.path)["global_step"] == 2 * samples[1]
-    assert run.steps() == list(range(2 * samples[1]))
-    run.read()  # a step that is done again reads what it read before
-    read = [ids for step in run.read().values() for ids in step.values()]
-    assert sorted(sample for ids in read for sample in ids) == sorted(2 * list(range(samples[0])))
 
 
 @pytest.mark.slow

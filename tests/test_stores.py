@@ -39,8 +39,12 @@ def files(tmp_path_factory):
 # --- sharing the work
 
 
-@pytest.mark.parametrize("options", [[], ["--deduplicate"]], ids=["all", "deduplicated"])
-@pytest.mark.parametrize(("count", "workers"), [(1, "3"), (2, "1"), (3, "1"), (7, "1")])
+ONCE = ["--deduplicate"]
+SHARES = [(1, "3", ONCE), (3, "1", []), (7, "1", ONCE)]
+SHARES += [pytest.param(*each, marks=pytest.mark.slow) for each in ((1, "3", []), (2, "1", ONCE), (7, "1", []))]
+
+
+@pytest.mark.parametrize(("count", "workers", "options"), SHARES)
 def test_shares_and_processes_give_the_bytes_of_one(
     count, workers, options, files, store, small_units, tmp_path, capsys
 ):
@@ -373,19 +377,6 @@ def test_stores_are_mixed_by_name_or_folder_and_their_shares_are_kept_in_the_che
     assert about["stores"] == {two_stores[0].name: 1.0, "books": 0.5}
     assert [source["name"] for source in about["settings"]["sources"]] == ["a.jsonl", "b.jsonl"]
     assert main(["export", "runs/mixed", "--output", "exported"]) == 0
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({}, "one of them"),
-        ({"store": "x", "stores": {"x": 1.0}}, "one of them"),
-        ({"stores": {"nowhere": 1.0}}, "no token store at nowhere"),
-    ],
-)
-def test_unclear_stores_are_refused(settings, message):
-    with pytest.raises(ValueError, match=message):
-        CondenserDataModule(**settings).setup("fit")
 
 
 def test_stores_of_different_tokenizers_do_not_mix(store, files, tmp_path):
