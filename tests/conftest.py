@@ -1,5 +1,6 @@
 """Shared small things: a corpus, a store, a recipe. All are made here; nothing is downloaded."""
 
+import gzip
 import json
 import os
 import random
@@ -52,20 +53,7 @@ def own_modules(tmp_path, monkeypatch):
 def make_documents(n, seed=0):
     """Documents of 1 to 12 sentences over a small, skewed vocabulary, with words that WordPiece must split."""
     rng = random.Random(seed)
-    stems = [
-        "encod",
-        "retriev",
-        "attend",
-        "mask",
-        "token",
-        "index",
-        "rank",
-        "learn",
-        "layer",
-        "head",
-        "dense",
-        "search",
-    ]
+    stems = "encod retriev attend mask token index rank learn layer head dense search".split()  # noqa: SIM905
     words = [stem + end for stem in stems for end in ("", "er", "ing", "ed", "ation", "s")]
 
     def sentence():
@@ -75,9 +63,14 @@ def make_documents(n, seed=0):
     return [" ".join(sentence() for _ in range(rng.randint(1, 12))) for _ in range(n)]
 
 
-def write_jsonl(path, texts):
-    path.write_text("".join(json.dumps({"id": number, "text": text}) + "\n" for number, text in enumerate(texts)))
+def write_rows(path, rows):
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
     return path
+
+
+def write_jsonl(path, texts):
+    return write_rows(path, ({"id": number, "text": text} for number, text in enumerate(texts)))
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +84,16 @@ def store(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("stores") / "tiny"
     options = ["--max-length", "32", "--validation-fraction", "0.1", "--workers", "1"]
     assert main(["prepare", "--input", str(corpus), "--tokenizer", "train:200", "--output", str(folder), *options]) == 0
+    return folder
+
+
+def write_collection(folder, documents, queries):
+    """A BEIR folder of texts, in which document i answers query i."""
+    (folder / "qrels").mkdir(parents=True)
+    for name, texts in (("corpus", documents), ("queries", queries)):
+        write_rows(folder / f"{name}.jsonl", ({"_id": str(number), "text": text} for number, text in enumerate(texts)))
+    judged = "".join(f"{number}\t{number}\t1\n" for number in range(len(queries)))
+    (folder / "qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
     return folder
 
 

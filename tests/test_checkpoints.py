@@ -3,7 +3,6 @@
 import os
 import random
 import shutil
-import signal
 import subprocess
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +11,11 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
 from test_devices import DDP, start_ranks, write_recipe
-from test_training import AskedToStop, StopAfter, assert_same_weights, fit, metrics_of
+from test_training import STOP, asked_to_stop, assert_same_weights, fit, metrics_of
 
 from condenser.runs import checkpoints, is_intact, newest_valid_checkpoint, step_of
-from condenser.training.checkpoints import Checkpointing, WholeFiles
+from condenser.training.checkpoints import WholeFiles
 
-__all__ = ["AskedToStop", "StopAfter"]
 NEEDS_ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small disk")
 
 
@@ -95,15 +93,6 @@ def test_the_newest_two_and_every_so_manieth_are_kept(recipe, tmp_path):
     assert names(tmp_path / "one") == ["best-step=8.ckpt", "last-step=8.ckpt"]
 
 
-@pytest.mark.parametrize(("name", "value"), [("every_n_steps", 0), ("keep_last", 0), ("keep_every_n_steps", -1)])
-def test_impossible_settings_are_refused(name, value):
-    with pytest.raises(ValueError, match=f"checkpoint.{name}={value} must be at least"):
-        Checkpointing(**{name: value})
-
-
-STOP = ["--trainer.callbacks", f"{__name__}.StopAfter", "--trainer.callbacks.n_steps"]
-
-
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(run, recipe, tmp_path, capsys):
     """And what a killed process was writing, and the damaged file, are gone in the end."""
     folder = tmp_path / "hurt" / "checkpoints"
@@ -141,12 +130,11 @@ def test_a_validation_that_is_due_when_a_run_is_asked_to_stop_is_done_when_it_go
         options[-1] = "248"
         options += ["--trainer.val_check_interval", "1.0", "--trainer.check_val_every_n_epoch", "1"]
     assert fit(recipe, tmp_path, "whole", *options) == 0
-    asked = ["--trainer.callbacks", f"{__name__}.AskedToStop", "--trainer.callbacks.number", str(int(signal.SIGTERM))]
     for step in (4, 12):
-        assert fit(recipe, tmp_path, "asked", *options, *asked, "--trainer.callbacks.after", str(step - 2)) == 75
+        assert fit(recipe, tmp_path, "asked", *options, *asked_to_stop(step - 2)) == 75
         assert step_of(checkpoints(tmp_path / "asked")[0]) == step
         assert not metrics_of(tmp_path / "asked")[-1].get("val/loss")
-        for death in range(step, min(step + 6, 14)):
+        for death in (step, step + 1, step + 5)[: 14 - step]:
             dies = ["--trainer.callbacks", f"{__name__}.DiesAt", "--trainer.callbacks.step", str(death)]
             with pytest.raises(RuntimeError, match="died"):
                 fit(recipe, tmp_path, "asked", *options, *dies)
@@ -159,15 +147,14 @@ def test_a_validation_that_is_due_when_a_run_is_asked_to_stop_is_done_when_it_go
 @pytest.mark.parametrize("end", [["--trainer.max_epochs", "2", "--trainer.max_steps", "-1"], []])
 def test_a_run_that_is_asked_to_stop_at_its_last_step_is_finished(end, recipe, tmp_path):
     options = ["--data.batch_size", "248", "--trainer.val_check_interval", "4" if end else "3", *end]
-    asked = ["--trainer.callbacks", f"{__name__}.AskedToStop", "--trainer.callbacks.number", str(int(signal.SIGTERM))]
     assert fit(recipe, tmp_path, "whole", *options) == 0
-    assert fit(recipe, tmp_path, "asked", *options, *asked, "--trainer.callbacks.after", "6") == 0
+    assert fit(recipe, tmp_path, "asked", *options, *asked_to_stop(6)) == 0
     assert names(tmp_path / "asked") == names(tmp_path / "whole")
     assert metrics_of(tmp_path / "asked") == metrics_of(tmp_path / "whole")
 
 
 def test_a_finished_run_whose_end_is_damaged_is_finished_again(run, recipe, tmp_path):
-    assert fit(recipe, tmp_path, "again") == 0
+    shutil.copytree(run, tmp_path / "again")
     for path in (tmp_path / "again" / "checkpoints").glob("*step=8.ckpt"):
         path.write_bytes(path.read_bytes()[:1000])
     assert fit(recipe, tmp_path, "again") == 0

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import write_jsonl
 from test_model import DEVICES, tiny_config
-from test_training import assert_same_weights, checkpoints, fit, metrics_of
+from test_training import STOP, assert_same_weights, checkpoints, fit, metrics_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -253,10 +253,13 @@ def scale_of(batch):
     return 1 / torch.tensor([batch.total(name) for name in COUNTS])
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(checkpointing, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "checkpointing"),
+    [("eager", False), *(pytest.param("aot_eager", each, marks=pytest.mark.slow) for each in (False, True))],
+)
+def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(backend, checkpointing, monkeypatch):
     """Dropout off; gradients and scores; nothing is compiled again once every shape has been seen."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # what is counted comes before
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))  # what is counted comes before
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     n_graphs = torch._dynamo.utils.counters["stats"]
@@ -403,20 +406,6 @@ def test_no_training_step_waits_for_the_device_but_where_it_logs_and_there_once(
     assert len(of_logs) == 4
 
 
-@pytest.mark.gpu
-def test_on_a_gpu_no_training_step_synchronises(recipe, tmp_path):
-    options = ["--model", f"{__name__}.Strict", "--trainer.log_every_n_steps", "100"]
-    options += ["--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed"]
-    assert fit(recipe, tmp_path, "s", *options) == 0
-
-
-class Strict(CondenserModule):
-    def training_step(self, batch, batch_idx):
-        torch.cuda.set_sync_debug_mode("error" if self.global_step > 3 else "default")
-        super().training_step(batch, batch_idx)
-        torch.cuda.set_sync_debug_mode("default")
-
-
 class StubGraph:
     """Does again what was captured, as far as a CPU can: on the inputs that were kept, into the outputs that were."""
 
@@ -472,34 +461,6 @@ def test_replays_copy_their_inputs_keep_gradients_and_do_without_where_a_pass_ca
     n_shapes = len({len(fields["input_ids"]) for batch in batches for fields in batch})
     assert len(step.replays.captured) == (0 if fails else n_shapes)
     assert ("not replayed as CUDA graphs (model.cuda_graphs): operation not" in capsys.readouterr().err) == fails
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_replayed_passes_are_those_that_are_run_one_by_one(compiled):
-    """Within what bf16 rounds; dropout off, several shapes, several steps."""
-    batches = [step_batch(flat_pass(27, 0, SHAPES), flat_pass(27, 27, SHAPES), device="cuda")]
-    batches += [step_batch(flat_pass(40, 60, SHAPES), device="cuda"), *batches]
-    found = []
-    for ways in ({}, {"replayed": True, "compiled": compiled}):
-        step = training_step(tiny_model(hidden_dropout_prob=0.0).cuda().train(), clip=1.0, **ways)
-        losses_of_steps = []
-        for batch in batches:
-            with torch.autocast("cuda", torch.bfloat16):
-                passes, norm = step.take(batch, scale_of(batch).cuda())
-            losses_of_steps.append([*passes.losses, norm])
-        found.append(losses_of_steps)
-    torch.testing.assert_close(*found, rtol=2e-2, atol=1e-3)
-
-
-@pytest.mark.gpu
-def test_a_replay_draws_dropout_from_its_seed():
-    batch = step_batch(flat_pass(27, 0, SHAPES), device="cuda")
-    step = training_step(tiny_model(hidden_dropout_prob=0.3).cuda().train(), replayed=True)
-    first, again = (float(step.passes(batch, scale_of(batch).cuda(), False).losses) for _ in range(2))
-    batch.layout[0]["step"] = 1
-    other = float(step.passes(batch, scale_of(batch).cuda(), False).losses)
-    assert first == again != other
 
 
 @pytest.mark.parametrize("pruned", [True, False])
@@ -568,25 +529,11 @@ def test_a_step_that_is_not_finite_is_skipped_and_stops_training_with_its_sample
         "best-step=4.ckpt",
         "last-step=3.ckpt",
     ]
-    assert fit(recipe, tmp_path, "good", "--trainer.max_steps", "8", *optimizer, "--checkpoint.every_n_steps", "1") == 0
     assert all(parameter.isfinite().all() for parameter in final_weights(tmp_path / "bad"))
 
 
 def final_weights(run):
     return torch.load(checkpoints(run)[0], weights_only=True)["state_dict"].values()
-
-
-def test_the_optimizer_skips_a_step_on_the_device():
-    weight = nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    optimizer.found_inf = torch.tensor(1.0)
-    weight.grad = torch.tensor([1.0, float("nan"), 1.0])
-    optimizer.step()
-    assert torch.equal(weight, torch.ones(3))
-    optimizer.found_inf = torch.tensor(0.0)
-    weight.grad = torch.ones(3)
-    optimizer.step()
-    assert (weight < 1).all()
 
 
 @pytest.mark.slow
@@ -597,32 +544,10 @@ def test_a_trace_is_written_where_it_is_asked_for(recipe, tmp_path):
     assert pickle.loads(pickle.dumps(Trace(tmp_path, 2))).n_steps == 2  # for ddp_spawn
 
 
-@pytest.mark.parametrize(
-    ("option", "message"),
-    [
-        (["--model.cuda_graphs", "true"], "model.cuda_graphs needs one GPU"),
-        (["--data.tokens_per_pass", "0"], "data.tokens_per_pass=0 must be at least 1"),
-        (["--data.layout", "packed"], "layout"),
-        (["--model.objective", "torch.nn.Linear"], "objective"),
-        (["--model.optimizer.optimizer", "torch.nn.Linear"], "optimizer.optimizer"),
-        (["--model.optimizer.optimizer", "torch.optim.Nothing"], "no attribute 'Nothing'"),
-        (
-            ["--model.optimizer.optimizer_options", "{fuzed: true}"],
-            "AdamW: got an unexpected keyword argument",
-        ),
-    ],
-)
-def test_settings_that_this_machine_or_version_does_not_know_are_refused(option, message, recipe, tmp_path, capsys):
-    assert fit(recipe, tmp_path, "r", *option) in (1, 2)
-    assert message in capsys.readouterr().err
-    assert not list(tmp_path.rglob("*.ckpt"))
-
-
-@pytest.mark.parametrize("tokens", [700, 10**9])
-def test_micro_batches_joined_to_passes_take_the_same_steps(tokens, recipe, tmp_path):
+def test_micro_batches_joined_to_passes_take_the_same_steps(recipe, tmp_path):
     dry = ["--model.backbone_config.hidden_dropout_prob", "0", "--data.micro_batches_per_step", "4"]
     assert fit(recipe, tmp_path, "apart", *dry) == 0
-    assert fit(recipe, tmp_path, "joined", *dry, "--data.tokens_per_pass", str(tokens)) == 0
+    assert fit(recipe, tmp_path, "joined", *dry, "--data.tokens_per_pass", "700") == 0
     assert_same_weights(tmp_path / "apart", tmp_path / "joined", rtol=1e-3, atol=2e-5)
     for ours, theirs in zip(metrics_of(tmp_path / "joined"), metrics_of(tmp_path / "apart"), strict=True):
         for name in ("train/loss", "train/mlm_loss", "train/head_mlm_accuracy", "train/tokens_seen", "val/loss"):
@@ -655,25 +580,25 @@ def test_compiled_and_fused_runs_train_to_the_weights_of_a_plain_one(checkpointi
 def test_a_compiled_run_that_is_stopped_goes_on_bit_for_bit(recipe, tmp_path):
     fast = ["--model.compile", "true", "--data.tokens_per_pass", "2000"]
     assert fit(recipe, tmp_path, "whole", *fast) == 0
-    assert fit(recipe, tmp_path, "parts", *fast, "--trainer.max_time", "00:00:00:00") == 0
+    assert fit(recipe, tmp_path, "parts", *fast, *STOP, "3") == 0
     assert fit(recipe, tmp_path, "parts", *fast) == 0
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_pass_as_large_as_a_gpu_affords_surely_fits(checkpointing):
-    """By a rehearsal of 12 layers of 384 on 8 GB, of which it takes a good part."""
+    """By a rehearsal of 6 layers of 384 on 4 GB, of which it takes a good part."""
     from condenser.data.datamodule import CondenserDataModule
     from condenser.reports.rehearsal import Rehearsal, Setting
 
-    sizes = {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
-    module = CondenserModule(backbone_config={"attention_probs_dropout_prob": 0.0, **sizes})
+    sizes = {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536}
+    module = CondenserModule(backbone_config={"attention_probs_dropout_prob": 0.0, **sizes}, skip_from=3)
     rehearsal = Rehearsal(module, CondenserDataModule(store="not/there"))
-    tokens = affordable_tokens(rehearsal.model.lm.config, 14, 8e9, checkpointing)
+    tokens = affordable_tokens(rehearsal.model.lm.config, 8, 4e9, checkpointing)
     setting = Setting("bf16-mixed", checkpointing, fused=False, on_gpu=True)
     peak = sum(rehearsal.peak(setting, np.full(tokens // 128, 126)).values())
-    assert peak < 0.85 * 8e9
-    assert tokens == 65536 or peak > 0.4 * 8e9
+    assert peak < 0.85 * 4e9
+    assert tokens == 65536 or peak > 0.4 * 4e9
 
 
 @pytest.mark.parametrize("long_rows", [True, False])
@@ -749,7 +674,7 @@ def test_bench_measures_a_compiled_pass_too(recipe, tmp_path, monkeypatch):
 
 def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, capsys):
     options = ["--config", str(recipe), "--sequences", "8", "--rounds", "2", "--json", str(tmp_path / "b.json")]
-    assert main(["bench", *options, "--max-length", "32"]) == 0  # rows in memory
+    assert main(["bench", *options, "--store", str(store)]) == 0
     found = json.loads((tmp_path / "b.json").read_text())["recipes"]
     assert list(found) == ["authors' recipe", "flat, pruned"]
     authors, ours = found.values()
@@ -757,10 +682,9 @@ def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, cap
     for figures in (authors, ours):
         assert len(figures["tokens_per_second"]) == len(figures["host_ms"]) == 2
         assert figures["launches"][0] > 100
-    assert authors["peak_memory_gb"][0] > 1.5 * ours["peak_memory_gb"][0] > 0
+    assert authors["peak_memory_gb"][0] > 1.2 * ours["peak_memory_gb"][0] > 0
     shown = capsys.readouterr().out
     assert re.search(r"MFU +GB +wait +ches +ms", shown), shown
-    assert main(["bench", *options, "--store", str(store), "--rounds", "1"]) == 0
     too_long = "max_position_embeddings=40; the rows need 128"
     for wrong, message in ((["--steps", "100"], "Lower --steps"), ([], too_long)):
         assert main(["bench", *options, *wrong]) == 1

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from conftest import make_documents, write_bert
+from conftest import make_documents, write_bert, write_rows
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from condenser.cli import main
@@ -71,10 +71,6 @@ def write_collection(folder, title=""):
     for name, rows in (("test", judgements[:6]), ("train", judgements[6:])):
         (folder / "qrels" / f"{name}.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *rows]) + "\n")
     return folder
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # --- metrics and searches

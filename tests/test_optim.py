@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_training import assert_same_weights, final_state, fit, tiny_condenser
+from test_training import STOP, assert_same_weights, final_state, fit, tiny_condenser
 from torch import nn
 
 from condenser.hub import load_export
@@ -82,31 +82,17 @@ def test_the_head_alone_is_trained_at_first(warm):
     assert all(name.startswith("c_head.") for name in names)
 
 
-def test_frozen_layers_and_embeddings_stay_as_they_are(warm):
-    names = warm("--model.freeze_embeddings", "true", "--model.freeze_layers", "2")
-    assert not any("embeddings" in name or ".layer.0." in name or ".layer.1." in name for name in names)
-    assert any(".layer.2." in name for name in names)
-    assert any(name.startswith("c_head.") for name in names)
-
-
-def test_reinitialised_layers_are_new_draws_and_the_others_come_from_the_backbone(recipe, tiny_export, tmp_path):
-    before = load_export(tiny_export).state_dict()
-    start = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
-    options = ["--model.reinit_layers", "1", "--model.optimizer.learning_rate", "1e-12"]
-    assert fit(recipe, tmp_path, "r", *start, *options) == 0
-    now = final_state(tmp_path / "r")["state_dict"]
-    for name, value in before.items():
+def test_frozen_layers_stay_as_they_are_and_reinitialised_ones_are_new_draws(warm, tiny_export, tmp_path):
+    names = warm("--model.freeze_embeddings=true", "--model.freeze_layers=1", "--model.reinit_layers=1")
+    assert not any("embeddings" in name or ".layer.0." in name for name in names)
+    assert all(any(part in name for name in names) for part in (".layer.1.", ".layer.2.", "c_head."))
+    now = final_state(tmp_path / "warm")["state_dict"]
+    for name, value in load_export(tiny_export).state_dict().items():
         distance = (now[f"model.{name}"] - value).abs().max()
         if ".layer.2." in name and name.endswith("dense.weight"):
             assert distance > 0.01
         elif ".layer.2." not in name:
-            assert distance < 1e-6
-
-
-@pytest.mark.parametrize("options", [["--model.freeze_layers", "4"], ["--model.reinit_layers", "-1"]])
-def test_layers_that_are_not_there_are_refused(options, recipe, tmp_path, capsys):
-    assert fit(recipe, tmp_path, "r", *options) == 1
-    assert "the backbone has 3 layers" in capsys.readouterr().err
+            assert distance < 0.005  # two steps
 
 
 def test_weights_decay_toward_where_they_started():
@@ -134,8 +120,7 @@ def test_with_decay_to_start_a_resumed_run_still_knows_where_it_started(recipe, 
     start = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}"]
     start += ["--model.optimizer.decay_to_start", "true", "--model.optimizer.weight_decay", "0.9"]
     assert fit(recipe, tmp_path, "whole", *start) == 0
-    stop = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps", "3"]
-    assert fit(recipe, tmp_path, "parts", *start, *stop) == 0
+    assert fit(recipe, tmp_path, "parts", *start, *STOP, "3") == 0
     assert fit(recipe, tmp_path, "parts", *start) == 0
     assert_same_weights(tmp_path / "parts", tmp_path / "whole")
 
@@ -151,8 +136,7 @@ class Counting(torch.optim.SGD):
 @pytest.mark.slow
 def test_what_an_optimizer_keeps_beside_its_weights_is_saved_and_goes_on(recipe, tmp_path):
     options = ["--model.optimizer.optimizer", f"{__name__}.Counting"]
-    stop = ["--trainer.callbacks", "test_training.StopAfter", "--trainer.callbacks.n_steps", "3"]
-    assert fit(recipe, tmp_path, "a", *options, *stop) == 0
+    assert fit(recipe, tmp_path, "a", *options, *STOP, "3") == 0
     assert final_state(tmp_path / "a")["optimizer_states"][0]["state"]["k"] == 3
     assert fit(recipe, tmp_path, "a", *options) == 0
     assert final_state(tmp_path / "a")["optimizer_states"][0]["state"]["k"] == 8

@@ -227,9 +227,3 @@ def test_the_bench_says_how_far_rounds_differ_where_there_are_several(speeds, sh
     names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait", "launches", "host_ms")
     figures = {"tokens_per_second": speeds, **{name: [1.0] * len(speeds) for name in names}}
     assert next(iter(table_of_speed({"ours": figures}, 1.0).columns[1].cells)).plain == shown
-
-
-@pytest.mark.slow
-def test_estimate_takes_a_recipe_by_name(capsys):
-    assert main(["estimate", "--config", "demo", "-c", "no-head"]) == 0
-    assert "Million parameters" in capsys.readouterr().out

@@ -116,6 +116,18 @@ def test_the_store_is_what_datasets_reads(store):
     assert lengths[0] == dataset[7]["length"]
 
 
+def test_chinese_text_becomes_rows_of_characters_that_end_with_sentences(tmp_path):
+    texts = ["语言描述模型。文档预测句子！", "天气比较历史？城市研究图书。", "模型阅读语言。"]  # noqa: RUF001
+    source = write_jsonl(tmp_path / "texts.jsonl", texts * 4)
+    options = ["--language", "zh", "--validation-fraction", "0"]
+    assert prepare(source, "train:200", tmp_path / "out", *options) == 0
+    store, tokenizer = TokenStore(tmp_path / "out", "train"), AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
+    rows = store.rows(np.arange(len(store)))
+    assert rows.word_starts.all()
+    decoded = {tokenizer.decode(row).replace(" ", "") for row in rows_of(tmp_path / "out", "train")}
+    assert decoded == {*texts}
+
+
 def times(folder, pattern="*"):
     return {path: path.stat().st_mtime_ns for path in folder.rglob(pattern)}
 
@@ -162,12 +174,17 @@ GOOD = json.dumps({"text": "One sentence. And another one."}) + "\n"
         ("number.jsonl", b'{"text": 3}\n', "line 1: 'text' is not a text but int"),
         ("latin.txt", b"caf\xe9\n", "latin.txt, line 1: not UTF-8"),
         ("not.parquet", b"PAR0", "not a parquet file"),
+        ("list.parquet", {"text": [["a"]]}, "'text' is not a text but list"),
+        ("number.parquet", {"text": [3]}, "'text' is not a text but int"),
+        ("column.parquet", {"body": ["x"]}, "no column 'text'; there are 'body'"),
         ("table.csv", b"text\nx\n", "not a format that is read here"),
     ],
 )
 def test_unreadable_input_is_named_and_nothing_is_written(name, content, message, store, tmp_path, capsys):
-    if content is not None:
+    if isinstance(content, bytes):
         (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        pq.write_table(pa.table(content), tmp_path / name)
     assert message in refused(capsys, tmp_path / name, store / "tokenizer", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -206,10 +223,6 @@ IMPOSSIBLE = (
 def test_impossible_settings_are_refused(option, corpus, store, tmp_path, capsys):
     assert option.partition("=")[0] in refused(capsys, corpus, store / "tokenizer", tmp_path / "out", option)
     assert not (tmp_path / "out").exists()
-
-
-def test_an_unknown_option_is_refused(corpus, tmp_path, capsys):
-    assert prepare(corpus, "train:200", tmp_path / "out", "--max-lenght", "4") == 2
 
 
 def test_a_list_of_inputs_ends_at_the_next_option(corpus, store, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import write_collection
 from test_devices import DDP, SHARDED, start_ranks, wait_for, write_recipe
 from test_engine import VOCABULARY, flat_pass, inputs, loss_of, padded, step_batch, tiny_model
 from test_model import DEVICES
@@ -67,18 +68,6 @@ def test_entropy_equals_that_of_the_weights_that_the_library_gives_out(family):
     assert nats.std() > 0.01
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_padding_has_no_part_in_entropy(family):
-    lm, (text, real) = expressive(family).lm, unmasked(step_batch(flat_pass()))
-    together = torch.stack(cls_attention_entropy(lm, text, real))
-    alone = [
-        torch.stack(cls_attention_entropy(lm, text[i : i + 1, :n], real[i : i + 1, :n]))
-        for i, n in enumerate(real.sum(1).tolist())
-    ]
-    assert (real.sum(1) < real.shape[1]).any()
-    torch.testing.assert_close(together, torch.stack(alone).mean(0), rtol=1e-5, atol=1e-6)
-
-
 def test_entropy_is_of_the_text_before_it_was_masked():
     tokens, _, lengths = SyntheticStore(1000, max_length=36).rows(np.arange(9))
     assert (flat_pass()["input_ids"] == VOCABULARY.mask_id).any()
@@ -86,14 +75,6 @@ def test_entropy_is_of_the_text_before_it_was_masked():
     assert real.sum(1).tolist() == [n + 2 for n in lengths]
     for text, ids in zip(texts, np.split(tokens, lengths.cumsum()[:-1]), strict=True):
         assert text[: len(ids) + 2].tolist() == [VOCABULARY.cls_id, *(5 + ids % 85), VOCABULARY.sep_id]
-
-
-def test_a_model_that_attends_to_all_alike_has_normalised_entropy_one():
-    lm = tiny_model().lm
-    for layer in lm.bert.encoder.layer:
-        layer.attention.self.query.weight.data.zero_()
-    _, normalised = cls_attention_entropy(lm, *unmasked(step_batch(flat_pass())))
-    torch.testing.assert_close(normalised, torch.ones(4))
 
 
 def test_entropy_leaves_the_encoder_as_it_was():
@@ -228,14 +209,7 @@ def test_a_store_is_probed_alike_whenever_and_gives_plain_numbers(tiny_export, s
 def collection(corpus, tmp_path_factory):
     """Documents of the corpus, their beginnings as queries."""
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()[:60]]
-    folder = tmp_path_factory.mktemp("collection")
-    rows = {"corpus": texts, "queries": [text[:20] for text in texts[:10]]}
-    for name, of_texts in rows.items():
-        lines = (json.dumps({"_id": str(i), "text": text}) + "\n" for i, text in enumerate(of_texts))
-        (folder / f"{name}.jsonl").write_text("".join(lines))
-    (folder / "qrels").mkdir()
-    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(10)))
-    return folder
+    return write_collection(tmp_path_factory.mktemp("collection"), texts, [text[:20] for text in texts[:10]])
 
 
 @pytest.fixture(scope="module")

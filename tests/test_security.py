@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_documents, write_jsonl
+from conftest import make_documents, write_collection, write_jsonl
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
@@ -132,23 +132,11 @@ def test_weights_that_would_run_code_or_are_damaged_are_named(
         load_authors_checkpoint(backbone, skip_from=1)
 
 
-@pytest.mark.parametrize("content", [{"weight": torch.zeros(2)}, [torch.zeros(2)]])
-def test_an_authors_file_without_a_head_is_named(content, backbone, recipe, tmp_path, capsys):
-    torch.save(content, backbone / "model.pt")
-    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
-    one_line(capsys, backbone / "model.pt", "holds no head (keys c_head.*)")
-
-
 @pytest.fixture
 def evaluated(tmp_path):
     """Runs `condenser evaluate` on a collection of three passages."""
     pytest.importorskip("sentence_transformers")
-    folder = tmp_path / "collection"
-    (folder / "qrels").mkdir(parents=True)
-    passages = [{"_id": str(number), "title": "", "text": body} for number, body in enumerate(make_documents(3))]
-    for name, rows in (("corpus", passages), ("queries", passages[:1])):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t0\t1\n")
+    folder = write_collection(tmp_path / "collection", make_documents(3), make_documents(1))
 
     def evaluate(model):
         options = ["--retrieval", str(folder), "--output", str(tmp_path / "evaluation")]

@@ -39,6 +39,7 @@ LAYOUTS = {
     "mteb.jsonl": "".join(
         json.dumps({"split": "test", "score": s, "sentence1": a, "sentence2": b}) + "\n" for s, a, b in ROWS
     ),
+    "clue.json": "".join(json.dumps({"sentence1": a, "sentence2": b, "label": str(s)}) + "\n" for s, a, b in ROWS),
 }
 
 

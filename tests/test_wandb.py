@@ -13,16 +13,15 @@ import psutil
 import pytest
 from lightning.pytorch import Callback
 from test_devices import DDP, start_ranks, wait_for, write_recipe
-from test_training import StopAfter, assert_same_weights, fit, metrics_of
+from test_training import STOP, assert_same_weights, fit, metrics_of
 from wandb_server import wandb_server
 
 from condenser.cli import main
 from condenser.hub import load_export
 from condenser.training.tracking import PATIENCE, forget
 
-__all__ = ["Outage", "StopAfter", "kill_the_sender", "main"]
+__all__ = ["Outage", "kill_the_sender", "main"]
 KEY = "5ec4e7" * 7
-STOP = ["--trainer.callbacks", f"{__name__}.StopAfter", "--trainer.callbacks.n_steps"]
 SYNC = Path(sys.executable).with_name("wandb")
 
 
@@ -63,17 +62,6 @@ def test_a_run_that_was_stopped_goes_on_in_its_wandb_run(run, recipe, tmp_path, 
     assert not (tmp_path / "a" / "export").exists()
     assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a") == expected_steps(run)
     assert_same_weights(tmp_path / "a", run)
-
-
-def test_offline_parts_that_are_synced_later_are_one_run(recipe, tmp_path, to_server):
-    with wandb_server(KEY) as server:
-        to_server(server.url)
-        assert fit(recipe, tmp_path, "a", "--wandb", "offline", *STOP, "5") == 0
-        assert fit(recipe, tmp_path, "a", "--wandb", "offline") == 0
-        assert not server.asked
-        sync(tmp_path / "a", "offline-run-*", n_parts=2)
-    assert len(server.runs) == 1
-    assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a")
 
 
 def sync(run, pattern, n_parts=1):
@@ -127,7 +115,13 @@ def refusal():
 
 
 @pytest.mark.parametrize("host", [pytest.param(silence, marks=pytest.mark.slow), refusal])
-def test_a_run_whose_host_cannot_be_reached_is_written_offline(host, run, recipe, tmp_path, to_server, capfd):
+def test_what_is_written_offline_as_asked_or_for_want_of_a_host_is_one_run_when_synced(
+    host, run, recipe, tmp_path, to_server, capfd
+):
+    with wandb_server(KEY) as server:
+        to_server(server.url)
+        assert fit(recipe, tmp_path, "a", "--wandb", "offline", *STOP, "5") == 0
+        assert not server.asked
     with host() as url:
         to_server(url)
         assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
@@ -135,7 +129,8 @@ def test_a_run_whose_host_cannot_be_reached_is_written_offline(host, run, recipe
     assert_same_weights(tmp_path / "a", run)
     with wandb_server(KEY) as server:
         to_server(server.url)
-        sync(tmp_path / "a", "offline-run-*")
+        sync(tmp_path / "a", "offline-run-*", n_parts=2)
+    assert len(server.runs) == 1
     assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a")
 
 
