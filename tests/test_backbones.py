@@ -14,6 +14,8 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
     DebertaV2Config,
     DebertaV2ForMaskedLM,
     DistilBertConfig,
@@ -24,6 +26,8 @@ from transformers import (
     ModernBertForMaskedLM,
     MPNetConfig,
     MPNetForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
 )
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
 
@@ -102,6 +106,10 @@ FAMILIES = {
         dropout, num_hidden_layers=5, attention_bias=True, mlp_bias=True, norm_bias=True, classifier_bias=True
     ),
 }
+MODELS = FAMILIES | {
+    "bert": lambda dropout: BertForMaskedLM(tiny_config(BertConfig)),
+    "roberta": lambda dropout: RobertaForMaskedLM(tiny_config(RobertaConfig)),
+}
 family = pytest.mark.parametrize("family", FAMILIES)
 OFTEN = ("deberta, version 3", "modernbert, window last")
 SOME = [pytest.param(name, marks=[] if name in OFTEN else pytest.mark.slow) for name in FAMILIES]
@@ -113,6 +121,8 @@ HEADS = {  # Hugging Face's MLM head, states to logits
     "albert": lambda lm, h: lm.predictions(h),
     "mpnet": lambda lm, h: lm.lm_head(h),
     "deberta-v2": lambda lm, h: lm.cls(h),
+    "bert": lambda lm, h: lm.cls(h),
+    "roberta": lambda lm, h: lm.lm_head(h),
 }
 LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1, 1, L] is true
     "distilbert": lambda lm, layer, h, mask: layer(h, mask),
@@ -126,6 +136,8 @@ LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1,
         relative_pos=lm.deberta.encoder.get_rel_pos(h),
         rel_embeddings=lm.deberta.encoder.get_rel_embedding(),
     )[0],
+    "bert": lambda lm, layer, h, mask: layer(h, mask),
+    "roberta": lambda lm, layer, h, mask: layer(h, mask),
 }
 
 
@@ -144,7 +156,7 @@ def normed(lm, h):
 
 def lm_of(name, dropout=0.0):
     torch.manual_seed(0)
-    lm = FAMILIES[name](dropout).double().eval()
+    lm = MODELS[name](dropout).double().eval()
     with torch.no_grad():
         for weight in lm.parameters():
             weight.mul_(3.0)  # attention is far from even
@@ -183,7 +195,7 @@ def gradients_of(loss, model):
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
 
 
-@family
+@pytest.mark.parametrize("family", MODELS)
 @pytest.mark.parametrize("pruned", [True, False])
 def test_condensers_losses_and_gradients_are_those_of_whole_padded_rows(family, pruned):
     lm, batch = lm_of(family), tiny_batch()
@@ -289,7 +301,7 @@ def positions_of(lm, n):
     """What stands for positions in the states before the first layer."""
     if getattr(lm.base_model.embeddings, "position_embeddings", None) is None:
         return torch.zeros(n, lm.config.hidden_size)
-    first = 2 if kind(lm) == "mpnet" else 0
+    first = 2 if kind(lm) in ("mpnet", "roberta") else 0
     states = lm.base_model.embeddings.position_embeddings.weight[first : first + n]
     return states if widening_of(lm) is None else F.linear(states, widening_of(lm).weight)
 
@@ -308,19 +320,21 @@ def embeddings_of(lm, ids):
     return states if widening_of(lm) is None or within else widening_of(lm)(states)
 
 
-@family
-def test_retromaes_decoder_is_the_papers_over_hugging_faces_modules(family):
-    model, batch = RetroMAE(lm_of(family)).double().eval(), tiny_batch()
+@pytest.mark.parametrize(("family", "pruned"), [*((family, True) for family in MODELS), ("bert", False)])
+def test_retromaes_decoder_is_the_papers_over_hugging_faces_modules(family, pruned):
+    """The encoder reads other tokens than are to be predicted; special ones are read and not predicted."""
+    model, batch = RetroMAE(lm_of(family), pruned=pruned).double().eval(), tiny_batch()
     fields = flattened(model.backbone, *(batch[name] for name in ("input_ids", "attention_mask", "labels")))
     fields["keys"] = torch.arange(5) * 7919 + 1
-    original = fields["input_ids"].clone()
-    original[fields["cu_seqlens"][:-1]] = -100
+    original, bounds = 5 + 3 * fields["input_ids"] % 85, fields["cu_seqlens"]
+    original[bounds[:-1]] = original[bounds[1:] - 1] = -100
     fields["original_ids"] = original
+    text = torch.where(original < 0, fields["input_ids"], original)
     query, key, value, n_heads, after = attention_of(model.lm, model.decoder)
     cls, terms = model.cls_and_losses(fields)
     expected = torch.zeros(())
-    for row, (first, end) in enumerate(itertools.pairwise(fields["cu_seqlens"].tolist())):
-        n, ids = end - first, fields["input_ids"][first:end]
+    for row, (first, end) in enumerate(itertools.pairwise(bounds.tolist())):
+        n, ids = end - first, text[first:end]
         h1 = cls[row] + positions_of(model.lm, n)
         h2 = torch.cat([cls[row][None], embeddings_of(model.lm, ids[None])[0, 1:]])
         rows = type("Rows", (), {"longest": n, "mask": torch.ones(1, 1, 1, n, dtype=torch.bool)})
@@ -343,7 +357,7 @@ def test_retromaes_decoder_is_the_papers_over_hugging_faces_modules(family):
         share = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         out = after(torch.einsum("hij,jhd->ihd", share, v).flatten(1), h1)
         logits = HEADS[kind(model.lm)](model.lm, out[1:])
-        expected = expected + F.cross_entropy(logits, ids[1:], reduction="sum")
+        expected = expected + F.cross_entropy(logits, original[first + 1 : end], reduction="sum")
     assert terms["decoder"].sum.item() == pytest.approx(expected.item(), rel=rounding(family))
     close(gradients_of(terms["decoder"].sum, model), gradients_of(expected, model), rounding(family))
 
@@ -530,4 +544,5 @@ def test_a_run_over_longer_rows_goes_on_and_is_exported_with_its_positions(rober
         assert main(["fit", *options, "--name", "long", "--trainer.max_steps", str(steps)]) == 0
     assert main(["export", str(tmp_path / "long"), "--output", str(tmp_path / "export")]) == 0
     exported = AutoModel.from_pretrained(tmp_path / "export")
+    assert len(load_export(tmp_path / "export").c_head) == 2
     assert exported.embeddings.position_embeddings.weight.shape[0] == exported.config.max_position_embeddings == 66

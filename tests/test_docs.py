@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_MODEL
+from conftest import TINY_MODEL, write_collection, write_rows
 from sentence_transformers import SentenceTransformer
-from test_training import metrics_of
+from test_training import fit, metrics_of
 from transformers import AutoModel, AutoTokenizer, ErnieConfig, ErnieForMaskedLM
 
 from condenser.cli import main
@@ -34,11 +34,6 @@ def script(name, arguments):
     runpy.run_path(str(DOCS / f"{name}.py"))["main"](arguments)
 
 
-def write_rows(path, rows):
-    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
-
-
 @pytest.fixture
 def questions(corpus):
     """That are the first words of their passages, in that order of columns, with a negative each."""
@@ -49,12 +44,8 @@ def questions(corpus):
 @pytest.fixture
 def collection(tmp_path, questions):
     """The questions as a BEIR folder."""
-    folder = tmp_path / "collection"
-    (folder / "qrels").mkdir(parents=True)
-    for name, field in (("corpus", "answer"), ("queries", "query")):
-        write_rows(folder / f"{name}.jsonl", [{"_id": str(i), "text": row[field]} for i, row in enumerate(questions)])
-    (folder / "qrels" / "test.tsv").write_text("".join(f"{i}\t{i}\t1\n" for i in range(len(questions))))
-    return folder
+    answers, queries = ([row[field] for row in questions] for field in ("answer", "query"))
+    return write_collection(tmp_path / "collection", answers, queries)
 
 
 def encoders_of(*folders):
@@ -124,10 +115,6 @@ def example(own_modules):
     return written
 
 
-def fit(recipe, folder, name, *options):
-    return main(["fit", "--config", str(recipe), "--runs_dir", str(folder), "--name", name, *options])
-
-
 def test_from_python_the_page_s_script_trains_and_its_checkpoint_is_exported(store, tmp_path, monkeypatch):
     (text,) = re.findall(r"```python\n(import lightning.*?)```", (DOCS / "training.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
@@ -144,11 +131,13 @@ def test_from_python_the_page_s_script_trains_and_its_checkpoint_is_exported(sto
 def test_another_objective_is_a_file_and_a_yaml(recipe, tmp_path, example, monkeypatch, capsys):
     overlay = example("change-objective.md")
     assert fit(recipe, tmp_path, "bag", "-c", str(overlay), "--trainer.log_every_n_steps", "1") == 0
-    rows = [row for row in metrics_of(tmp_path / "bag") if row["train/loss"]]
-    for row in rows:
-        expected = float(row["train/mlm_loss"]) + 0.25 * float(row["train/bag_loss"])
-        assert float(row["train/loss"]) == pytest.approx(expected, rel=1e-5)
-    assert float(rows[-1]["train/bag_loss"]) < float(rows[0]["train/bag_loss"])
+    rows = metrics_of(tmp_path / "bag")
+    for kind in ("train", "val"):
+        of_kind = [row for row in rows if row[f"{kind}/loss"]]
+        for row in of_kind:
+            expected = float(row[f"{kind}/mlm_loss"]) + 0.25 * float(row[f"{kind}/bag_loss"])
+            assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)
+        assert float(of_kind[-1][f"{kind}/bag_loss"]) < float(of_kind[0][f"{kind}/bag_loss"])
     monkeypatch.setenv("CONDENSER_IMPORT", "bag_of_words")
     assert main(["export", str(tmp_path / "bag"), "--output", str(tmp_path / "export")]) == 0
     assert "left out" not in capsys.readouterr().out

@@ -232,12 +232,6 @@ def test_two_exports_do_not_write_one_folder_at_a_time(run, tmp_path, capsys):
         assert {path.name for path in tmp_path.iterdir()} == {".out.lock", ".out.unfinished-export"}
 
 
-def test_a_folder_with_another_kind_of_condenser_json_is_no_export(run, tmp_path, capsys):
-    (tmp_path / "condenser.json").write_text('{"name": "mine"}')
-    assert export(run, tmp_path) == 1
-    assert "exists and is not this checkpoint's export" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("how", ["gone", "changed"])
 def test_an_export_that_has_lost_something_is_not_called_done(how, run, tmp_path, capsys):
     (tmp_path / "out").mkdir()  # which may be there, and empty
@@ -251,11 +245,6 @@ def test_an_export_that_has_lost_something_is_not_called_done(how, run, tmp_path
 def test_a_model_that_is_no_run_is_told_apart(tiny_export, tmp_path, capsys):
     assert export(tiny_export, tmp_path / "out") == 1
     assert "is a model and no run: CondenserForPreTraining.from_pretrained reads it" in capsys.readouterr().err
-
-
-def test_a_folder_of_checkpoints_is_its_run(run, tmp_path):
-    assert export(run / "checkpoints", tmp_path / "out") == 0
-    assert load_export(tmp_path / "out") is not None
 
 
 def test_a_hub_that_does_not_answer_is_asked_once(tmp_path):

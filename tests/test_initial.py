@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_backbones import MODELS
 from test_model import tiny_batch, tiny_config
-from test_pretraining import MODELS
 from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from condenser.cli import main
@@ -85,10 +85,8 @@ def test_a_run_with_a_filled_vocabulary_is_resumed_and_exported_without_it(recip
     assert main(["estimate", *options]) == 0
 
 
-def test_settings_that_cannot_be_are_refused_by_name(recipe, tiny_export, tmp_path, capsys):
+def test_weights_that_are_loaded_are_not_drawn_truncated(recipe, tiny_export, tmp_path, capsys):
     fit = ["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a"]
-    assert main([*fit, "--model.vocabulary_multiple", "0"]) == 1
-    assert "model.vocabulary_multiple=0 must be at least 1" in capsys.readouterr().err
     warm = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--model.truncated_normal", "true"]
     assert main([*fit, *warm]) == 1
     assert "model.truncated_normal is for random weights" in capsys.readouterr().err

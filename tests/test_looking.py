@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_pretraining import MODELS, REFERENCE
+from test_backbones import MODELS
+from test_pretraining import REFERENCE
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from condenser.cli import main

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from test_backbones import MODELS
 from test_model import tiny_batch
-from test_pretraining import MODELS
 
 from condenser.cli import main
 from condenser.data.lock import locked
