@@ -243,7 +243,7 @@ def few(arguments, contrast, folder):
 
 @pytest.fixture(scope="module")
 def more(few, arguments, contrast, folder):
-    """What others than these could hardly get wrong."""
+    """Runs that hardly go wrong where those above go right; for slow tests."""
     on_two = [
         arguments("ddp-bf16", **ON_TWO, **BF16, **ONE_STEP),
         arguments("sharded-then-ddp", start="sharded", **ON_TWO),

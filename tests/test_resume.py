@@ -338,7 +338,7 @@ def test_a_run_that_was_killed_after_any_of_its_checkpoints_ends_as_if_it_had_no
 
     killed = sorted(tmp_path.glob("killed-after-*"))
     assert len(killed) > 5
-    if every == "step":  # of several files the last
+    if every == "step":  # of several files of one step one
         killed = {path.name.partition("=")[2]: path for path in killed}.values()
     for run in killed:
         assert not (run / "summary.json").exists()
