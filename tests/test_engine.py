@@ -406,6 +406,20 @@ def test_no_training_step_waits_for_the_device_but_where_it_logs_and_there_once(
     assert len(of_logs) == 4
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_no_training_step_synchronises(recipe, tmp_path):
+    options = ["--model", f"{__name__}.Strict", "--trainer.log_every_n_steps", "100"]
+    options += ["--trainer.accelerator", "gpu", "--trainer.precision", "bf16-mixed"]
+    assert fit(recipe, tmp_path, "s", *options) == 0
+
+
+class Strict(CondenserModule):
+    def training_step(self, batch, batch_idx):
+        torch.cuda.set_sync_debug_mode("error" if self.global_step > 3 else "default")
+        super().training_step(batch, batch_idx)
+        torch.cuda.set_sync_debug_mode("default")
+
+
 class StubGraph:
     """Does again what was captured, as far as a CPU can: on the inputs that were kept, into the outputs that were."""
 
@@ -461,6 +475,34 @@ def test_replays_copy_their_inputs_keep_gradients_and_do_without_where_a_pass_ca
     n_shapes = len({len(fields["input_ids"]) for batch in batches for fields in batch})
     assert len(step.replays.captured) == (0 if fails else n_shapes)
     assert ("not replayed as CUDA graphs (model.cuda_graphs): operation not" in capsys.readouterr().err) == fails
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_replayed_passes_are_those_that_are_run_one_by_one(compiled):
+    """Within what bf16 rounds; dropout off, several shapes, several steps."""
+    batches = [step_batch(flat_pass(27, 0, SHAPES), flat_pass(27, 27, SHAPES), device="cuda")]
+    batches += [step_batch(flat_pass(40, 60, SHAPES), device="cuda"), *batches]
+    found = []
+    for ways in ({}, {"replayed": True, "compiled": compiled}):
+        step = training_step(tiny_model(hidden_dropout_prob=0.0).cuda().train(), clip=1.0, **ways)
+        losses_of_steps = []
+        for batch in batches:
+            with torch.autocast("cuda", torch.bfloat16):
+                passes, norm = step.take(batch, scale_of(batch).cuda())
+            losses_of_steps.append([*passes.losses, norm])
+        found.append(losses_of_steps)
+    torch.testing.assert_close(*found, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.gpu
+def test_a_replay_draws_dropout_from_its_seed():
+    batch = step_batch(flat_pass(27, 0, SHAPES), device="cuda")
+    step = training_step(tiny_model(hidden_dropout_prob=0.3).cuda().train(), replayed=True)
+    first, again = (float(step.passes(batch, scale_of(batch).cuda(), False).losses) for _ in range(2))
+    batch.layout[0]["step"] = 1
+    other = float(step.passes(batch, scale_of(batch).cuda(), False).losses)
+    assert first == again != other
 
 
 @pytest.mark.parametrize("pruned", [True, False])
