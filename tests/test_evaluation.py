@@ -221,6 +221,11 @@ def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_pat
     said = capsys.readouterr().out
     assert "B alone has 1 more: farm (test): pre-trained, mean" in said
     assert "not the same in farm (test): pre-trained, cls: max_length 32 and 16" in said
+    tuning = {"finetune": True, "finetune_epochs": 1, "finetune_batch_size": 7}
+    for name, options in (("c", {}), ("d", {"finetune_batch_size": 6, "hard_negatives": 1})):
+        measure(name, **tuning | options)
+    compare(str(tmp_path / "c"), str(tmp_path / "d"), samples=10)
+    assert "fine-tuned on farm: batch_size 7 and 6, hard_negatives 0 and 1\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"there is nothing at .*nowhere"):
         compare(str(tmp_path / "a"), str(tmp_path / "nowhere"))
 

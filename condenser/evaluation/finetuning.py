@@ -151,7 +151,8 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
         assert trainer.state.global_step == steps
     encoder.eval()
     how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
-    return how | {"examples": n_examples, "epochs": tuning.epochs}
+    names = ("epochs", "batch_size", "hard_negatives")
+    return how | {"examples": n_examples} | {name: getattr(tuning, name) for name in names}
 
 
 def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str) -> Any:
