@@ -19,6 +19,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import make_documents, write_bert
 from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.modules import Dense
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from condenser.cli import main
@@ -244,6 +245,13 @@ def test_reinitialised_weights_follow_the_seed(encoder):
     hashes = [weights(encoders.reinitialised(encoder, seed)) for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert before == weights(encoder) != hashes[0]
+
+
+def test_of_a_projection_nothing_is_left_in_random_weights(encoder):
+    encoder.append(Dense(32, 16))
+    twin = encoders.reinitialised(encoder, 0)
+    for name, value in twin[-1].named_parameters():
+        assert not value.equal(encoder[-1].get_parameter(name)), name
 
 
 def weights(encoder):
