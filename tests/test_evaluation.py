@@ -528,8 +528,12 @@ def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp
     path = tmp_path / "attention.svg"
     about = {"model": "pre-trained", "pooling": "cls", "whitening": None, "train_size": None}
     seeds = [about | {"trained_on": "farm", "cls_entropy": [0.9, 0.4 + 0.1 * seed]} for seed in range(2)]
-    draw_attention([about | {"trained_on": None, "cls_entropy": [0.9, 0.5]}, *seeds], path)
+    rows = [about | {"trained_on": None, "cls_entropy": [0.9, 0.5]}, *seeds]
+    for each in (path, tmp_path / "again" / path.name):
+        each.parent.mkdir(exist_ok=True)
+        draw_attention(rows, each)
     text = path.read_text()
+    assert text == each.read_text()
     assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"  # nothing but HTML does without
     assert "currentColor" not in text
     assert "var(--" not in text

@@ -230,9 +230,12 @@ def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:
     """What --attention found as a drawing; without rows no file."""
     if not rows:
         return path.unlink(missing_ok=True)
+    import matplotlib
+
     from condenser.reports.figures import entropy_figure
 
-    entropy_figure(rows).savefig(path, bbox_inches="tight", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):  # ids would be drawn at random
+        entropy_figure(rows).savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def averaged(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Iterator[tuple[dict[str, Any], list[str]]]:
