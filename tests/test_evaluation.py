@@ -314,6 +314,9 @@ def test_questions_that_share_passages_are_passed_over_as_often_as_others(encode
     )
     tuned(encoder, shared, epochs=2, batch_size=10)
     assert seen == [2] * 20
+    seen.clear()
+    tuned(encoder, PAIRS | {"positive": [*PAIRS["positive"][:15], *PAIRS["positive"][:1] * 5]}, batch_size=10)
+    assert 3 * 16 <= sum(seen) <= 3 * 20  # one passage of many is no reason for more
 
 
 def test_a_bf16_file_is_fine_tuned_in_fp32(model_folder, tmp_path):

@@ -3,13 +3,13 @@ gradient norm 1, weights in fp32, computed in fp32 or on GPUs in bf16. On a CPU 
 """
 
 import contextlib
+import itertools
 import math
 import os
 import random
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -38,8 +38,8 @@ class Tuning:
     """Settings of fine-tuning.
 
     Args:
-        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps. No
-            batch has a text twice, so a pass has as many batches as a text has examples, or more.
+        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps, and
+            more where questions share so many passages that batches are smaller.
         batch_size: examples; a question's other negatives are the passages of the batch.
         learning_rate: its peak; None to choose it, and for retrieval the similarity, see `Candidate.chosen`.
         hard_negatives: passages beside each relevant one, drawn from BM25's first that are not judged.
@@ -73,8 +73,9 @@ class Tuning:
         if self.pair_loss not in (*PAIR_LOSSES, None):
             raise ValueError(f"--pair-losses {self.pair_loss}: there are {' and '.join(PAIR_LOSSES)}")
 
-    def n_steps(self, n_examples: int, of_one_text: int = 1) -> int:
-        batches = max(of_one_text, math.ceil(n_examples / self.batch_size))
+    def n_steps(self, n_examples: int, share: float = 1.0) -> int:
+        """Of passes whose batches hold a ``share`` of the examples, as those with a text of the batch are left out."""
+        batches = round(math.ceil(n_examples / self.batch_size) / share)
         return max(1, math.ceil(round(self.epochs * batches, 6)))
 
 
@@ -124,6 +125,7 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
     from transformers import PrinterCallback
 
     # no dropout: its noise is larger than the first differences between an untrained encoder's [CLS] vectors
@@ -134,16 +136,20 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
     encoder.model_card_data.widget = [{}]  # else the trainer draws examples for a model card
     name = PAIR_LOSSES[tuning.pair_loss or "cosent"] if "score" in examples else RANKING
     n_examples = len(next(iter(examples.values())))
-    rows = [] if "score" in examples else zip(*examples.values(), strict=True)
-    of_texts = Counter(text for row in rows for text in set(row))
-    steps = tuning.n_steps(n_examples, max(of_texts.values(), default=1))
+    dataset, share = Dataset.from_dict(dict(examples)), 1.0
+    if name == RANKING:
+        batches = NoDuplicatesBatchSampler(
+            dataset, tuning.batch_size, False, generator=torch.Generator(), seed=tuning.seed
+        )
+        share = sum(map(len, itertools.islice(batches, len(batches)))) / n_examples
+    steps = tuning.n_steps(n_examples, share)
     loss, scale = loss_module(encoder, name, tuning.mini_batch)
     # the trainer wants a folder; nothing is kept of it
     with in_length_groups(encoder), one_process(), tempfile.TemporaryDirectory() as folder:
         trainer = SentenceTransformerTrainer(
             model=encoder,
             args=arguments(encoder, examples, tuning, steps, folder),
-            train_dataset=Dataset.from_dict(dict(examples)),
+            train_dataset=dataset,
             loss=loss,
         )
         trainer.remove_callback(PrinterCallback)
