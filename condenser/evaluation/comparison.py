@@ -88,6 +88,9 @@ def compare(
     for name, mine, other in (("A", ours, theirs), ("B", theirs, ours)):
         if alone := [group for key, group in mine.items() if key not in other]:
             print(f"{name} alone has {len(alone)} more: {described(alone)}")
+        for key in shared:
+            if seeds := sorted({seed for _, seed in mine[key].values.keys() - other[key].values.keys()}):
+                print(f"{name} alone has seeds {', '.join(map(str, seeds))} of {described([mine[key]])}")
     for key in shared:
         pairs = {name: (ours[key].row.get(name), theirs[key].row.get(name)) for name in HOW}
         if differ := [f"{name} {one} and {two}" for name, (one, two) in pairs.items() if one != two]:
