@@ -191,7 +191,7 @@ def plan(
             jobs.append(Job(None, task))
             if base.max_seq_length and base.tokenizer.is_fast:
                 jobs.append(Job(None, task, reader=base))
-        pooled = poolings[:1] if isinstance(task, Attention) else poolings  # which is the same by any
+        pooled = [None] if isinstance(task, Attention) else poolings  # which is the same by any
         for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), pooled):
             trained_on = task if tuning and not isinstance(task, Attention) else None
             if tuning and isinstance(trained_on, Retrieval):
