@@ -5,6 +5,7 @@ import gzip
 import itertools
 import json
 import os
+import shutil
 import sys
 from importlib.machinery import ModuleSpec
 from importlib.metadata import PackageNotFoundError
@@ -17,9 +18,12 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import make_documents, write_bert, write_rows
+from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers.base.modules import Dense
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from condenser.cli import main
+from condenser.data.lock import locked
 from condenser.evaluation import encoders, finetuning, jobs, retrieval, search, tasks
 from condenser.evaluation.comparison import compare
 from condenser.evaluation.evaluate import draw_attention, evaluate
@@ -129,6 +133,8 @@ def test_qrels_without_a_header_lose_no_line(collection_folder, first):
             '{"_id": "d", "text": "a"}\n{"_id": "d", "text": "b"}\n',
             r"line 2: another text of the _id 'd'",
         ),
+        ("corpus.jsonl", '{"_id": "d\\u0000", "text": "a"}\n', r"line 1: a null character in the _id 'd\\x000?'"),
+        ("corpus.jsonl", '{"_id": ' + "[" * 100_000, r"corpus\.jsonl, line 1: not JSON: maximum recursion depth"),
         ("corpus.jsonl", b'{"_id": "d0", "text": "caf\xe9"}\n', r"corpus\.jsonl, line 1: not UTF-8"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq0\tother\t1\n", "do they belong together"),
         ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nnone\td0\t1\n", r"'none', which queries\.jsonl lacks"),
@@ -144,6 +150,12 @@ def test_a_broken_collection_is_named(collection_folder, name, content, message)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
         retrieval.read_collection(collection_folder)
+
+
+def test_a_text_that_is_there_twice_with_other_metadata_is_one(collection_folder):
+    one, two = ({"_id": "d0", "text": "a cat", "metadata": {"url": url}} for url in "ab")
+    write_rows(collection_folder / "corpus.jsonl", [one, two])
+    assert retrieval.read_collection(collection_folder).documents == {"d0": "a cat"}
 
 
 def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(measure, collection_folder):
@@ -190,6 +202,14 @@ def test_what_the_system_or_a_killed_process_has_left_in_the_folder_is_no_hindra
     assert [path.exists() for path in (*mine, *left)] == [True] * 4 + [False] * 3
 
 
+def test_one_call_at_a_time_writes_into_a_folder(measure, tmp_path):
+    """Of two, the one that ended last would leave its rows alone in results.json."""
+    measure()
+    with locked(tmp_path / "out/.lock", ""), pytest.raises(ValueError, match=r"out: process \d+ on .* is at work"):
+        measure()
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == []
+
+
 def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_path, capsys):
     measure("a", pooling=["cls"])
     measure("b", pooling=["cls", "mean"], max_length=16)
@@ -198,6 +218,11 @@ def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_pat
     said = capsys.readouterr().out
     assert "B alone has 1 more: farm (test): pre-trained, mean" in said
     assert "not the same in farm (test): pre-trained, cls: max_length 32 and 16" in said
+    tuning = {"finetune": True, "finetune_epochs": 1, "finetune_batch_size": 7}
+    for name, options in (("c", {}), ("d", {"finetune_batch_size": 6, "hard_negatives": 1})):
+        measure(name, **tuning | options)
+    compare(str(tmp_path / "c"), str(tmp_path / "d"), samples=10)
+    assert "fine-tuned on farm: batch_size 7 and 6, hard_negatives 0 and 1\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"there is nothing at .*nowhere"):
         compare(str(tmp_path / "a"), str(tmp_path / "nowhere"))
 
@@ -216,6 +241,13 @@ def test_reinitialised_weights_follow_the_seed(encoder):
     hashes = [weights(encoders.reinitialised(encoder, seed)) for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert before == weights(encoder) != hashes[0]
+
+
+def test_of_a_projection_nothing_is_left_in_random_weights(encoder):
+    encoder.append(Dense(32, 16))
+    twin = encoders.reinitialised(encoder, 0)
+    for name, value in twin[-1].named_parameters():
+        assert not value.equal(encoder[-1].get_parameter(name)), name
 
 
 def weights(encoder):
@@ -258,10 +290,29 @@ def test_fine_tuning_shares_nothing_out_after_a_run_of_several_processes(encoder
 
 
 @pytest.mark.parametrize(
-    ("epochs", "n", "steps"), [(2.5, 1000, 40), (1, 1, 1), (0.1, 64, 1), (3, 128, 6), (10, 14, 10), (0.1, 1920, 3)]
+    ("epochs", "n", "steps"),
+    [(2.5, 1000, 40), (1, 1, 1), (0.1, 64, 1), (3, 128, 6), (10, 14, 10), (0.1, 1920, 3), (1e-9, 9, 1)],
 )
 def test_steps_follow_from_the_passes_over_the_examples(epochs, n, steps):
     assert Tuning(epochs=epochs).n_steps(n) == steps
+
+
+def test_questions_that_share_passages_are_passed_over_as_often_as_others(encoder, monkeypatch):
+    """No batch has a text twice, so of 2 passages it has 2 examples, however large it may be."""
+    shared, seen = {"query": PAIRS["query"], "positive": PAIRS["positive"][:2] * 10}, []
+    of_batch = SentenceTransformerTrainer.compute_loss
+    monkeypatch.setattr(
+        SentenceTransformerTrainer,
+        "compute_loss",
+        lambda self, model, inputs, **more: (
+            seen.append(len(inputs["query_input_ids"])) or of_batch(self, model, inputs, **more)
+        ),
+    )
+    tuned(encoder, shared, epochs=2, batch_size=10)
+    assert seen == [2] * 20
+    seen.clear()
+    tuned(encoder, PAIRS | {"positive": [*PAIRS["positive"][:15], *PAIRS["positive"][:1] * 5]}, batch_size=10)
+    assert 3 * 16 <= sum(seen) <= 3 * 20  # one passage of many is no reason for more
 
 
 def test_a_bf16_file_is_fine_tuned_in_fp32(model_folder, tmp_path):
@@ -328,6 +379,11 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     rows = [row for row in found["rows"] if row["fine_tuned"]]
     assert [row["learning_rate"] for row in rows] == [of_search["learning_rate"]] * 2 + [of_pairs["learning_rate"]] * 2
     assert {row["similarity"] for row in rows[:2]} == {of_search["similarity"]}
+    for path in tmp_path.glob("out/choices/*"):
+        path.write_text("{")  # damaged, so made again
+    shutil.rmtree(tmp_path / "out/rows")
+    assert main([*run, "--finetune-learning-rate", "auto", "--finetune-batch-size", "8"]) == 0
+    assert json.loads((tmp_path / "out/results.json").read_text()) == found
     part = Retrieval.read(farm).held_out().collection
     assert part.queries.keys() | part.train_qrels.keys() == {f"q{i}" for i in range(6, 20)}
     assert not part.queries.keys() & part.train_qrels.keys()
@@ -461,6 +517,7 @@ def test_attention_is_measured_before_and_after_fine_tuning(run, store, tiny_exp
     assert attention[0]["cls_entropy"] != attention[1]["cls_entropy"]
     assert set(found["settings"]["head_loss"]) == {"true", "other", "zeros"}
     assert (tmp_path / "a/attention.svg").is_file()
+    assert measure("a", tiny_export, attention=str(store), pooling=["mean", "max"])["rows"][2:] == attention[1:]
     for name, model in (("run", run), ("its", run / "checkpoints"), ("checkpoint", find_checkpoint(str(run)))):
         alone = measure(name, model, retrieval=None, attention=str(store), max_length=None)
         assert alone["rows"] == attention[1:]
@@ -470,8 +527,12 @@ def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp
     path = tmp_path / "attention.svg"
     about = {"model": "pre-trained", "pooling": "cls", "whitening": None, "train_size": None}
     seeds = [about | {"trained_on": "farm", "cls_entropy": [0.9, 0.4 + 0.1 * seed]} for seed in range(2)]
-    draw_attention([about | {"trained_on": None, "cls_entropy": [0.9, 0.5]}, *seeds], path)
+    rows = [about | {"trained_on": None, "cls_entropy": [0.9, 0.5]}, *seeds]
+    for each in (path, tmp_path / "again" / path.name):
+        each.parent.mkdir(exist_ok=True)
+        draw_attention(rows, each)
     text = path.read_text()
+    assert text == each.read_text()
     assert ElementTree.parse(path).getroot().tag == "{http://www.w3.org/2000/svg}svg"  # nothing but HTML does without
     assert "currentColor" not in text
     assert "var(--" not in text
@@ -525,6 +586,15 @@ def test_hard_negatives_are_drawn_from_what_bm25_finds_and_nobody_judged(collect
         assert positive not in negatives
         places |= {found.index(ids[text]) for text in negatives}
     assert max(places) > 3  # beyond the first ones
+
+
+def test_a_question_that_is_a_document_too_is_no_negative_of_its_own(collection_folder):
+    """As in ArguAna, where BM25 finds it first; nor is it scored."""
+    with open(collection_folder / "corpus.jsonl", "a") as file:
+        file.writelines(json.dumps({"_id": i, "text": text}) + "\n" for i, text in QUERIES.items())
+    drawn = question_examples(retrieval.read_collection(collection_folder), Tuning(hard_negatives=38))
+    assert len(drawn["query"]) == 14
+    assert not any(query in negatives for query, *negatives in zip(*drawn.values(), strict=True))
 
 
 def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
@@ -587,6 +657,11 @@ def vector(encoder):
         ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query, .* give one too, --retrieval"),
         ({"queries": 5, "retrieval": None, "similarity": ["PAIRS"]}, "--queries .* give one too, --retrieval"),
         ({"split": "dev", "retrieval": None, "similarity": ["PAIRS"]}, "--split .* give one too, --retrieval"),
+        ({"pooling": ["mean"], "retrieval": None, "attention": "nowhere"}, "--pooling .* are of --retrieval and"),
+        ({"finetune": True, "pair_losses": ["cosine"]}, "--pair-losses are of sentence pairs, and none"),
+        ({"finetune": True, "hard_negatives": 1, "retrieval": None, "similarity": ["PAIRS"]}, "no collection here"),
+        ({"finetune": True, "mini_batch": 1, "retrieval": ["BARE"], "similarity": ["PAIRS"]}, "--mini-batch are of"),
+        ({"baselines": True, "seeds": [2**32]}, "--seeds 4294967296: give whole numbers from 0 to 4294967295"),
         ({"seeds": [0, 1]}, "--seeds are of fine-tuning and random weights: give --finetune or --baselines"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"retrieval": ["nowhere"]}, "no retrieval collection at nowhere"),

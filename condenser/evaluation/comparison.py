@@ -22,7 +22,10 @@ from condenser.reports.tables import write_figures
 from condenser.runs import at_least, in_words
 
 SAME = (*WHICH, "fine_tuned", "epochs", "split")
-HOW = ("max_length", "similarity", "dtype", "learning_rate", "scale", "examples")  # said where they differ
+HOW = (  # said where they differ
+    *("max_length", "similarity", "dtype"),
+    *("learning_rate", "scale", "examples", "batch_size", "hard_negatives"),
+)
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 
@@ -85,6 +88,9 @@ def compare(
     for name, mine, other in (("A", ours, theirs), ("B", theirs, ours)):
         if alone := [group for key, group in mine.items() if key not in other]:
             print(f"{name} alone has {len(alone)} more: {described(alone)}")
+        for key in shared:
+            if seeds := sorted({seed for _, seed in mine[key].values.keys() - other[key].values.keys()}):
+                print(f"{name} alone has seeds {', '.join(map(str, seeds))} of {described([mine[key]])}")
     for key in shared:
         pairs = {name: (ours[key].row.get(name), theirs[key].row.get(name)) for name in HOW}
         if differ := [f"{name} {one} and {two}" for name, (one, two) in pairs.items() if one != two]:
@@ -157,7 +163,7 @@ def interval(tables: np.ndarray, metric: str, samples: int, seed: int) -> dict[s
         of_seeds = scored(tables[:, rng.integers(n, size=n)], metric)
         drawn = rng.integers(n_seeds, size=n_seeds)
         differences[sample] = (of_seeds[drawn, 1] - of_seeds[drawn, 0]).mean()
-    low, high = np.quantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(differences, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     a, b = whole.mean(axis=0).tolist()
     return {"a": a, "b": b, "difference": b - a, "low": float(low), "high": float(high)}
 
@@ -170,7 +176,8 @@ def scored(tables: np.ndarray, metric: str) -> np.ndarray:
         return tables.mean(axis=1)
     values = rankdata(tables, axis=1) if metric == "spearman" else tables
     values = values - values.mean(axis=1, keepdims=True)
-    values = values / np.linalg.norm(values, axis=1, keepdims=True)
+    with np.errstate(invalid="ignore"):  # nothing correlates with draws of one score
+        values = values / np.linalg.norm(values, axis=1, keepdims=True)
     return (values[..., :2] * values[..., 2:]).sum(axis=1)
 
 

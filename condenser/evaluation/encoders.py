@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,9 @@ def reinitialised(encoder: Encoder, seed: int) -> Encoder:
     torch.manual_seed(seed)
     fresh = type(backbone(twin))(backbone(twin).config)
     backbone(twin).load_state_dict(fresh.state_dict())
+    for module in itertools.islice(twin, 1, None):  # such as a trained projection
+        for part in module.modules():
+            getattr(part, "reset_parameters", lambda: None)()
     return twin
 
 

@@ -22,6 +22,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Column, Table
 
+from condenser.data.lock import locked
 from condenser.data.store import leftovers, write_json
 from condenser.evaluation import encoders
 from condenser.evaluation.finetuning import Tuning
@@ -75,7 +76,8 @@ def evaluate(
         retrieval: folders with corpus.jsonl, queries.jsonl and qrels/test.tsv (see --split), each plain or compressed
         similarity: files of sentence pairs with scores, or folders with a test and a train file
         attention: token store on whose validation split the entropy of [CLS] attention is taken, by layer
-        mteb: tasks or benchmarks of the mteb library by name (such as "NanoBEIR"); needs the network
+        mteb: tasks or benchmarks of the mteb library by name (such as "NanoBEIR"), by the model's own pooling; needs
+            the network
         baselines: also BM25, on whole texts and on what the encoder reads of them, and random weights
         finetune: also fine-tune on qrels/train.tsv of each collection, the train file of each set of pairs
         finetune_epochs: passes over the training data, such as 2.5
@@ -117,6 +119,8 @@ def evaluate(
         check_name(name)
     if not retrieval and (query or queries or split != "test"):
         raise ValueError("--query, --queries and --split are of collections: give one too, --retrieval")
+    if not (retrieval or similarity) and (pooling or whitening):
+        raise ValueError("--pooling and --whitening are of --retrieval and --similarity: give one too")
     if not is_run(model):
         encoders.check_folder(model)
     path, of_mteb = result_path(Path(output)), find_tasks(mteb or [])
@@ -141,11 +145,15 @@ def evaluate(
             "versions": packages,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = compute(jobs, settings, path)
-        if of_mteb:
-            found["mteb"] = run_mteb(encoder, of_mteb, path.parent / ROWS)
-        write_json(path, found)
-    draw_attention([row for row in found["rows"] if row["task"] == "attention"], path.with_name("attention.svg"))
+        with locked(path.parent / ".lock", f"--output {output}: {{holder}} is at work there; wait, or give another"):
+            for file in unfinished(path.parent):
+                file.unlink(missing_ok=True)
+            found = compute(jobs, settings, path)
+            if of_mteb:
+                found["mteb"] = run_mteb(encoder, of_mteb, path.parent / ROWS)
+            write_json(path, found)
+            attention_rows = [row for row in found["rows"] if row["task"] == Attention.kind]
+            draw_attention(attention_rows, path.with_name("attention.svg"))
     show(found)
     print(f"wrote {path}")
 
@@ -177,12 +185,14 @@ def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: give a folder")
-    left = leftovers(folder, "results.json", f"{ROWS}/*", "choices/*")
-    if others := {file.name for file in folder.glob("[!.]*")} - OWN - {file.name for file in left}:
+    left = {file.name for file in unfinished(folder)}
+    if others := {file.name for file in folder.glob("[!.]*")} - OWN - left:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")
-    for file in left:
-        file.unlink(missing_ok=True)
     return folder / "results.json"
+
+
+def unfinished(folder: Path) -> list[Path]:
+    return leftovers(folder, "results.json", f"{ROWS}/*", "choices/*")
 
 
 def show(found: dict[str, Any]) -> None:
@@ -220,9 +230,12 @@ def draw_attention(rows: list[dict[str, Any]], path: Path) -> None:
     """What --attention found as a drawing; without rows no file."""
     if not rows:
         return path.unlink(missing_ok=True)
+    import matplotlib
+
     from condenser.reports.figures import entropy_figure
 
-    entropy_figure(rows).savefig(path, bbox_inches="tight", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.hashsalt": path.name}):  # ids would be drawn at random
+        entropy_figure(rows).savefig(path, bbox_inches="tight", metadata={"Date": None})
 
 
 def averaged(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Iterator[tuple[dict[str, Any], list[str]]]:

@@ -3,6 +3,7 @@ gradient norm 1, weights in fp32, computed in fp32 or on GPUs in bf16. On a CPU 
 """
 
 import contextlib
+import itertools
 import math
 import os
 import random
@@ -37,7 +38,8 @@ class Tuning:
     """Settings of fine-tuning.
 
     Args:
-        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps.
+        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps, and
+            more where questions share so many passages that batches are smaller.
         batch_size: examples; a question's other negatives are the passages of the batch.
         learning_rate: its peak; None to choose it, and for retrieval the similarity, see `Candidate.chosen`.
         hard_negatives: passages beside each relevant one, drawn from BM25's first that are not judged.
@@ -63,15 +65,18 @@ class Tuning:
             raise ValueError(f"--hard-negatives {self.hard_negatives}: BM25 gives {NEGATIVES_FROM} to draw from")
         at_least("mini-batch", self.mini_batch, 0)
         at_least("train-sizes", self.train_size, 2)
-        at_least("seeds", self.seed, 0)
+        if not 0 <= self.seed < 2**32:  # numpy's
+            raise ValueError(f"--seeds {self.seed}: give whole numbers from 0 to {2**32 - 1}")
         for option, rate in {"epochs": self.epochs, "learning-rate": self.learning_rate}.items():
             if rate is not None and not 0 < rate < math.inf:
                 raise ValueError(f"--finetune-{option} {rate} must be positive")
         if self.pair_loss not in (*PAIR_LOSSES, None):
             raise ValueError(f"--pair-losses {self.pair_loss}: there are {' and '.join(PAIR_LOSSES)}")
 
-    def n_steps(self, n_examples: int) -> int:
-        return math.ceil(round(self.epochs * math.ceil(n_examples / self.batch_size), 6))
+    def n_steps(self, n_examples: int, share: float = 1.0) -> int:
+        """Of passes whose batches hold a ``share`` of the examples, as those with a text of the batch are left out."""
+        batches = round(math.ceil(n_examples / self.batch_size) / share)
+        return max(1, math.ceil(round(self.epochs * batches, 6)))
 
 
 def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[str]]:
@@ -85,7 +90,8 @@ def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[
     rows, left_out = [], 0
     for query, question in questions.items():
         relevant = [collection.documents[i] for i in collection.relevant(query, collection.train_qrels)]
-        others = [collection.documents[i] for i in hits.get(query, ()) if i not in collection.train_qrels[query]]
+        known = {query, *collection.train_qrels[query]}  # some collections' questions are documents
+        others = [collection.documents[i] for i in hits.get(query, ()) if i not in known]
         others = [text for text in dict.fromkeys(others) if text not in relevant]
         if len(others) >= n:
             negatives = random.Random(f"{tuning.seed} {query}").sample(others, n)
@@ -119,6 +125,7 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
     """
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
+    from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
     from transformers import PrinterCallback
 
     # no dropout: its noise is larger than the first differences between an untrained encoder's [CLS] vectors
@@ -129,14 +136,20 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
     encoder.model_card_data.widget = [{}]  # else the trainer draws examples for a model card
     name = PAIR_LOSSES[tuning.pair_loss or "cosent"] if "score" in examples else RANKING
     n_examples = len(next(iter(examples.values())))
-    steps = tuning.n_steps(n_examples)
+    dataset, share = Dataset.from_dict(dict(examples)), 1.0
+    if name == RANKING:
+        batches = NoDuplicatesBatchSampler(
+            dataset, tuning.batch_size, False, generator=torch.Generator(), seed=tuning.seed
+        )
+        share = sum(map(len, itertools.islice(batches, len(batches)))) / n_examples
+    steps = tuning.n_steps(n_examples, share)
     loss, scale = loss_module(encoder, name, tuning.mini_batch)
     # the trainer wants a folder; nothing is kept of it
     with in_length_groups(encoder), one_process(), tempfile.TemporaryDirectory() as folder:
         trainer = SentenceTransformerTrainer(
             model=encoder,
             args=arguments(encoder, examples, tuning, steps, folder),
-            train_dataset=Dataset.from_dict(dict(examples)),
+            train_dataset=dataset,
             loss=loss,
         )
         trainer.remove_callback(PrinterCallback)
@@ -144,7 +157,8 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
         assert trainer.state.global_step == steps
     encoder.eval()
     how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
-    return how | {"examples": n_examples, "epochs": tuning.epochs}
+    names = ("epochs", "batch_size", "hard_negatives")
+    return how | {"examples": n_examples} | {name: getattr(tuning, name) for name in names}
 
 
 def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str) -> Any:

@@ -98,8 +98,8 @@ class Candidate:
         part = self.trained_on.held_out()
         once = replace(self, tuning=replace(self.tuning, seed=0), drawn=None if self.drawn is None else 0)
         path = folder / "choices" / f"{fingerprint(once.fingerprint, versions())}.json"
-        if path.exists():
-            return json.loads(path.read_text(encoding="utf-8"))
+        if kept := read_kept(path):
+            return kept
         ranks = isinstance(part, Retrieval)
         similarities: Any = SIMILARITIES if ranks else [self.base.similarity_fn_name]
         size = self.tuning.train_size and min(self.tuning.train_size, part.n_train)
@@ -191,7 +191,8 @@ def plan(
             jobs.append(Job(None, task))
             if base.max_seq_length and base.tokenizer.is_fast:
                 jobs.append(Job(None, task, reader=base))
-        for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), poolings):
+        pooled = [None] if isinstance(task, Attention) else poolings  # which is the same by any
+        for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), pooled):
             trained_on = task if tuning and not isinstance(task, Attention) else None
             if tuning and isinstance(trained_on, Retrieval):
                 tuning = replace(tuning, pair_loss=None)

@@ -108,7 +108,7 @@ def json_object(where: str, line: str) -> dict[str, Any]:
     """Halves of characters, which JSON can spell and no tokenizer takes, become replacement characters."""
     try:
         fields = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON: {error}") from None
     if not isinstance(fields, dict):
         raise ValueError(f"{where}: not a JSON object")
@@ -125,12 +125,16 @@ def read_lines(folder: Path, name: str) -> Iterator[tuple[str, str]]:
 
 
 def read_rows(folder: Path, name: str) -> dict[str, dict]:
+    """Title and text by id; trec_eval would take an id to end at a null character."""
     rows: dict[str, dict] = {}
     for where, line in read_lines(folder, name):
         row = json_object(where, line)
         if not all(isinstance(row.get(field), str) for field in ("_id", "text")):
             raise ValueError(f"{where}: not an object with the strings _id and text")
-        if rows.setdefault(row["_id"], row) != row:
+        if "\0" in row["_id"]:
+            raise ValueError(f"{where}: a null character in the _id {row['_id']!r}")
+        text = {field: row.get(field) for field in ("title", "text")}
+        if rows.setdefault(row["_id"], text) != text:
             raise ValueError(f"{where}: another text of the _id {row['_id']!r}, which an earlier line has too")
     return rows
 

@@ -230,6 +230,11 @@ def check_training(tasks: Sequence[Task], tunings: Sequence[Tuning]) -> None:
             f"{', '.join(task.name for task in tasks)}: nothing to fine-tune on, such as relevant pairs in "
             "qrels/train.tsv or a train file of sentence pairs"
         )
+    kinds = {task.kind for task in training}
+    if Retrieval.kind not in kinds and any(each.hard_negatives or each.mini_batch for each in tunings):
+        raise ValueError("--hard-negatives and --mini-batch are of retrieval, and no collection here is trained on")
+    if Similarity.kind not in kinds and any(each.pair_loss != "cosent" for each in tunings):
+        raise ValueError("--pair-losses are of sentence pairs, and none here are trained on")
     for task, tuning in itertools.product(training, tunings):
         check_size(tuning.train_size, task.n_train, f"questions or pairs to train on in {task.name}")
         if isinstance(task, Retrieval) and len({text for _, text in task.collection.train_pairs}) < 2:
