@@ -1,5 +1,6 @@
 """When a run ends, what it goes on from and over, and what its flags do."""
 
+import errno
 import json
 import math
 import multiprocessing
@@ -345,6 +346,18 @@ def test_a_lock_goes_with_its_holder_and_not_with_a_file(tmp_path):
         assert child.is_alive()
     child.kill()
     child.join()
+
+
+def test_a_lock_holds_on_a_full_disk_and_leaves_nothing_there(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with locked(tmp_path / "lock", "busy with {holder}"):
+        busy = pytest.raises(ValueError, match="busy with another process")
+        with busy, locked(tmp_path / "lock", "busy with {holder}"):
+            pass
+    assert not (tmp_path / "lock").exists()
 
 
 @pytest.mark.parametrize("name", ["../out", "..", ".", "/tmp/out", "a/../../out", "./"])

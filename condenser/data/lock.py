@@ -4,7 +4,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,10 @@ def locked(path: Path, busy: str, shared: bool = False) -> Iterator[None]:
         file.seek(0)
         if holder := file.read().strip():
             print(f"{path} was left by {holder}, which has ended without a word: taking over")
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
         try:
+            with suppress(OSError):  # on a full disk the lock holds without a name
+                file.truncate(0)
+                os.write(file.fileno(), f"process {os.getpid()} on {socket.gethostname()}".encode())
             yield
         finally:
             path.unlink(missing_ok=True)
