@@ -389,6 +389,20 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     assert not part.queries.keys() & part.train_qrels.keys()
 
 
+def test_a_learning_rate_that_comes_to_nothing_is_not_chosen(model_folder, pairs_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tasks, "HELD_OUT", 0.3)
+    run = ["evaluate", model_folder, "--similarity", str(pairs_folder), "--finetune", "--finetune-epochs", "1"]
+    run += ["--finetune-learning-rate", "auto", "--finetune-batch-size", "8", "--output"]
+    for rates, code in {(1e30, 1e-3): 0, (1e30,): 1}.items():
+        monkeypatch.setattr(jobs, "LEARNING_RATES", rates)
+        assert main([*run, str(tmp_path / str(code))]) == code
+    rows = json.loads((tmp_path / "0/results.json").read_text())["rows"]
+    assert [row["learning_rate"] for row in rows if row["fine_tuned"]] == [1e-3]
+    said = capsys.readouterr()
+    assert "tried 1e+30: the encoder's vectors are not finite" in said.out
+    assert "no learning rate came to anything" in said.err
+
+
 def tried(path):
     return -len(json.loads(path.read_text())["tried"])
 

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -107,12 +108,19 @@ class Candidate:
         for rate, similarity in itertools.product(LEARNING_RATES, similarities):
             encoder, tuning = once.start(), replace(self.tuning, learning_rate=rate, train_size=size, seed=0)
             encoder.similarity_fn_name = similarity
-            fine_tune(encoder, part.examples(tuning), tuning)
-            found = part.measure(encoder).metrics
-            metric = (UNSEEN if found["queries_unseen"] else "ndcg@10") if ranks else "spearman"
-            tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": found[metric]})
             setting = f"{rate:g}, {similarity}" if ranks else f"{rate:g}"
+            fine_tune(encoder, part.examples(tuning), tuning)
+            try:
+                found = part.measure(encoder).metrics
+            except ValueError as error:  # it came to vectors that are not finite
+                print(f"  tried {setting}: {error}")
+                continue
+            metric = (UNSEEN if found["queries_unseen"] else "ndcg@10") if ranks else "spearman"
             print(f"  tried {setting}: {metric} {found[metric]:.4f} on what was held out of training")
+            if not math.isnan(found[metric]):  # nothing correlates with one score for all
+                tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": found[metric]})
+        if not tried:
+            raise ValueError(f"{self.trained_on.name}: no learning rate came to anything; give one, or other examples")
         best = max(tried, key=lambda each: each["score"])
         path.parent.mkdir(exist_ok=True)
         write_json(path, best | {"tried": tried})
