@@ -133,6 +133,7 @@ def test_qrels_without_a_header_lose_no_line(collection_folder, first):
             '{"_id": "d", "text": "a"}\n{"_id": "d", "text": "b"}\n',
             r"line 2: another text of the _id 'd'",
         ),
+        ("corpus.jsonl", '{"_id": "d", "title": ["a"], "text": "a"}\n', r"line 1: .*_id and text, and perhaps title"),
         ("corpus.jsonl", '{"_id": "d\\u0000", "text": "a"}\n', r"line 1: a null character in the _id 'd\\x000?'"),
         ("corpus.jsonl", '{"_id": ' + "[" * 100_000, r"corpus\.jsonl, line 1: not JSON: maximum recursion depth"),
         ("corpus.jsonl", b'{"_id": "d0", "text": "caf\xe9"}\n', r"corpus\.jsonl, line 1: not UTF-8"),

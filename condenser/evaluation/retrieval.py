@@ -129,8 +129,8 @@ def read_rows(folder: Path, name: str) -> dict[str, dict]:
     rows: dict[str, dict] = {}
     for where, line in read_lines(folder, name):
         row = json_object(where, line)
-        if not all(isinstance(row.get(field), str) for field in ("_id", "text")):
-            raise ValueError(f"{where}: not an object with the strings _id and text")
+        if not all(isinstance(value, str) for value in (row.get("_id"), row.get("text"), row.get("title") or "")):
+            raise ValueError(f"{where}: not an object with the strings _id and text, and perhaps title")
         if "\0" in row["_id"]:
             raise ValueError(f"{where}: a null character in the _id {row['_id']!r}")
         text = {field: row.get(field) for field in ("title", "text")}
