@@ -583,7 +583,7 @@ REFUSED = {
     "LearningRateFinder cannot": ["--trainer.callbacks", "LearningRateFinder"],
     "BackboneFinetuning cannot": ["--trainer.callbacks", "BackboneFinetuning"],
     "backbone_config makes no model": ["--model.backbone_config.hidden_act", "foo"],
-    "learning_rate=-1.0 must be positive": ["--model.optimizer.learning_rate", "-1"],
+    "error: optimizer.learning_rate=inf must be positive and finite": ["--model.optimizer.learning_rate", ".inf"],
     "fast_dev_run begins anew": ["--trainer.fast_dev_run", "1", "--ckpt_path", "some.ckpt"],
     "data.store is empty": ["--data.store", ""],
     "no token store at nowhere": ["--data.store", "nowhere"],
@@ -807,6 +807,14 @@ WRONG = {
     "tab.yaml, line 2 begins with a tab: YAML is indented by spaces": ["fit", "-c", "tab.yaml"],
     "inner.yaml, line 3 begins with a tab: YAML is indented by spaces": ["bench", "--config", "inner.yaml"],
     "tab.yaml, line 2 begins with a tab": ["inspect", "a", "-c", "tab.yaml"],
+    "twice.yaml cannot be read: trainer is there twice in line 3": ["fit", "-c", "twice.yaml"],
+    "latin.yaml cannot be read: 'utf-8' codec can't decode": ["fit", "-c", "latin.yaml"],
+    "bare.yaml: data has no settings below it, indented": ["fit", "-c", "demo", "-c", "bare.yaml"],
+    "number.yaml: there is no setting 1": ["fit", "-c", "number.yaml"],
+    'Parser key "data.batch_size": Expected a int. Got value: None': ["fit", "-c", "demo", "-c", "null.yaml"],
+    "error: model.skip_from is null: give it a value": ["estimate", "-c", "demo", "--model.skip_from", "null"],
+    "seed_everything=True: give a number from 0": ["fit", "-c", "demo", "--seed_everything", "true"],
+    "seed_everything=-1: give a number from 0": ["fit", "-c", "demo", "--seed_everything", "-1"],
     "nth.yaml is a recipe of `condenser fit`; -c takes settings of this command": ["inspect", "a", "-c", "nth.yaml"],
     "demo is a recipe of `condenser fit`; -c takes": ["prepare", "--config", "demo"],
     "error: no model is set: give --config RECIPE (such as --config demo) (": ["fit"],
@@ -829,6 +837,11 @@ WRONG_FILES = {
     "top.yaml": "max_steps: 3\n",
     "tab.yaml": "trainer:\n\tmax_steps: 3\n",
     "inner.yaml": "trainer:\n  max_steps: 3\n\taccelerator: cpu\n",
+    "twice.yaml": "trainer:\n  max_steps: 3\ntrainer:\n  accelerator: cpu\n",
+    "latin.yaml": "name: caf\xe9\n",
+    "bare.yaml": "data:\ntrainer:\n  max_steps: 3\n",
+    "number.yaml": "1: 3\n",
+    "null.yaml": "data:\n  batch_size: null\n",
     "nth.yaml": "data:\n  masking_options:\n    n: 3\n",
 }
 
@@ -837,7 +850,7 @@ WRONG_FILES = {
 def test_wrong_command_lines_are_one_line(what, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in WRONG_FILES.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="latin-1")
     assert main(WRONG[what]) in (1, 2)
     said = capsys.readouterr().err
     assert what in said

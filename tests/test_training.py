@@ -363,6 +363,18 @@ def test_print_config_prints_a_configuration_that_can_be_used(recipe, capsys, tm
     assert printed["model"]["init_args"]["n_head_layers"] == 2
 
 
+def test_what_print_config_prints_can_be_given_back_also_with_callbacks_and_without_quotes(recipe, capsys, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    callback = "{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 1e-3}}"
+    overlay.write_text(f"wandb: off\ntrainer:\n  callbacks: [{callback}]\n")  # off is false in YAML
+    words = ["fit", "--config", str(recipe), "-c", str(overlay), "--print_config"]
+    assert main(words) == 0
+    overlay.write_text(printed := capsys.readouterr().out)
+    assert "device: cpu" in printed
+    assert main(words) == 0
+    assert capsys.readouterr().out == printed
+
+
 CONFIGS = Path(__file__).parents[1] / "configs"
 STUDY = "study/scratch/study.yaml"
 RECIPES = ["condenser.yaml", "cocondenser.yaml", "retromae.yaml", "demo.yaml", "small.yaml", STUDY]

@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import lightning as L
+import torch
 import yaml
+from jsonargparse.typing import register_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -41,6 +43,7 @@ from condenser.training.module import CondenserModule
 
 # Lightning has members of enumerations for defaults, which a configuration holds by their values
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+register_type(torch.device)  # a default of callbacks of Lightning's
 
 USAGE = "condenser {} -c RECIPE [-c FILE ...] --name NAME [--SETTING VALUE ...]"
 FIT_HELP = {
@@ -86,7 +89,10 @@ class RunCLI(LightningCLI):
         parser.add_argument("--name", type=str, help="name of the run: everything goes to RUNS_DIR/NAME")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
-            "--wandb", type=Literal["online", "offline", "off"], default="off", help="Weights & Biases beside the CSV"
+            "--wandb",
+            type=Literal["online", "offline", "off", False],
+            default="off",
+            help="Weights & Biases beside the CSV",
         )
         parser.add_argument(
             "--wandb_artifacts",
@@ -106,6 +112,16 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
+        settings, parameters = self.config[self.config.subcommand], inspect.signature(CondenserModule).parameters
+        try:
+            parser.validate(self.config, skip_unset=False)  # also what a file has as null
+        except TypeError as error:
+            parser.error(str(error))
+        for name, value in settings.model.init_args.items():
+            if value is None and name in parameters and parameters[name].default is not None:
+                raise ValueError(f"model.{name} is null: give it a value, or leave it out")
+        if not 0 <= (seed := settings.seed_everything) < 2**32 or seed is True:  # which Lightning makes a seed of
+            raise ValueError(f"seed_everything={seed}: give a number from 0 to {2**32 - 1}")
         for key, value in [*self.config.items()]:
             if isinstance(value, str):
                 self.config[key] = os.path.expanduser(value)
@@ -203,7 +219,7 @@ class RunCLI(LightningCLI):
         every_n_steps = settings.trainer.log_every_n_steps or 50  # Lightning's default
         metrics = MetricsCSV(self.run, every_n_steps)
         metrics.begin_at(step_of(self.checkpoint) if self.checkpoint else 0)
-        if settings.wandb == "off" or settings.trainer.fast_dev_run or not is_first_rank():
+        if settings.wandb in ("off", False) or settings.trainer.fast_dev_run or not is_first_rank():
             return [metrics]
         tracker = tracking.tracker(self.run, settings.wandb, every_n_steps)
         tracking.describe(tracker, self.run, self.datamodule.weights, versions(), keep=settings.wandb_artifacts)
