@@ -571,6 +571,7 @@ REFUSED = {
     "trainer.accumulate_grad_batches": ["--trainer.accumulate_grad_batches", "2"],
     "trainer.gradient_clip_val": ["--trainer.gradient_clip_val", "1.0"],
     "trainer.logger=false": ["--trainer.logger", "false"],
+    "trainer.default_root_dir cannot be used here: everything": ["--trainer.default_root_dir", "elsewhere"],
     "trainer.barebones": ["--trainer.barebones", "true"],
     "trainer: ": ["--trainer.devices", "0"],
     "No supported gpu": ["--trainer.accelerator", "gpu"],

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import lightning as L
 import torch
 import yaml
-from jsonargparse.typing import register_type
+from jsonargparse.typing import NonNegativeInt, register_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -86,7 +86,7 @@ class RunCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, help="name of the run: everything goes to RUNS_DIR/NAME")
+        parser.add_argument("--name", type=str | None, help="name of the run: everything goes to RUNS_DIR/NAME")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
             "--wandb",
@@ -102,7 +102,7 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument(
             "--trace_steps",
-            type=int,
+            type=NonNegativeInt,
             default=0,
             help="profile so many steps, after five: trace.json.gz and trace.txt in the run folder",
         )
@@ -153,9 +153,7 @@ class RunCLI(LightningCLI):
         newest = newest_valid_checkpoint(self.run, say=rank_zero_only(print))
         if given in (None, "last"):
             return newest
-        path = find_checkpoint(str(self.run), best=True) if given == "best" else Path(str(given))
-        if not is_intact(path):
-            raise ValueError(f"--ckpt_path {path} is missing, damaged, or no checkpoint: give a file of checkpoints/")
+        path = find_checkpoint(str(self.run), best=True) if given == "best" else intact(str(given))
         return newest if newest is not None and fits else path
 
     def begin_run(self, settings: Any) -> None:
@@ -243,7 +241,7 @@ class DryCLI(RunCLI):
         check_trainer(self.config[self.subcommand].trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
+        check_callbacks(as_list(self.config_init[self.subcommand].trainer.callbacks))
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -253,6 +251,13 @@ def dumped(cli: RunCLI) -> str:
     """Its settings as YAML."""
     parser = cli._parser(cli.subcommand)  # the subcommand's, which Lightning keeps to itself
     return parser.dump(cli.config[cli.subcommand], skip_none=False)
+
+
+def intact(given: str) -> Path:
+    """A checkpoint. Raises ValueError for another file, or none."""
+    if not is_intact(Path(given)):
+        raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint: give a file of checkpoints/")
+    return Path(given)
 
 
 def as_list(value: Any, but: Any = None) -> list[Any]:
