@@ -423,6 +423,8 @@ def test_checkpoints_can_be_left_out(recipe, tmp_path, capsys):
     assert "will not be able to go on" in capsys.readouterr().out
     assert not (tmp_path / "r/checkpoints").exists()
     assert summary(tmp_path / "r")["steps"] == 8
+    assert fit(recipe, tmp_path, "s", "--trainer.enable_checkpointing=false", "--trainer.max_time=00:00:00:00") == 0
+    assert "after step 0; nothing is saved to go on from" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_named_by_last_or_best(recipe, run, tmp_path, capsys):
@@ -830,6 +832,18 @@ WRONG = {
     "--rounds -1 must be at least 1": ["bench", "data", "--rounds", "-1"],
     "no attribute 'Retro'": ["bench", "--objective", "condenser.models.retromae.Retro"],
     "Expected an import path": ["bench", "--objective", "json.JSONDecoder"],
+    "--json . is a folder": ["estimate", "-c", "demo", "--json", "."],
+    "top.yaml/sub": ["bench", "--json", "top.yaml/sub/x.json"],
+    "error: no such file: no-such.jsonl": [
+        "bench",
+        "data",
+        "--tokenizer",
+        "a",
+        "--input",
+        "no-such.jsonl",
+        "--json",
+        "x.json",
+    ],
     "--nodes 0 must be at least 1": ["launch", "--name", "x", "--nodes", "0", "--dry-run"],
     "File does not exist": ["fit", "--config", "no-such.yaml"],
 }
