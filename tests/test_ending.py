@@ -207,6 +207,21 @@ def test_a_run_is_not_made_shorter_than_it_is(run, recipe, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_run_that_is_shortened_to_where_it_stands_is_validated_there(recipe, tmp_path):
+    assert fit(recipe, tmp_path, "r", *STOP, "3") == 0
+    (tmp_path / "r/summary.json").write_text("{}")  # of which nothing follows
+    assert fit(recipe, tmp_path, "r", "--trainer.max_steps", "3") == 0
+    assert [row["step"] for row in metrics_of(tmp_path / "r") if row.get("val/loss")] == ["2"]
+    assert summary(tmp_path / "r")["steps"] == 3
+    assert (tmp_path / "r/checkpoints/best-step=3.ckpt").is_file()
+
+
+def test_nothing_to_validate_on_is_said(recipe, run, capsys):
+    where = ["--runs_dir", str(run.parent), "--name", run.name, "--trainer.limit_val_batches", "0"]
+    assert main(["validate", "--config", str(recipe), *where]) == 1
+    assert "trainer.limit_val_batches=0 leaves nothing to validate on" in capsys.readouterr().err
+
+
 def test_what_only_looks_on_may_change_between_starts(recipe, run, tmp_path):
     assert fit(recipe, tmp_path, "r", *STOP, "3") == 0
     looks = ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]

@@ -331,6 +331,14 @@ def test_a_broken_line_of_a_csv_is_named(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().endswith("2,0\n")
 
 
+@pytest.mark.parametrize("content", [b"time,loss\n1,2\n", b"\xff\xfe\n"])
+def test_a_csv_of_something_else_is_refused_before_training_and_left_as_it_is(content, tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics.csv has no 'step' column"):
+        MetricsCSV(tmp_path).begin_at(0)
+    assert (tmp_path / "metrics.csv").read_bytes() == content
+
+
 def test_what_is_installed_does_not_claim_the_commit_of_a_repository_around_it(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]

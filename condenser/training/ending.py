@@ -58,7 +58,7 @@ def goes_on(run: Path, checkpoint: Path, settings: dict[str, Any]) -> bool:
             raise ValueError(f"{run} has taken {step:,} steps, more than {', '.join(changed)} allows ({wanted:,})")
         return True
     summary = read_mapping(run / SUMMARY)
-    return summary is None or summary["steps"] != step
+    return summary is None or summary.get("steps") != step
 
 
 def stopped_by(trainer: Any, asked: bool) -> str | None:

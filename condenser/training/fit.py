@@ -142,6 +142,8 @@ class RunCLI(LightningCLI):
             self.begin_run(settings)
         elif self.checkpoint is None:
             raise ValueError(f"{self.run} has no checkpoint to validate; give one with --ckpt_path")
+        elif settings.trainer.limit_val_batches == 0:
+            raise ValueError("trainer.limit_val_batches=0 leaves nothing to validate on")
         settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         settings.trainer.default_root_dir = str(self.run)
 
