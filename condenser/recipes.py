@@ -78,8 +78,7 @@ class ConfigFile(ActionConfigFile):
         if "trainer" not in known and (of_fit or (not content and values in recipes())):
             raise ValueError(f"{values} is a recipe of `condenser fit`; -c takes settings of this command alone")
         if unknown := [name for name in map(str, content) if name.rstrip("+") not in known]:
-            nested = "; dots are for the command line: put one name below the other here, indented"
-            why = nested if "." in unknown[0] else hint(unknown[0], parser)
+            why = "; dots are for the command line: nest names" if "." in unknown[0] else hint(unknown[0], parser)
             raise ValueError(f"{values}: there is no setting {unknown[0]}{why}")
         if bare := [name for name, section in sections.items() if not isinstance(section, dict | str)]:
             raise ValueError(f"{values}: {bare[0]} has no settings below it, indented: give some, or leave it out")
