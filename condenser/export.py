@@ -53,6 +53,7 @@ def export(
     """
     source: dict[str, Any] = {"checkpoint": path.name, "sha256": sha256(path), "options": options or {}}
     source["objective"] = read_as(path)
+    target = target.resolve() if target.is_symlink() else target  # a folder cannot take the place of a link
     if already_exported(target, source):
         print(f"{target} already holds this checkpoint's export: nothing to do")
         return

@@ -73,11 +73,15 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
         content = read_mapping(Path(values)) if os.path.isfile(values) else {}
         known = {name.partition(".")[0] for name in names(parser)}
-        of_fit = any(isinstance(content.get(section), dict) for section in ("model", "data", "trainer", "checkpoint"))
+        sections = {name: content[name] for name in ("model", "data", "trainer", "checkpoint") if name in content}
+        of_fit = any(isinstance(section, dict) for section in sections.values())
         if "trainer" not in known and (of_fit or (not content and values in recipes())):
             raise ValueError(f"{values} is a recipe of `condenser fit`; -c takes settings of this command alone")
-        if unknown := [name for name in content if name.rstrip("+") not in known]:
-            raise ValueError(f"{values}: there is no setting {unknown[0]}{hint(unknown[0], parser)}")
+        if unknown := [name for name in map(str, content) if name.rstrip("+") not in known]:
+            why = "; dots are for the command line: nest names" if "." in unknown[0] else hint(unknown[0], parser)
+            raise ValueError(f"{values}: there is no setting {unknown[0]}{why}")
+        if bare := [name for name, section in sections.items() if not isinstance(section, dict | str)]:
+            raise ValueError(f"{values}: {bare[0]} has no settings below it, indented: give some, or leave it out")
         super().__call__(parser, cfg, values, option_string)
 
 

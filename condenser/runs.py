@@ -157,18 +157,32 @@ def at_least(option: str, given: int | None, least: int) -> None:
         raise ValueError(f"--{option.replace('_', '-')} {given} must be at least {least}")
 
 
+class Once(yaml.SafeLoader):
+    """Refuses a name that a mapping has twice, of which YAML's own would keep the later."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node, found = super().compose_mapping_node(anchor), set[str]()
+        for key, _ in node.value:
+            if str(key.value) in found:
+                raise yaml.constructor.ConstructorError(None, None, f"{key.value} is there twice", key.start_mark)
+            found.add(str(key.value))
+        return node
+
+
 def read_mapping(path: Path) -> Any:
     """The content of a YAML or JSON file, None if there is no such file. ValueError for anything but a mapping."""
     if not path.exists():
         return None
+    text = ""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Once)
     except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0)
         if re.match(r" *\t", "".join(text.splitlines()[line : line + 1])):
             raise ValueError(f"{path}, line {line + 1} begins with a tab: YAML is indented by spaces") from error
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+        said = " ".join(str(error).replace('"<unicode string>", ', "").split())
+        raise ValueError(f"{path} cannot be read: {said}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is empty, or holds no mapping of names to values: is it damaged?")
     return content
@@ -177,7 +191,7 @@ def read_mapping(path: Path) -> Any:
 def read_metrics(path: Path, may_be_empty: bool = False) -> Curves:
     """Curves by metric. Of a step that a resumed run logged again, the later row counts; a cut last line does not."""
     points: defaultdict[str, tuple[array, array]] = defaultdict(lambda: (array("q"), array("d")))
-    with open(path, encoding="utf-8", newline="") as file:
+    with open(path, encoding="utf-8", errors="replace", newline="") as file:
         reader = csv.reader(line for line in file if line.endswith("\n"))
         header = next(reader, ["step"])
         if "step" not in header:

@@ -200,6 +200,21 @@ def test_a_run_is_not_made_shorter_than_it_is(run, recipe, capsys):
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
+def test_a_run_that_is_shortened_to_where_it_stands_is_validated_there(recipe, tmp_path):
+    assert fit(recipe, tmp_path, "r", *STOP, "3") == 0
+    (tmp_path / "r/summary.json").write_text("{}")  # of which nothing follows
+    assert fit(recipe, tmp_path, "r", "--trainer.max_steps", "3") == 0
+    assert [row["step"] for row in metrics_of(tmp_path / "r") if row.get("val/loss")] == ["2"]
+    assert summary(tmp_path / "r")["steps"] == 3
+    assert (tmp_path / "r/checkpoints/best-step=3.ckpt").is_file()
+
+
+def test_nothing_to_validate_on_is_said(recipe, run, capsys):
+    where = ["--runs_dir", str(run.parent), "--name", run.name, "--trainer.limit_val_batches", "0"]
+    assert main(["validate", "--config", str(recipe), *where]) == 1
+    assert "trainer.limit_val_batches=0 leaves nothing to validate on" in capsys.readouterr().err
+
+
 def test_what_only_looks_on_may_change_between_starts(recipe, run, tmp_path):
     assert fit(recipe, tmp_path, "r", *STOP, "3") == 0
     looks = ["--trainer.limit_val_batches=1", "--trainer.val_check_interval=2", "--trainer.log_every_n_steps=1"]
@@ -424,6 +439,8 @@ def test_checkpoints_can_be_left_out(recipe, tmp_path, capsys):
     assert "will not be able to go on" in capsys.readouterr().out
     assert not (tmp_path / "r/checkpoints").exists()
     assert summary(tmp_path / "r")["steps"] == 8
+    assert fit(recipe, tmp_path, "s", "--trainer.enable_checkpointing=false", "--trainer.max_time=00:00:00:00") == 0
+    assert "after step 0; nothing is saved to go on from" in capsys.readouterr().out
 
 
 def test_a_checkpoint_is_named_by_last_or_best(recipe, run, tmp_path, capsys):
@@ -543,6 +560,7 @@ REFUSED = {
     "trainer.accumulate_grad_batches": ["--trainer.accumulate_grad_batches", "2"],
     "trainer.gradient_clip_val": ["--trainer.gradient_clip_val", "1.0"],
     "trainer.logger=false": ["--trainer.logger", "false"],
+    "trainer.default_root_dir cannot be used here: everything": ["--trainer.default_root_dir", "elsewhere"],
     "trainer.barebones": ["--trainer.barebones", "true"],
     "trainer: ": ["--trainer.devices", "0"],
     "No supported gpu": ["--trainer.accelerator", "gpu"],
@@ -555,7 +573,7 @@ REFUSED = {
     "LearningRateFinder cannot": ["--trainer.callbacks", "LearningRateFinder"],
     "BackboneFinetuning cannot": ["--trainer.callbacks", "BackboneFinetuning"],
     "backbone_config makes no model": ["--model.backbone_config.hidden_act", "foo"],
-    "learning_rate=-1.0 must be positive": ["--model.optimizer.learning_rate", "-1"],
+    "error: optimizer.learning_rate=inf must be positive and finite": ["--model.optimizer.learning_rate", ".inf"],
     "fast_dev_run begins anew": ["--trainer.fast_dev_run", "1", "--ckpt_path", "some.ckpt"],
     "data.store is empty": ["--data.store", ""],
     "no token store at nowhere: make one with": ["--data.store", "nowhere", "--wandb", "offline"],
@@ -783,6 +801,15 @@ WRONG = {
     "tab.yaml, line 2 begins with a tab: YAML is indented by spaces": ["fit", "-c", "tab.yaml"],
     "inner.yaml, line 3 begins with a tab: YAML is indented by spaces": ["bench", "--config", "inner.yaml"],
     "tab.yaml, line 2 begins with a tab": ["inspect", "a", "-c", "tab.yaml"],
+    "twice.yaml cannot be read: trainer is there twice in line 3": ["fit", "-c", "twice.yaml"],
+    "latin.yaml cannot be read: 'utf-8' codec can't decode": ["fit", "-c", "latin.yaml"],
+    "bare.yaml: data has no settings below it, indented": ["fit", "-c", "demo", "-c", "bare.yaml"],
+    "dots.yaml: there is no setting data.batch_size; dots are for the command line": ["fit", "-c", "dots.yaml"],
+    "number.yaml: there is no setting 1": ["fit", "-c", "number.yaml"],
+    'Parser key "data.batch_size": Expected a int. Got value: None': ["fit", "-c", "demo", "-c", "null.yaml"],
+    "error: model.skip_from is null: give it a value": ["estimate", "-c", "demo", "--model.skip_from", "null"],
+    "seed_everything=True: give a number from 0": ["fit", "-c", "demo", "--seed_everything", "true"],
+    "seed_everything=-1: give a number from 0": ["fit", "-c", "demo", "--seed_everything", "-1"],
     "nth.yaml is a recipe of `condenser fit`; -c takes settings of this command": ["inspect", "a", "-c", "nth.yaml"],
     "demo is a recipe of `condenser fit`; -c takes": ["prepare", "--config", "demo"],
     "error: no model is set: give --config RECIPE (such as --config demo) (": ["fit"],
@@ -801,6 +828,18 @@ WRONG = {
     "--rounds -1 must be at least 1": ["bench", "data", "--rounds", "-1"],
     "no attribute 'Retro'": ["bench", "--objective", "condenser.models.retromae.Retro"],
     "Expected an import path": ["bench", "--objective", "json.JSONDecoder"],
+    "--json . is a folder": ["estimate", "-c", "demo", "--json", "."],
+    "top.yaml/sub": ["bench", "--json", "top.yaml/sub/x.json"],
+    "error: no such file: no-such.jsonl": [
+        "bench",
+        "data",
+        "--tokenizer",
+        "a",
+        "--input",
+        "no-such.jsonl",
+        "--json",
+        "x.json",
+    ],
     "--nodes 0 must be at least 1": ["launch", "--name", "x", "--nodes", "0", "--dry-run"],
     "File does not exist": ["fit", "--config", "no-such.yaml"],
 }
@@ -809,6 +848,12 @@ WRONG_FILES = {
     "top.yaml": "max_steps: 3\n",
     "tab.yaml": "trainer:\n\tmax_steps: 3\n",
     "inner.yaml": "trainer:\n  max_steps: 3\n\taccelerator: cpu\n",
+    "twice.yaml": "trainer:\n  max_steps: 3\ntrainer:\n  accelerator: cpu\n",
+    "latin.yaml": "name: caf\xe9\n",
+    "bare.yaml": "data:\ntrainer:\n  max_steps: 3\n",
+    "dots.yaml": "data.batch_size: 3\n",
+    "number.yaml": "1: 3\n",
+    "null.yaml": "data:\n  batch_size: null\n",
     "nth.yaml": "data:\n  masking_options:\n    n: 3\n",
 }
 
@@ -817,7 +862,7 @@ WRONG_FILES = {
 def test_wrong_command_lines_are_one_line(what, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name, text in WRONG_FILES.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, encoding="latin-1")
     assert main(WRONG[what]) in (1, 2)
     said = capsys.readouterr().err
     assert what in said

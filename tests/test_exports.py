@@ -224,6 +224,18 @@ def test_an_export_removes_what_a_killed_one_has_left_and_nothing_else(run, tmp_
     assert (tmp_path / "out.partial/weights").read_text() == "written"
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_an_export_to_a_link_is_written_where_it_leads(is_there, run, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "other")
+    if is_there:
+        (tmp_path / "other").mkdir()
+    assert export(run, tmp_path / "out") == 0
+    assert (tmp_path / "out").is_symlink()
+    assert (tmp_path / "other" / "config.json").is_file()
+    assert export(run, tmp_path / "out") == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
 def test_two_exports_do_not_write_one_folder_at_a_time(run, tmp_path, capsys):
     (tmp_path / ".out.unfinished-export").mkdir()
     with locked(tmp_path / ".out.lock", ""):

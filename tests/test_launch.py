@@ -284,6 +284,11 @@ REFUSED = {
     "trainer": (["--trainer.gradient_clip_val", "1"], 1, "by model.optimizer.gradient_clip"),
     "type": (["--nodes", "two"], 2, "--nodes"),
     "devices": (["--trainer.devices", "2"], 1, "--trainer.devices: a job's devices are --nodes and --gpus"),
+    "no end": (["--trainer.max_steps", "0"], 1, "max_steps or max_epochs is 0: a run of no steps"),
+    "no checkpoint": (["--ckpt_path", "nowhere.ckpt"], 1, "--ckpt_path nowhere.ckpt is missing, damaged"),
+    "callback": (["--trainer.callbacks", "BatchSizeFinder"], 1, "BatchSizeFinder cannot be used here"),
+    "quotes": (["--sbatch", "--comment='a"], 2, "--sbatch"),
+    "trace": (["--trace_steps", "-1"], 2, "trace_steps"),
     "notice": (["--time", "3:00"], 1, "--notice 180 must be shorter than --time 3:00, which is 180 seconds"),
     "time": (["--time", "1h"], 1, "--time 1h: give it as minutes, H:M:S, D-H or D-H:M:S"),
 }

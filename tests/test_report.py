@@ -125,7 +125,7 @@ def test_panels_without_data_are_left_out_and_unknown_metrics_get_one(tmp_path):
 
 def logged(folder: Path, metrics: str) -> Path:
     """A run with this content of metrics.csv."""
-    (make_run(folder) / "metrics.csv").write_text(metrics)
+    (make_run(folder) / "metrics.csv").write_text(metrics, encoding="utf-8", errors="surrogateescape")
     return folder
 
 
@@ -219,6 +219,7 @@ def test_each_kind_of_evaluation_has_a_table_and_attention_is_drawn(tmp_path):
         ("step,epoch,train/loss\n,0,2.5\n", "metrics.csv, line 2: broken row"),
         ("step,epoch,train/loss\n1,0,2.5\ninf,0,2\n", "metrics.csv, line 3: broken row .inf is no number of steps"),
         ("step,epoch,train/loss\n1e30,0,2.5\n", "metrics.csv, line 2: broken row .1e.30 is no number of steps"),
+        ("step,epoch,train/loss\n1,0,2.5\n\udce9\n", "metrics.csv, line 3: broken row"),
         ("iteration,loss\n1,2.5\n", "has no 'step' column but iteration, loss"),
     ],
 )

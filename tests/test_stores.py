@@ -253,6 +253,13 @@ def test_a_flipped_bit_is_found_by_verifying(copied, capsys):
     assert str(damaged) in capsys.readouterr().err
 
 
+def test_rows_are_shown_once_however_many_are_asked_for(store, tmp_path, capsys, monkeypatch):
+    shown = []
+    monkeypatch.setattr("condenser.reports.inspection.masked_pieces", lambda *args: shown.append(args[-1]) or [])
+    assert main(["inspect", str(store), "--samples", "5000"]) == 0
+    assert shown == [*range(read_manifest(store)["splits"]["train"]["rows"])]
+
+
 def test_a_truncated_or_missing_shard_is_named_when_the_store_is_opened(copied, recipe, tmp_path, capsys):
     shard = next((copied / "train").glob("*.arrow"))
     whole = shard.read_bytes()

@@ -346,6 +346,14 @@ def test_a_broken_line_of_a_csv_is_named(tmp_path):
     assert (tmp_path / "metrics.csv").read_text().endswith("2,0\n")
 
 
+@pytest.mark.parametrize("content", [b"time,loss\n1,2\n", b"\xff\xfe\n"])
+def test_a_csv_of_something_else_is_refused_before_training_and_left_as_it_is(content, tmp_path):
+    (tmp_path / "metrics.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=r"metrics.csv has no 'step' column"):
+        MetricsCSV(tmp_path).begin_at(0)
+    assert (tmp_path / "metrics.csv").read_bytes() == content
+
+
 def test_what_is_installed_does_not_claim_the_commit_of_a_repository_around_it(tmp_path, monkeypatch):
     subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
@@ -376,6 +384,18 @@ def test_print_config_prints_a_configuration_that_can_be_used(recipe, capsys, tm
     printed = yaml.safe_load(capsys.readouterr().out)
     assert printed["data"]["batch_size"] == 32
     assert printed["model"]["init_args"]["n_head_layers"] == 2
+
+
+def test_what_print_config_prints_can_be_given_back_also_with_callbacks_and_without_quotes(recipe, capsys, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    callback = "{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 1e-3}}"
+    overlay.write_text(f"wandb: off\ntrainer:\n  callbacks: [{callback}]\n")  # off is false in YAML
+    words = ["fit", "--config", str(recipe), "-c", str(overlay), "--print_config"]
+    assert main(words) == 0
+    overlay.write_text(printed := capsys.readouterr().out)
+    assert "device: cpu" in printed
+    assert main(words) == 0
+    assert capsys.readouterr().out == printed
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -33,7 +33,7 @@ from condenser.data.store import read_manifest
 from condenser.recipes import FOLDER
 from condenser.runs import COMMIT, at_least, flatten, newest_valid_checkpoint, output
 from condenser.training.ending import goes_on
-from condenser.training.fit import DryCLI, dumped, run_cli
+from condenser.training.fit import DryCLI, dumped, intact, run_cli
 
 TEMPLATE = FOLDER / "cluster" / "slurm.sh"
 UNLIMITED = ("0", "infinite", "unlimited")  # as sbatch's --time
@@ -100,7 +100,7 @@ def own_parser() -> argparse.ArgumentParser:
     add("--retries", type=int, default=3, help="a killed job is not put back after so many starts in vain (default: 3)")
     add("--partition", help="SLURM's partition")
     add("--account", help="SLURM's account")
-    add("--sbatch", default="", help="further #SBATCH options, as on a command line: --sbatch='--mem=64G --exclusive'")
+    add("--sbatch", type=shlex.split, default="", help="further #SBATCH options: --sbatch='--mem=64G --exclusive'")
     add("--srun", default="", help="further options of srun: --srun='--container-image=...'")
     add("--setup", default="", help="shell lines before the run, such as 'module load cuda'")
     add("--python", default=sys.executable, help="the interpreter on the machines (default: this one)")
@@ -176,6 +176,10 @@ def check(settings: Settings, options: Any) -> None:
         )
     if accelerator in (("cpu",) if options.gpus else ("gpu", "cuda")):
         raise ValueError(f"trainer.accelerator={accelerator} does not go with --gpus {options.gpus}: change one")
+    if settings["ckpt_path"] not in (None, "last"):
+        intact(settings["ckpt_path"])
+    if 0 in (settings["trainer"]["max_steps"], settings["trainer"]["max_epochs"]):
+        raise ValueError("trainer.max_steps or max_epochs is 0: a run of no steps")
     run = Path(settings["runs_dir"]) / name
     newest = newest_valid_checkpoint(run, say=lambda message: None)
     if newest is not None and not goes_on(run, newest, settings):
@@ -188,7 +192,7 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
     directives = [f"--gpus-per-node={options.gpus}"] if options.gpus else []
     directives += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(options, key))]
     directives += [f"--array=0-{len(runs) - 1}"] if array else []
-    directives += shlex.split(options.sbatch)
+    directives += options.sbatch
     values = {key: getattr(options, key) for key in ("nodes", "cpus", "time", "notice", "retries", "srun", "setup")}
     values |= {"name": name, "tasks": options.gpus or options.tasks, "python": shlex.quote(options.python)}
     values |= {"folder": shlex.quote(str(folder)), "workdir": shlex.quote(os.getcwd())}

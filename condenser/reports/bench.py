@@ -22,7 +22,7 @@ from condenser.models.objective import Objective, setting_names
 from condenser.recipes import file_of
 from condenser.reports.rehearsal import skeleton
 from condenser.reports.rows import open_rows, steps_over
-from condenser.reports.tables import table, write_figures
+from condenser.reports.tables import check_figures, table, write_figures
 from condenser.reports.trial import FASTER, FIRST, KINDS, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
 from condenser.runs import at_least, read_mapping
 
@@ -71,6 +71,7 @@ def bench(
     given = {"max-length": max_length, "sequences": sequences, "micro-batches": micro_batches, "steps": steps}
     for name, value in (given | {"rounds": rounds, "tokens-per-pass": tokens_per_pass}).items():
         at_least(name, value, 1)
+    check_figures(json)
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     sequences, steps = sequences or (1024 if on_gpu else 32), steps or (10 if on_gpu else 1)

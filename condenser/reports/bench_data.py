@@ -17,14 +17,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from condenser.corpus.inputs import texts_of
+from condenser.corpus.inputs import resolve, texts_of
 from condenser.corpus.prepare import prepare
 from condenser.corpus.work import available_cores
 from condenser.data.collate import Vocabulary
 from condenser.data.store import SPECIAL_TOKENS, read_manifest
 from condenser.data.tokenizers import load_tokenizer
 from condenser.reports.rows import open_rows, steps_over
-from condenser.reports.tables import table, write_figures
+from condenser.reports.tables import check_figures, table, write_figures
 from condenser.runs import at_least
 
 Measured = dict[str, list[float]]  # million tokens a second in each round, by what was measured
@@ -58,6 +58,9 @@ def bench_data(
         raise ValueError("give --input and --tokenizer together")
     at_least("rounds", rounds, 1)
     at_least("batch-size", batch_size, 8)  # micro-batches
+    check_figures(json)
+    if input:
+        resolve(input)
     console, found = Console(), {"steps": steps(store, batch_size, rounds)}
     title = "Steps on one core: order, reading, whole-word masks, collation; million tokens/s"
     console.print(compared(title, found["steps"]))

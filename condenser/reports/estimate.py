@@ -27,7 +27,7 @@ from condenser.models.losses import FUSED_AVAILABLE
 from condenser.models.objective import Objective
 from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, one_pass
 from condenser.reports.rows import steps_over
-from condenser.reports.tables import table, write_figures
+from condenser.reports.tables import check_figures, table, write_figures
 from condenser.runs import length
 from condenser.training.fit import DryCLI, run_cli
 from condenser.training.module import CondenserModule
@@ -52,6 +52,7 @@ def estimate(args: Sequence[str]) -> None:
     options, of_the_run = own_parser().parse_known_args(args)
     if not 0 < options.mfu <= 1 or options.gpus < 1 or not 0 < options.tokens < math.inf:
         raise ValueError("--mfu must lie between 0 and 1, --gpus and --tokens must be positive")
+    check_figures(options.json)
     run = run_cli("fit", of_the_run, DryCLI)
     found = costs(run.model, run.datamodule, run.config["fit"].trainer, options)
     show(found)

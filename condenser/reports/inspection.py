@@ -95,7 +95,7 @@ def show_samples(console: Console, data: CondenserDataModule, steps: Steps, epoc
     for example, fate in (("[hidden]", "mask"), ("[was→is]", "random"), ("[left as it is=]", "keep")):
         legend.append(" ").append(example, COLOURS[fate])
     console.print(legend)
-    for number in np.linspace(0, len(data.train) - 1, max(0, n), dtype=np.int64):
+    for number in np.linspace(0, len(data.train) - 1, min(n, len(data.train)), dtype=np.int64):
         text = Text().append(f"\nrow {number}: ", "bold")
         for piece, is_start, fate in masked_pieces(data, steps, epoch, int(number)):
             text.append(" " if is_start else "").append(piece, COLOURS.get(fate))

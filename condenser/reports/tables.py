@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, Literal
 
 from rich import box
@@ -33,8 +34,16 @@ def table(
     return shown
 
 
+def check_figures(json: str | None) -> None:
+    """Raises ValueError or OSError before all is measured, not after, where `write_figures` could not write."""
+    if json:
+        if Path(json).is_dir():
+            raise ValueError(f"--json {json} is a folder: give a file")
+        Path(json).parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=Path(json).parent).close()
+
+
 def write_figures(json: str | None, figures: dict[str, Any]) -> None:
     """To the file that ``--json`` names, if it does."""
     if json:
-        Path(json).parent.mkdir(parents=True, exist_ok=True)
         write_json(Path(json), figures)

@@ -58,7 +58,7 @@ def goes_on(run: Path, checkpoint: Path, settings: dict[str, Any]) -> bool:
             raise ValueError(f"{run} has taken {step:,} steps, more than {', '.join(changed)} allows ({wanted:,})")
         return True
     summary = read_mapping(run / SUMMARY)
-    return summary is None or summary["steps"] != step
+    return summary is None or summary.get("steps") != step
 
 
 def stopped_by(trainer: Any, asked: bool) -> str | None:
@@ -146,7 +146,8 @@ class Ending(Callback):
             print(f"fast_dev_run: {step:,} step(s) and a validation went through; nothing is kept")
         elif pl_module.stopped is not None:
             how = "was asked to stop, and did" if pl_module.stopped == SIGNAL else f"was stopped by {TIME}"
-            print(f"{self.folder} {how} after step {step:,}; start it again to go on")
+            then = "start it again to go on" if trainer.checkpoint_callback else "nothing is saved to go on from"
+            print(f"{self.folder} {how} after step {step:,}; {then}")
         else:
             early = "" if step == whole else f", of {whole:,}: a callback ended it"
             print(f"{self.folder} is finished: {step:,} steps{early}")

@@ -17,7 +17,9 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import lightning as L
+import torch
 import yaml
+from jsonargparse.typing import NonNegativeInt, register_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
@@ -41,6 +43,7 @@ from condenser.training.module import CondenserModule
 
 # Lightning has members of enumerations for defaults, which a configuration holds by their values
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+register_type(torch.device)  # a default of callbacks of Lightning's
 
 USAGE = "condenser {} -c RECIPE [-c FILE ...] --name NAME [--SETTING VALUE ...]"
 FIT_HELP = {
@@ -83,10 +86,13 @@ class RunCLI(LightningCLI):
         return parser
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--name", type=str, help="name of the run: everything goes to RUNS_DIR/NAME")
+        parser.add_argument("--name", type=str | None, help="name of the run: everything goes to RUNS_DIR/NAME")
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
-            "--wandb", type=Literal["online", "offline", "off"], default="off", help="Weights & Biases beside the CSV"
+            "--wandb",
+            type=Literal["online", "offline", "off", False],
+            default="off",
+            help="Weights & Biases beside the CSV",
         )
         parser.add_argument(
             "--wandb_artifacts",
@@ -96,7 +102,7 @@ class RunCLI(LightningCLI):
         )
         parser.add_argument(
             "--trace_steps",
-            type=int,
+            type=NonNegativeInt,
             default=0,
             help="profile so many steps, after five: trace.json.gz and trace.txt in the run folder",
         )
@@ -106,6 +112,16 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
+        settings, parameters = self.config[self.config.subcommand], inspect.signature(CondenserModule).parameters
+        try:
+            parser.validate(self.config, skip_unset=False)  # also what a file has as null
+        except TypeError as error:
+            parser.error(str(error))
+        for name, value in settings.model.init_args.items():
+            if value is None and name in parameters and parameters[name].default is not None:
+                raise ValueError(f"model.{name} is null: give it a value, or leave it out")
+        if not 0 <= (seed := settings.seed_everything) < 2**32 or seed is True:  # which Lightning makes a seed of
+            raise ValueError(f"seed_everything={seed}: give a number from 0 to {2**32 - 1}")
         for key, value in [*self.config.items()]:
             if isinstance(value, str):
                 self.config[key] = os.path.expanduser(value)
@@ -126,6 +142,8 @@ class RunCLI(LightningCLI):
             self.begin_run(settings)
         elif self.checkpoint is None:
             raise ValueError(f"{self.run} has no checkpoint to validate; give one with --ckpt_path")
+        elif settings.trainer.limit_val_batches == 0:
+            raise ValueError("trainer.limit_val_batches=0 leaves nothing to validate on")
         settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         settings.trainer.default_root_dir = str(self.run)
 
@@ -137,9 +155,7 @@ class RunCLI(LightningCLI):
         newest = newest_valid_checkpoint(self.run, say=rank_zero_only(print))
         if given in (None, "last"):
             return newest
-        path = find_checkpoint(str(self.run), best=True) if given == "best" else Path(str(given))
-        if not is_intact(path):
-            raise ValueError(f"--ckpt_path {path} is missing, damaged, or no checkpoint: give a file of checkpoints/")
+        path = find_checkpoint(str(self.run), best=True) if given == "best" else intact(str(given))
         return newest if newest is not None and fits else path
 
     def begin_run(self, settings: Any) -> None:
@@ -203,7 +219,7 @@ class RunCLI(LightningCLI):
         every_n_steps = settings.trainer.log_every_n_steps or 50  # Lightning's default
         metrics = MetricsCSV(self.run, every_n_steps)
         metrics.begin_at(step_of(self.checkpoint) if self.checkpoint else 0)
-        if settings.wandb == "off" or settings.trainer.fast_dev_run or not is_first_rank():
+        if settings.wandb in ("off", False) or settings.trainer.fast_dev_run or not is_first_rank():
             return [metrics]
         tracker = tracking.tracker(self.run, settings.wandb, every_n_steps)
         tracking.describe(tracker, self.run, self.datamodule.weights, versions(), keep=settings.wandb_artifacts)
@@ -227,7 +243,7 @@ class DryCLI(RunCLI):
         check_trainer(self.config[self.subcommand].trainer)
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        return None
+        check_callbacks(as_list(self.config_init[self.subcommand].trainer.callbacks))
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
@@ -237,6 +253,13 @@ def dumped(cli: RunCLI) -> str:
     """Its settings as YAML."""
     parser = cli._parser(cli.subcommand)  # the subcommand's, which Lightning keeps to itself
     return parser.dump(cli.config[cli.subcommand], skip_none=False)
+
+
+def intact(given: str) -> Path:
+    """A checkpoint. Raises ValueError for another file, or none."""
+    if not is_intact(Path(given)):
+        raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint: give a file of checkpoints/")
+    return Path(given)
 
 
 def as_list(value: Any, but: Any = None) -> list[Any]:

@@ -18,6 +18,7 @@ REFUSED = {  # trainer settings whose work is done elsewhere: (their neutral val
     "gradient_clip_val": (None, "gradients are clipped by model.optimizer.gradient_clip"),
     "gradient_clip_algorithm": (None, "gradients are clipped by norm, see model.optimizer.gradient_clip"),
     "use_distributed_sampler": (False, "the batches are shared out over the devices already"),
+    "default_root_dir": (None, "everything goes to the run's folder: --runs_dir and --name"),
     "barebones": (False, "a run keeps its metrics and checkpoints"),
 }
 

@@ -68,7 +68,9 @@ class MetricsCSV(Logger):
         """Cut off what was logged at or after ``step`` (steps done again after a crash), and a line cut short."""
         self.path.touch()
         with open(self.path, "r+b") as file:
-            self.columns, end = next(csv.reader([file.readline().decode()]), []), file.tell()
+            self.columns, end = next(csv.reader([file.readline().decode(errors="replace")]), []), file.tell()
+            if self.columns and "step" not in self.columns:
+                raise ValueError(f"{self.path} has no 'step' column: move it away, or give the run another --name")
             for number, line in enumerate(file, start=2):
                 at = line.split(b",")[0]
                 if line.endswith(b"\n") and not at.isdigit():

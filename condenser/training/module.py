@@ -401,6 +401,7 @@ class CondenserModule(L.LightningModule):
         datamodule, config = self.datamodule, Path(self.trainer.default_root_dir) / CONFIG
         self.count(self.since.tolist())
         checkpoint["steps_per_epoch"], checkpoint["stores"] = datamodule.steps_per_epoch, datamodule.digests
+        checkpoint["length"] = self.length
         in_last_validation = self.trainer.validating and self.global_step >= self.length > 0
         checkpoint["tokens_seen"], checkpoint["owed"] = self.tokens_seen, self.validation_owed or in_last_validation
         if checkpoint.get("optimizer_states") and not isinstance(self.trainer.strategy, ModelParallelStrategy):
@@ -427,7 +428,8 @@ class CondenserModule(L.LightningModule):
                     f"the checkpoint has taken {step:,} steps, and the run is to have {whole:,}: see trainer.max_steps"
                 )
             per_epoch, by_steps = self.datamodule.steps_per_epoch, self.trainer.max_steps != -1
-            owed = checkpoint.get("owed", False)
+            is_shortened = step == whole < checkpoint.get("length", whole) and self.trainer.limit_val_batches > 0
+            owed = checkpoint.get("owed", False) or is_shortened
             loops["fit_loop"] = loops_at(loops["fit_loop"], step, per_epoch, by_steps, owed)
             if step == whole and owed:  # Lightning would leave out all that is still to be done
                 self.validation_owed, self.trainer.fit_loop.epoch_loop.max_steps = True, -1

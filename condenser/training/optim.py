@@ -53,7 +53,7 @@ class Optimization:
     def __post_init__(self):
         for name, value in (("learning_rate", self.learning_rate), ("head_learning_rate", self.head_learning_rate)):
             if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"optimizer.{name}={value} must be positive")
+                raise ValueError(f"optimizer.{name}={value} must be positive and finite")
         for name in ("warmup_fraction", "decay_fraction"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name}={getattr(self, name)} must lie between 0 and 1")
