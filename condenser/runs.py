@@ -176,7 +176,7 @@ def read_mapping(path: Path) -> Any:
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.load(text, Once)
+        content = json.loads(text) if path.suffix == ".json" else Once(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0)
         if re.match(r" *\t", "".join(text.splitlines()[line : line + 1])):

@@ -18,7 +18,7 @@ import numpy as np
 from condenser.evaluation.evaluate import WHICH, print_rows
 from condenser.evaluation.jobs import read_rows
 from condenser.evaluation.search import Values
-from condenser.reports.tables import write_figures
+from condenser.reports.tables import check_figures, write_figures
 from condenser.runs import at_least, in_words
 
 SAME = (*WHICH, "fine_tuned", "epochs", "split")
@@ -63,6 +63,7 @@ def compare(
     Raises:
         ValueError: a folder without rows or a partner, no row in common, or other queries in a row of one name.
     """
+    check_figures(json)
     at_least("samples", samples, 1)
     at_least("seed", seed, 0)
     kind, drawn = ("similarity", "pairs") if metric in CORRELATIONS else ("retrieval", "queries")
