@@ -568,6 +568,7 @@ REFUSED = {
     "limit_val_batches": ["--trainer.limit_val_batches", "-3"],
     "max_epochs": ["--trainer.max_epochs", "-5", "--trainer.max_steps", "-1"],
     "trainer.val_check_interval=0": ["--trainer.val_check_interval", "0"],
+    "trainer.log_every_n_steps=-1 must": ["--trainer.log_every_n_steps", "-1"],
     "trainer.check_val_every_n_epoch=-1": ["--trainer.check_val_every_n_epoch", "-1"],
     "BatchSizeFinder cannot": ["--trainer.callbacks", "BatchSizeFinder"],
     "LearningRateFinder cannot": ["--trainer.callbacks", "LearningRateFinder"],

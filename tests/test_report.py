@@ -208,6 +208,15 @@ def test_each_kind_of_evaluation_has_a_table_and_attention_is_drawn(tmp_path):
     assert "0.8000" not in shown
 
 
+@pytest.mark.parametrize("rows", [3, [3], [{"collection": "toy"}]], ids=str)
+def test_an_evaluation_without_rows_is_named_by_its_file(rows, tmp_path, capsys):
+    run = make_run(tmp_path / "a")
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "results.json").write_text(json.dumps({"rows": rows}))
+    assert main(["report", str(run), "--output", str(tmp_path / "out.html")]) == 1
+    assert "evaluation/results.json holds no rows of `condenser evaluate`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("metrics", "message"),
     [

@@ -100,6 +100,9 @@ def load_run(folder: Path, name: str, colour: str) -> Run:
         if not (folder / needed).is_file():
             raise ValueError(f"{folder} has no {needed}: give run folders (runs/<name>) that `condenser fit` wrote")
     summary, evaluation = (read_mapping(folder / file) for file in (SUMMARY, RESULTS))
+    rows = (evaluation or {}).get("rows", [])
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and "model" in row for row in rows):
+        raise ValueError(f"{folder / RESULTS} holds no rows of `condenser evaluate`: remove it, or evaluate again")
     return Run(
         name=name,
         colour=colour,

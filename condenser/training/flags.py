@@ -50,6 +50,8 @@ def check_trainer(settings: Any) -> None:
             raise ValueError(
                 f"trainer.{key}={value} must be positive; trainer.limit_val_batches=0 leaves validation out"
             )
+    if (settings.log_every_n_steps or 0) < 0:
+        raise ValueError(f"trainer.log_every_n_steps={settings.log_every_n_steps} must be at least 1; 0 logs nothing")
     if settings.accelerator not in DEVICES:
         raise ValueError(f"trainer.accelerator={settings.accelerator}: use one of {', '.join(DEVICES)}")
     if settings.accelerator == "auto" and torch.backends.mps.is_available():  # which has no fp64 for what is counted
