@@ -45,6 +45,7 @@ MAY_CHANGE = {  # settings that do not change what is computed, or only where
     "ckpt_path",
     "weights_only",
     "checkpoint",
+    "data.store",  # its place; checkpoints know what was in it
     "data.tokens_per_pass",
     "data.num_workers",
     "model.compile",

@@ -260,6 +260,22 @@ def test_rows_are_shown_once_however_many_are_asked_for(store, tmp_path, capsys,
     assert shown == [*range(read_manifest(store)["splits"]["train"]["rows"])]
 
 
+def test_a_run_goes_on_where_its_store_was_moved_and_over_no_other(copied, spans, recipe, tmp_path, capsys):
+    def fit(store, *options):
+        run = ["--runs_dir", str(tmp_path), "--name", "r", "--data.store", str(store)]
+        return main(["fit", "--config", str(recipe), *run, *options])
+
+    assert fit(copied, "--trainer.max_steps", "4") == 0
+    moved = shutil.move(copied, tmp_path / "moved")
+    for other in ([spans, "--trainer.max_steps", "4"], [spans]):
+        assert fit(*other) == 1
+        assert f"{spans} is not the store that {tmp_path}/r/checkpoints/last-step=4.ckpt was" in capsys.readouterr().err
+    assert fit(moved, "--trainer.max_steps", "4") == 0
+    assert "is finished (4 steps): nothing to do" in capsys.readouterr().out
+    assert fit(moved) == 0
+    assert json.loads((tmp_path / "r/summary.json").read_text())["steps"] > 4
+
+
 def test_a_truncated_or_missing_shard_is_named_when_the_store_is_opened(copied, recipe, tmp_path, capsys):
     shard = next((copied / "train").glob("*.arrow"))
     whole = shard.read_bytes()

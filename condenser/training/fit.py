@@ -32,7 +32,7 @@ from condenser.data.store import atomic_write, check_same_stores, read_manifest
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
 from condenser.recipes import HELP, ConfigFile, Parser, recipes, with_files
-from condenser.runs import CONFIG, METRICS, SUMMARY, is_intact, newest_valid_checkpoint, step_of
+from condenser.runs import CONFIG, METRICS, SUMMARY, is_intact, newest_valid_checkpoint, read_mapping, step_of
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
 from condenser.training.ending import SIGNAL, Ending, goes_on
@@ -164,12 +164,14 @@ class RunCLI(LightningCLI):
         stores = [settings.data.store] if settings.data.store else settings.data.stores or ()
         folders = [store_folder(name) for name in stores]
         if self.checkpoint is not None:
-            if not goes_on(self.run, self.checkpoint, yaml.safe_load(text)):
+            before, content = read_mapping(self.run / CONFIG) or {}, load_file(self.checkpoint, mmap=True)
+            is_left = goes_on(self.run, self.checkpoint, yaml.safe_load(text))
+            is_elsewhere = before.get("data", {}).get("store") != settings.data.store
+            if "stores" in content and (is_left or is_elsewhere):
+                check_same_stores(content["stores"], folders, self.checkpoint)
+            if not is_left:
                 print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
                 raise SystemExit(0)
-            content = load_file(self.checkpoint, mmap=True)
-            if "stores" in content:
-                check_same_stores(content["stores"], folders, self.checkpoint)
         elif (self.run / SUMMARY).is_file():
             raise ValueError(
                 f"{self.run} has ended ({SUMMARY}), and none of its checkpoints is there and whole: give another "
