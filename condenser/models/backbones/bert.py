@@ -139,7 +139,7 @@ def feed_forward(layer: Any) -> dict[str, Any]:
 
 
 class Roberta(Bert):
-    model_types = ("roberta", "xlm-roberta", "camembert")
+    model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
 
     @property
     def decoder(self) -> nn.Linear:
