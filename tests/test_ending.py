@@ -584,7 +584,7 @@ REFUSED = {
     "--runs_dir is empty": ["--runs_dir", ""],
     "--model.backbone is empty": ["--model.backbone="],
     "trainer.overfit_batches=0.001 leaves": ["--trainer.overfit_batches", "0.001"],
-    "trainer.limit_train_batches=0 leaves": ["--trainer.limit_train_batches", "0"],
+    "trainer.limit_train_batches=0": ["--trainer.limit_train_batches", "0"],
     "trainer.limit_train_batches=0.01 leaves": [*WIDE, "--trainer.limit_train_batches", "0.01"],
     "trainer.limit_train_batches=0.0 leaves": ["--trainer.limit_train_batches", "0.0"],
     "trainer.max_steps=0, max_epochs=-1: a run of no steps": ["--trainer.max_steps", "0"],
