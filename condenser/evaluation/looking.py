@@ -9,6 +9,7 @@ Legend: N layers, A attention heads, B rows, L their length, T tokens, M masked 
 
 import sys
 import textwrap
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def inspect(
     Raises:
         ValueError: neither store nor model there, a damaged one, or a text without [MASK].
     """
+    of_store: dict[str, Any] = {
+        "samples": samples,
+        "epoch": epoch,
+        "mask_unit": mask_unit,
+        "mask_probability": mask_probability,
+        "masking": masking,
+        "masking_options": masking_options,
+        "batch_size": batch_size,
+        "micro_batches_per_step": micro_batches_per_step,
+        "verify": verify,
+    }
     requested = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
     for name, value in {"top": top, "length": length, "sweeps": sweeps}.items():
         at_least(name, value, 1)
@@ -99,18 +111,10 @@ def inspect(
     if (Path(what) / "manifest.json").is_file() or not (requested or is_model):
         if requested:
             raise ValueError(f"--{requested[0]} is for a model, and {what} is a token store")
-        return inspect_store(
-            what,
-            samples=samples,
-            epoch=epoch,
-            mask_unit=mask_unit,
-            mask_probability=mask_probability,
-            masking=masking,
-            masking_options=masking_options,
-            batch_size=batch_size,
-            micro_batches_per_step=micro_batches_per_step,
-            verify=verify,
-        )
+        return inspect_store(what, **of_store)
+    usual = signature(inspect).parameters
+    if without_effect := [name for name, value in of_store.items() if value != usual[name].default]:
+        raise ValueError(f"--{without_effect[0].replace('_', '-')} is for a token store, and {what} is a model")
     logging.disable_progress_bar()  # of loading weights
     console = Console(highlight=False, markup=False, emoji=False)
     with model_folder(what) as folder:
