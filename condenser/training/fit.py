@@ -92,7 +92,7 @@ class RunCLI(LightningCLI):
             "--wandb",
             type=Literal["online", "offline", "off", False],
             default="off",
-            help="Weights & Biases beside the CSV",
+            help="Weights & Biases beside the CSV; YAML reads off as False, which is the same",
         )
         parser.add_argument(
             "--wandb_artifacts",
