@@ -83,9 +83,11 @@ def warm_start(
 
 
 def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
-    if is_path(backbone) and not Path(backbone).is_dir() and not is_run(backbone):  # which is refused by what it is
+    if is_run(backbone):
+        return  # it is refused by what it is where it is opened
+    if is_path(backbone) and not Path(backbone).is_dir():
         raise ValueError(f"model.backbone: no such folder: {backbone}")
-    if is_run(backbone) or (Path(backbone).is_dir() and not has_tokenizer(Path(backbone))):
+    if Path(backbone).is_dir() and not has_tokenizer(Path(backbone)):
         return  # bare weights: only the vocabulary's size can be compared
     if tokenizer_hash(load_tokenizer(backbone)) != tokenizer_hash(tokenizer):
         raise ValueError(

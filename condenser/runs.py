@@ -158,7 +158,7 @@ def at_least(option: str, given: int | None, least: int) -> None:
         raise ValueError(f"--{option.replace('_', '-')} {given} must be at least {least}")
 
 
-class Once(yaml.SafeLoader):
+class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a name that a mapping has twice, of which YAML's own would keep the later."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
@@ -177,7 +177,7 @@ def read_mapping(path: Path) -> Any:
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else Once(text).get_single_data()
+        content = json.loads(text) if path.suffix == ".json" else UniqueKeyLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0)
         if re.match(r" *\t", "".join(text.splitlines()[line : line + 1])):

@@ -22,10 +22,8 @@ from condenser.reports.tables import check_figures, write_figures
 from condenser.runs import at_least, in_words
 
 SAME = (*WHICH, "fine_tuned", "epochs", "split")
-HOW = (  # said where they differ
-    *("max_length", "similarity", "dtype"),
-    *("learning_rate", "scale", "examples", "batch_size", "hard_negatives"),
-)
+HOW_TUNED = ("learning_rate", "scale", "examples", "batch_size", "hard_negatives")
+HOW = ("max_length", "similarity", "dtype", *HOW_TUNED)  # said where they differ
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 

@@ -133,7 +133,8 @@ def reinitialised(encoder: Encoder, seed: int) -> Encoder:
     backbone(twin).load_state_dict(fresh.state_dict())
     for module in itertools.islice(twin, 1, None):  # such as a trained projection
         for part in module.modules():
-            getattr(part, "reset_parameters", lambda: None)()
+            if hasattr(part, "reset_parameters"):
+                part.reset_parameters()
     return twin
 
 

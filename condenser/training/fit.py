@@ -112,16 +112,11 @@ class RunCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
-        settings, parameters = self.config[self.config.subcommand], inspect.signature(CondenserModule).parameters
         try:
             parser.validate(self.config, skip_unset=False)  # also what a file has as null
         except TypeError as error:
             parser.error(str(error))
-        for name, value in settings.model.init_args.items():
-            if value is None and name in parameters and parameters[name].default is not None:
-                raise ValueError(f"model.{name} is null: give it a value, or leave it out")
-        if not 0 <= (seed := settings.seed_everything) < 2**32 or seed is True:  # which Lightning makes a seed of
-            raise ValueError(f"seed_everything={seed}: give a number from 0 to {2**32 - 1}")
+        check_values(self.config[self.config.subcommand])
         for key, value in [*self.config.items()]:
             if isinstance(value, str):
                 self.config[key] = os.path.expanduser(value)
@@ -236,6 +231,16 @@ def remove_if_not_begun(run: Path, around: Sequence[Path]) -> None:
         with suppress(OSError):
             for folder in around:
                 folder.rmdir()
+
+
+def check_values(settings: Any) -> None:
+    """Raises ValueError for what a parser lets pass: null where a module has another default, what is no seed."""
+    parameters, seed = inspect.signature(CondenserModule).parameters, settings.seed_everything
+    for name, value in settings.model.init_args.items():
+        if value is None and name in parameters and parameters[name].default is not None:
+            raise ValueError(f"model.{name} is null: give it a value, or leave it out")
+    if seed is True or not 0 <= seed < 2**32:  # of True Lightning makes a seed
+        raise ValueError(f"seed_everything={seed}: give a number from 0 to {2**32 - 1}")
 
 
 class DryCLI(RunCLI):
