@@ -132,7 +132,8 @@ def reinitialised(encoder: Encoder, seed: int) -> Encoder:
     fresh = type(backbone(twin))(backbone(twin).config)
     backbone(twin).load_state_dict(fresh.state_dict())
     for module in itertools.islice(twin, 1, None):  # such as a trained projection
-        for part in module.modules():
+        parts: Any = module.modules()
+        for part in parts:
             if hasattr(part, "reset_parameters"):
                 part.reset_parameters()
     return twin
