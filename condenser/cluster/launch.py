@@ -33,7 +33,8 @@ from condenser.data.store import read_manifest
 from condenser.recipes import FOLDER
 from condenser.runs import COMMIT, at_least, flatten, newest_valid_checkpoint, output
 from condenser.training.ending import goes_on
-from condenser.training.fit import DryCLI, dumped, intact, run_cli
+from condenser.training.fit import DryCLI, dumped, run_cli
+from condenser.training.folder import intact
 
 TEMPLATE = FOLDER / "cluster" / "slurm.sh"
 UNLIMITED = ("0", "infinite", "unlimited")  # as sbatch's --time

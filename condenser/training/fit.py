@@ -7,10 +7,9 @@ there; a finished run says so; a changed setting is refused by name (devices may
 import inspect
 import logging
 import os
-import shutil
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from enum import Enum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,21 +22,17 @@ from jsonargparse.typing import NonNegativeInt, register_type
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
-from lightning.pytorch.utilities import rank_zero_only
 
 from condenser.cluster import signals
-from condenser.data.datamodule import CondenserDataModule, store_folder
-from condenser.data.lock import locked
-from condenser.data.store import atomic_write, check_same_stores, read_manifest
-from condenser.export import find_checkpoint
-from condenser.models.files import load_file
+from condenser.data.datamodule import CondenserDataModule
 from condenser.recipes import HELP, ConfigFile, Parser, recipes, with_files
-from condenser.runs import CONFIG, METRICS, SUMMARY, is_intact, newest_valid_checkpoint, read_mapping, step_of
+from condenser.runs import SUMMARY, step_of
 from condenser.training import tracking
-from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
-from condenser.training.ending import SIGNAL, Ending, goes_on
+from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles
+from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained, in_one_line
 from condenser.training.flags import check_callbacks, check_trainer
+from condenser.training.folder import begin, check_may_run, is_first_rank, run_folder, starting_point
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
 
@@ -127,69 +122,23 @@ class RunCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         settings = self.config[self.subcommand]
         check_trainer(settings.trainer)
-        self.run = run_folder(settings)
-        if settings.trainer.fast_dev_run and self.subcommand == "fit":
+        self.run, fits = run_folder(settings.name, settings.runs_dir), self.subcommand == "fit"
+        if settings.trainer.fast_dev_run and fits:
             self.run = Path(self.held.enter_context(TemporaryDirectory(prefix="fast-dev-run-")))
             if settings.ckpt_path is not None:
                 raise ValueError("trainer.fast_dev_run begins anew: leave --ckpt_path out")
-        self.checkpoint = self.starting_point(settings.ckpt_path)
-        if self.subcommand == "fit":
-            self.begin_run(settings)
+        self.checkpoint = starting_point(self.run, settings.ckpt_path, fits)
+        if fits:
+            text = dumped(self)
+            check_may_run(self.run, self.checkpoint, yaml.safe_load(text))
+            if is_first_rank():
+                begin(self.run, self.checkpoint, text, self.held)
         elif self.checkpoint is None:
             raise ValueError(f"{self.run} has no checkpoint to validate; give one with --ckpt_path")
         elif settings.trainer.limit_val_batches == 0:
             raise ValueError("trainer.limit_val_batches=0 leaves nothing to validate on")
         settings.ckpt_path = None if self.checkpoint is None else str(self.checkpoint)
         settings.trainer.default_root_dir = str(self.run)
-
-    def starting_point(self, given: str | None) -> Path | None:
-        """The checkpoint to validate, or to go on from: a run that has its own goes on from that."""
-        fits = self.subcommand == "fit"
-        if given == "best" and fits:
-            raise ValueError("--ckpt_path best: a run goes on from its last checkpoint; to begin another, give a file")
-        newest = newest_valid_checkpoint(self.run, say=rank_zero_only(print))
-        if given in (None, "last"):
-            return newest
-        path = find_checkpoint(str(self.run), best=True) if given == "best" else intact(str(given))
-        return newest if newest is not None and fits else path
-
-    def begin_run(self, settings: Any) -> None:
-        """Make the run folder, or see that it is this configuration's own."""
-        text = dumped(self)
-        stores = [settings.data.store] if settings.data.store else settings.data.stores or ()
-        folders = [store_folder(name) for name in stores]
-        if self.checkpoint is not None:
-            before, content = read_mapping(self.run / CONFIG) or {}, load_file(self.checkpoint, mmap=True)
-            is_left = goes_on(self.run, self.checkpoint, yaml.safe_load(text))
-            is_elsewhere = before.get("data", {}).get("store") != settings.data.store
-            if "stores" in content and (is_left or is_elsewhere):
-                check_same_stores(content["stores"], folders, self.checkpoint)
-            if not is_left:
-                print(f"{self.run} is finished ({step_of(self.checkpoint):,} steps): nothing to do")
-                raise SystemExit(0)
-        elif (self.run / SUMMARY).is_file():
-            raise ValueError(
-                f"{self.run} has ended ({SUMMARY}), and none of its checkpoints is there and whole: give another "
-                "--name, or remove the folder to begin anew"
-            )
-        for folder in folders:
-            read_manifest(folder)
-        if is_first_rank():
-            ours = any((self.run / name).exists() for name in ("lock", "checkpoints", METRICS))
-            if (self.run / CONFIG).exists() and not ours:
-                raise ValueError(f"{self.run} has a {CONFIG} and is no run of ours: give another --name or --runs_dir")
-            if not self.run.exists():
-                new = [folder for folder in self.run.parents if not folder.exists()]
-                self.held.callback(remove_if_not_begun, self.run, new)
-            self.run.mkdir(parents=True, exist_ok=True)
-            busy = f"{self.run} is being trained by {{holder}}: wait for its end, stop it, or give another --name"
-            self.held.enter_context(locked(self.run / "lock", busy))
-            if self.checkpoint is not None:
-                print(f"{self.run} goes on from {self.checkpoint}")
-            remove_leftovers(self.run)
-            (self.run / SUMMARY).unlink(missing_ok=True)
-            with atomic_write(self.run / CONFIG) as partial:  # other processes may read it now
-                partial.write_text(text, encoding="utf-8")
 
     @in_one_line("trainer")
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -223,16 +172,6 @@ class RunCLI(LightningCLI):
         return [metrics, tracker]
 
 
-def remove_if_not_begun(run: Path, around: Sequence[Path]) -> None:
-    """A folder in which there is nothing but the settings: something was refused before training began. The folders
-    ``around`` it go too, the innermost first, as far as nothing else is in them."""
-    if not any(path.stat().st_size for path in run.iterdir() if path.name != CONFIG):
-        shutil.rmtree(run)
-        with suppress(OSError):
-            for folder in around:
-                folder.rmdir()
-
-
 def check_values(settings: Any) -> None:
     """Raises ValueError for what a parser lets pass: null where a module has another default, what is no seed."""
     parameters, seed = inspect.signature(CondenserModule).parameters, settings.seed_everything
@@ -262,37 +201,11 @@ def dumped(cli: RunCLI) -> str:
     return parser.dump(cli.config[cli.subcommand], skip_none=False)
 
 
-def intact(given: str) -> Path:
-    """A checkpoint. Raises ValueError for another file, or none."""
-    if not is_intact(Path(given)):
-        raise ValueError(f"--ckpt_path {given} is missing, damaged, or no checkpoint: give a file of checkpoints/")
-    return Path(given)
-
-
 def as_list(value: Any, but: Any = None) -> list[Any]:
     """Of what may be one thing or a list of them, or none: None, ``but``."""
     if value is None or value is but:
         return []
     return list(value) if isinstance(value, list | tuple) else [value]
-
-
-def is_first_rank() -> bool:
-    known: Any = rank_zero_only
-    return known.rank == 0
-
-
-def run_folder(settings: Any) -> Path:
-    """Raises ValueError for a name that there is not, or that leads out of ``runs_dir``."""
-    if not settings.name:
-        raise ValueError("the run needs a name: --name NAME, or name: in the configuration")
-    name = os.path.normpath(settings.name)
-    if Path(name).is_absolute() or name.split(os.sep)[0] in (".", ".."):
-        raise ValueError(f"--name {settings.name}: it must name a folder inside --runs_dir {settings.runs_dir}")
-    run = Path(settings.runs_dir) / name
-    for folder in run.parents[: name.count(os.sep)]:
-        if (folder / CONFIG).exists():
-            raise ValueError(f"--name {settings.name}: {folder} is a run itself")
-    return run
 
 
 def fit(args: Sequence[str]) -> None:
