@@ -151,6 +151,21 @@ def test_another_optimizer_is_a_class_path(path, recipe, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("path", "why"),
+    [("SparseAdam", "dense gradients"), ("LBFGS", ""), ("Muon", "2D parameters"), ("SGD", "Invalid momentum value")],
+)
+def test_an_optimizer_that_takes_no_such_steps_is_refused_in_one_line(path, why, recipe, tmp_path, capsys):
+    options = ["--model.optimizer.optimizer", f"torch.optim.{path}"]
+    options += ["--model.optimizer.optimizer_options", "{momentum: -1}"] if path == "SGD" else []
+    assert fit(recipe, tmp_path, "r", *options) == 1
+    said = capsys.readouterr().err
+    assert f"model.optimizer.optimizer={path} takes no step: " in said
+    assert why in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"learning_rate": 0}, "must be positive"),

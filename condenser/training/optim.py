@@ -71,6 +71,24 @@ class Optimization:
         except TypeError as error:
             raise ValueError(f"optimizer.optimizer_options of {self.optimizer.__name__}: {error}") from None
 
+    def made(self, groups: list[dict[str, Any]]) -> Optimizer:
+        """The optimizer of these groups of weights."""
+        usual = {"betas": self.betas, "eps": self.eps, "fused": True} if self.optimizer is AdamW else {}
+        make: Any = self.optimizer
+        return make(groups, lr=self.learning_rate, **usual | self.optimizer_options)
+
+    def try_out(self, device: Any) -> None:
+        """Raises ValueError for an optimizer that can be made but takes no step as we do: of sparse gradients, of
+        matrices alone, or with a closure."""
+        weights = [nn.Parameter(torch.zeros(size, device=device)) for size in ((2, 2), (2,))]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        try:
+            self.made([{"params": [weight], "weight_decay": 0.0} for weight in weights]).step()
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.optimizer.optimizer={self.optimizer.__name__} takes no step: {reason}") from error
+
 
 def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, Tensor] | None = None) -> Optimizer:
     """An optimizer over the trainable weights of ``module``, which holds an objective as ``model``.
@@ -95,15 +113,12 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
         waits = settings.head_only_steps > 0 and not head  # until the head has had its steps
         decay = settings.weight_decay if parameter.ndim >= 2 else 0.0  # none on biases and LayerNorm
         groups.setdefault((waits, rate, decay), []).append(parameter)
-    options: dict[str, Any] = dict(settings.optimizer_options)
-    if settings.optimizer is AdamW:
-        options = {"betas": settings.betas, "eps": settings.eps, "fused": True, **options}
     of_groups = [
         {"params": parameters, "lr": rate, "weight_decay": decay, "waits": waits}
         for (waits, rate, decay), parameters in groups.items()
     ]
-    make: Any = settings.optimizer
-    optimizer: Optimizer = make(of_groups, lr=settings.learning_rate, **options)
+    settings.try_out(next(module.parameters()).device)
+    optimizer = settings.made(of_groups)
     if settings.decay_to_start:
         assert start is not None
         targets = {(p := model.get_parameter(name)): value.to(p.device) for name, value in start.items()}
