@@ -43,7 +43,7 @@ from condenser.models.positions import extended, with_positions
 from condenser.models.pretraining import CondenserForPreTraining
 from condenser.models.retromae import RetroMAE
 from condenser.runs import checkpoints
-from condenser.training.step import inputs_of, pass_loss
+from condenser.training.passes import inputs_of, pass_loss
 
 
 def distilbert(dropout):

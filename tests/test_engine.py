@@ -36,7 +36,8 @@ from condenser.models.objective import COUNTS, Term
 from condenser.reports.trial import Authors
 from condenser.training.logs import Trace
 from condenser.training.module import CondenserModule
-from condenser.training.step import TrainingStep, inputs_of, pass_loss
+from condenser.training.passes import inputs_of, pass_loss
+from condenser.training.step import TrainingStep
 
 VOCABULARY = Vocabulary(cls_id=2, sep_id=3, pad_id=1, mask_id=4, random_ids=np.arange(5, 90))
 SHAPES = Shapes.of(SyntheticStore(1000, max_length=36).lengths, 0.15)

@@ -33,7 +33,8 @@ from condenser.models.losses import pair_losses, pair_measures, pair_scores
 from condenser.models.objective import COUNTS, Objective, Term, flattened
 from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
-from condenser.training.step import TrainingStep, inputs_of
+from condenser.training.passes import inputs_of
+from condenser.training.step import TrainingStep
 from condenser.training.validation import Validation
 
 GOLDEN = Path(__file__).parent / "golden" / "cocondenser-4layer.safetensors"

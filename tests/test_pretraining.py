@@ -29,7 +29,7 @@ from condenser.models.objective import COUNTS, Objective, flattened
 from condenser.models.pretraining import before_masking
 from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
-from condenser.training.step import pass_loss
+from condenser.training.passes import pass_loss
 
 GOLDEN = Path(__file__).parent / "golden"
 REFERENCE = GOLDEN / "reference-checkpoint"

@@ -21,7 +21,8 @@ from condenser.models.attention import put
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work
 from condenser.models.objective import COUNTS, Objective, Term
-from condenser.training.step import TrainingStep, tensors
+from condenser.training.replay import tensors
+from condenser.training.step import TrainingStep
 
 FIRST = 4  # steps that do not count
 Precision = Literal["32-true", "bf16-mixed"]

@@ -13,8 +13,7 @@ losses, into which its vectors are given these gradients. So the contrast is ove
 memory is that of a pass. Where a device's part of the step is one pass, its vectors are those of that pass.
 """
 
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -26,19 +25,19 @@ from torch.optim import Optimizer
 from condenser.data.collate import Fields, StepBatch
 from condenser.data.hashing import hash_ints
 from condenser.models.dropout import Seeds
-from condenser.models.losses import at_least_fp32
-from condenser.models.objective import COUNTS, Objective, Term, check_terms
-
-Shares = dict[str, Tensor]  # of a pass in the step's means: "mlm_loss", and with score "mlm_accuracy", ... of each term
-OF_CLS, OF_WEIGHT = "gradient of [CLS]", "gradient of weight "  # that are known before a pass
-
-
-class PassResult(NamedTuple):
-    """What one pass gave."""
-
-    loss: Tensor
-    shares: Shares
-    cls: Tensor | None = None  # [B, H], of an objective with a contrast
+from condenser.models.objective import COUNTS, Objective, Term
+from condenser.training.passes import (
+    OF_CLS,
+    OF_WEIGHT,
+    PassResult,
+    Shares,
+    contrast_means,
+    gathered,
+    inputs_of,
+    pass_loss,
+    with_surrogate,
+)
+from condenser.training.replay import Replays
 
 
 class StepResult(NamedTuple):
@@ -206,78 +205,12 @@ class TrainingStep:
         torch._foreach_zero_(self.gradients)
 
 
-def pass_loss(objective: Objective, inputs: Fields, scale: Tensor, score: bool) -> PassResult:
-    """What is minimised, and what each term has of it."""
-    loss, shares = scale.new_zeros(()), {}
-    cls, terms = cls_and_terms(objective, inputs, score)
-    for name, term in terms.items():
-        to_mean = scale[COUNTS.index(term.over)]
-        mean = term.sum * to_mean
-        loss = loss + term.weight * mean
-        shares[f"{name}_loss"] = mean.detach()
-        if term.correct is not None:
-            shares[f"{name}_accuracy"] = term.correct.sum() * to_mean
-    return PassResult(with_surrogate(loss, objective, cls, inputs), shares, cls)
-
-
-def cls_and_terms(objective: Objective, inputs: Fields, score: bool) -> tuple[Tensor | None, dict[str, Term]]:
-    """The terms of a pass, and where they are to be contrasted its [CLS] vectors ``[B, H]``."""
-    if objective.contrast is not None:
-        cls, terms = objective.cls_and_losses(inputs, score)
-    else:
-        cls, terms = None, objective.losses(inputs, score)
-    check_terms(objective, terms)
-    return cls, terms
-
-
-def with_surrogate(loss: Tensor, objective: Objective, cls: Tensor | None, known: Fields) -> Tensor:
-    """``loss``, with the gradients that are ``known`` of ``cls`` ``[B, H]`` and of weights, by a summand that is 0."""
-    pull = loss.new_zeros(())
-    for name, gradient in known.items():
-        if name == OF_CLS:
-            assert cls is not None
-            pull = pull + (at_least_fp32(cls) * gradient).sum()
-        elif name.startswith(OF_WEIGHT):
-            pull = pull + (objective.get_parameter(name.removeprefix(OF_WEIGHT)) * gradient).sum()
-    return loss + (pull - pull.detach())
-
-
-def gathered(
-    objective: Objective,
-    passes: Iterable[tuple[Fields, Tensor]],
-    batch: StepBatch,
-    all_reduce: Callable[[Tensor], Tensor],
-) -> Tensor:
-    """The vectors ``[B, H]`` of this device's ``passes``, and those of all other devices, in the order of the step:
-    ``[N, H]``, of weights' type."""
-    n, width = batch.n_sequences, objective.lm.config.hidden_size
-    dtype = next(objective.parameters()).dtype
-    everything = torch.zeros(n + 1, width, dtype=dtype, device=batch.buffer.device)  # dummies are put at the end
-    for fields, some in passes:
-        everything.index_copy_(0, fields["slots"], some.detach().to(dtype))
-    return all_reduce(everything[:n])
-
-
-def contrast_means(term: Term, n: int) -> Shares:
-    """What is logged of a contrast over ``n`` vectors."""
-    means = {"contrast_loss": term.sum.detach() / n}
-    if term.correct is not None:
-        means["contrast_accuracy"] = term.correct.float().mean()
-    return means | dict(term.measures)
-
-
 def added_up(passes: list[PassResult]) -> StepResult:
     shares: Shares = {}
     for each in passes:
         for name, value in each.shares.items():
             shares[name] = shares[name] + value if name in shares else value
     return StepResult(torch.stack([each.loss.detach() for each in passes]), shares)
-
-
-def inputs_of(fields: Fields) -> Fields:
-    """What the objective sees: no host ints that change from pass to pass, for which it would be compiled anew."""
-    tensors = {name: value for name, value in fields.items() if isinstance(value, Tensor) and name != "sample_ids"}
-    return tensors | {name: fields[name] for name in ("max_seqlen", "max_query")}
 
 
 def dropout_seed(seed: int, step: int, micro_batch: int) -> int:
@@ -297,59 +230,3 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 def skips_on_device(optimizer: Optimizer) -> bool:
     """Whether a step is left out where the optimizer's ``found_inf`` is 1.0, without asking the device."""
     return bool(optimizer.defaults.get("fused"))
-
-
-class Replays:
-    """Passes as CUDA graphs: captured once for each shape, then replayed on new inputs, at one launch each. Where one
-    cannot be captured, passes are run without.
-
-    Args:
-        run: forward and backward of a pass; adds to ``gradients``, whose buffers stay.
-    """
-
-    def __init__(self, run: Callable[[Fields, Tensor, bool], PassResult], gradients: list[Tensor]):
-        self.run, self.gradients, self.failed = run, gradients, False
-        self.captured: dict[Any, tuple[Any, Fields, Tensor, PassResult]] = {}
-        self.pool: Any = None  # memory that all graphs share: one is replayed at a time
-
-    def __call__(self, inputs: Fields, scale: Tensor, score: bool) -> PassResult:
-        shape = (score, *(value.shape if isinstance(value, Tensor) else value for value in inputs.values()))
-        if shape not in self.captured and not self.failed:
-            self.capture(shape, inputs, scale, score)
-        if self.failed:
-            return self.run(inputs, scale, score)
-        graph, own, own_scale, (loss, shares, _) = self.captured[shape]
-        torch._foreach_copy_(tensors(own), tensors(inputs))
-        own_scale.copy_(scale)
-        graph.replay()
-        own_shares = {name: value.clone() for name, value in shares.items()}  # the next replay writes to `shares`
-        return PassResult(loss.clone(), own_shares)
-
-    def capture(self, shape: Any, inputs: Fields, scale: Tensor, score: bool) -> None:
-        own = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
-        own_scale, before = scale.clone(), [gradient.clone() for gradient in self.gradients]
-        state, cached = torch.cuda.get_rng_state(), torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # else weights in half precision would stay what they are now
-        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
-        try:
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what is compiled, tuned or allocated at first must be so before
-                for _ in range(2):
-                    self.run(own, own_scale, score)
-            torch.cuda.current_stream().wait_stream(stream)
-            # other threads, as the one that pins memory for the loader, go on allocating
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                found = self.run(own, own_scale, score)
-            self.captured[shape], self.pool = (graph, own, own_scale, found), self.pool or graph.pool()
-        except RuntimeError as error:
-            self.failed = True
-            message = str(error).splitlines()[0]
-            print(f"passes are not replayed as CUDA graphs (model.cuda_graphs): {message}", file=sys.stderr)
-        finally:
-            torch.set_autocast_cache_enabled(cached)
-            torch._foreach_copy_(self.gradients, before)
-            torch.cuda.set_rng_state(state)
-
-
-def tensors(fields: Fields) -> list[Tensor]:
-    return [value for value in fields.values() if isinstance(value, Tensor)]

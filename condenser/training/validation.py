@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric
 from condenser.data.collate import StepBatch
 from condenser.models.objective import Objective, Term
 from condenser.training.guard import on_all_devices
-from condenser.training.step import cls_and_terms, gathered, inputs_of
+from condenser.training.passes import cls_and_terms, gathered, inputs_of
 
 
 class Validation:
