@@ -267,7 +267,7 @@ def test_metrics_of_every_step_are_gone_on_with_and_read_in_little_memory(tmp_pa
 
 VARIED = """
 import sys, torch
-from condenser.training.module import keep_few_kernels
+from condenser.training.device import keep_few_kernels
 
 def resident():  # the most that getrusage tells of begins with what the parent had
     with open("/proc/self/statm") as file:

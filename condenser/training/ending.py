@@ -126,6 +126,26 @@ def loops_at(loops: dict[str, Any], step: int, per_epoch: int, by_steps: bool, o
     }
 
 
+def go_on(trainer: Any, checkpoint: dict[str, Any], length: int) -> bool:
+    """Set Lightning's loops to where a ``checkpoint`` stands, in place; whether its last validation is still owed.
+
+    Raises:
+        ValueError: it has taken more steps than the run is to have.
+    """
+    step, loops = checkpoint["global_step"], checkpoint["loops"]
+    if step > length:
+        raise ValueError(
+            f"the checkpoint has taken {step:,} steps, and the run is to have {length:,}: see trainer.max_steps"
+        )
+    per_epoch, by_steps = trainer.datamodule.steps_per_epoch, trainer.max_steps != -1
+    is_shortened = step == length < checkpoint.get("length", length) and trainer.limit_val_batches > 0
+    owed = checkpoint.get("owed", False) or is_shortened
+    loops["fit_loop"] = loops_at(loops["fit_loop"], step, per_epoch, by_steps, owed)
+    if owed and step == length:
+        trainer.fit_loop.epoch_loop.max_steps = -1  # else Lightning would leave out all that is still to be done
+    return owed and step == length
+
+
 class Ending(Callback):
     """Says in one line how training ended; where it is finished, writes what it was and reached. That file's presence
     says that the run is finished."""

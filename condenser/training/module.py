@@ -4,7 +4,6 @@ One Lightning batch is one optimizer step of one rank: its passes. Optimisation 
 step; here is what it is told (counts over all devices, settings of the device), and what is logged of it.
 """
 
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,14 +21,15 @@ from condenser import hub
 from condenser.cluster import signals
 from condenser.data.collate import StepBatch
 from condenser.data.store import check_same_stores
-from condenser.models.backbones.base import Backbone, longest_text, prepare_layers
+from condenser.models.backbones.base import Backbone, prepare_layers
 from condenser.models.condenser import Condenser
-from condenser.models.flops import Work, affordable_tokens
+from condenser.models.flops import Work
 from condenser.models.objective import COUNTS, Objective, known_options
 from condenser.models.positions import Extension
 from condenser.runs import CONFIG
 from condenser.training import sharding
-from condenser.training.ending import averaging, length_of, loops_at, stopped_by, validation_follows
+from condenser.training.device import check_rows, compiled_and_replayed, keep_few_kernels, tokens_that_fit
+from condenser.training.ending import averaging, go_on, length_of, stopped_by, validation_follows
 from condenser.training.flags import check_precision
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
@@ -188,34 +188,17 @@ class CondenserModule(L.LightningModule):
             ValueError: a setting that this device, or the sharing of it, does not allow.
         """
         assert self.model is not None
-        trainer, datamodule = self.trainer, self.datamodule
-        device, sharded = trainer.strategy.root_device, isinstance(trainer.strategy, ModelParallelStrategy)
-        on_gpu = device.type == "cuda"
-        if not on_gpu:
-            keep_few_kernels()
-        compiled, replayed = self.wanted["compile"], self.wanted["cuda_graphs"]
-        if compiled and sharded:
-            raise ValueError("model.compile: sharded weights are gathered layer by layer, between compiled functions")
-        able = on_gpu and torch.cuda.get_device_capability(device) >= (7, 0)  # for which there is a compiler
-        self.compiled = (able and not sharded) if compiled is None else compiled
-        possible = on_gpu and trainer.world_size == 1 and self.compiled and not self.gradient_checkpointing
-        if replayed and not possible:
-            raise ValueError("model.cuda_graphs needs one GPU, model.compile, and no model.gradient_checkpointing")
-        self.replayed = possible if replayed is None else replayed
+        datamodule, device = self.datamodule, self.trainer.strategy.root_device
+        self.compiled, self.replayed = compiled_and_replayed(
+            self.trainer, **self.wanted, recomputed=self.gradient_checkpointing
+        )
         datamodule.few_shapes = self.compiled
         datamodule.provide_for(self.model)
-        longest, longest_row = longest_text(self.model.lm.config), getattr(datamodule, "longest", 0)
-        if longest and longest_row > longest:
-            raise ValueError(
-                f"rows of up to {longest_row} tokens, special ones among them, and a backbone that takes {longest}: "
-                "prepare a store with a smaller --max-length, or give the model more positions"
-            )
-        if on_gpu:
-            config, memory = self.model.lm.config, torch.cuda.get_device_properties(device).total_memory
-            scored = self.model.scored_share(datamodule.masking.probability)
-            datamodule.affordable = affordable_tokens(
-                config, self.model.n_layers, memory, self.gradient_checkpointing, scored
-            )
+        check_rows(self.model, getattr(datamodule, "longest", 0))
+        if device.type == "cuda":
+            datamodule.affordable = tokens_that_fit(self.model, device, datamodule.masking.probability)
+        else:
+            keep_few_kernels()
 
     def setup(self, stage: str) -> None:
         self.stopped, self.validation_owed = None, False  # of another trainer's
@@ -422,17 +405,7 @@ class CondenserModule(L.LightningModule):
         if self.trainer.state.fn == TrainerFn.FITTING:
             if "stores" in checkpoint:
                 check_same_stores(checkpoint["stores"], [*self.datamodule.weights], "the checkpoint")
-            step, whole, loops = checkpoint["global_step"], self.length, checkpoint["loops"]
-            if step > whole:
-                raise ValueError(
-                    f"the checkpoint has taken {step:,} steps, and the run is to have {whole:,}: see trainer.max_steps"
-                )
-            per_epoch, by_steps = self.datamodule.steps_per_epoch, self.trainer.max_steps != -1
-            is_shortened = step == whole < checkpoint.get("length", whole) and self.trainer.limit_val_batches > 0
-            owed = checkpoint.get("owed", False) or is_shortened
-            loops["fit_loop"] = loops_at(loops["fit_loop"], step, per_epoch, by_steps, owed)
-            if step == whole and owed:  # Lightning would leave out all that is still to be done
-                self.validation_owed, self.trainer.fit_loop.epoch_loop.max_steps = True, -1
+            self.validation_owed = go_on(self.trainer, checkpoint, self.length)
 
     def check_fits(self, checkpoint: dict[str, Any]) -> None:
         """Raises ValueError if the checkpoint is of another model, naming the first weight that differs."""
@@ -445,10 +418,3 @@ class CondenserModule(L.LightningModule):
                 raise ValueError(
                     f"the checkpoint is of another model: {name} is {shapes[0]} there and {shapes[1]} here"
                 )
-
-
-def keep_few_kernels() -> None:
-    """In half precision on CPUs oneDNN and torch each keep the kernels of 1,024 shapes, of some MB each, and flat
-    passes hardly repeat a shape: those of a step will do."""
-    for setting in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(setting, "128")
