@@ -24,12 +24,12 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from condenser.cli import main
 from condenser.data.lock import locked
-from condenser.evaluation import encoders, finetuning, jobs, retrieval, search, tasks
+from condenser.evaluation import encoders, finetuning, jobs, retrieval, search
 from condenser.evaluation.comparison import compare
 from condenser.evaluation.evaluate import draw_attention, evaluate
-from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
+from condenser.evaluation.finetuning import Tuning, fine_tune
 from condenser.evaluation.jobs import read_rows
-from condenser.evaluation.tasks import Retrieval
+from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.export import find_checkpoint
 
 ANIMALS = "cat dog horse cow sheep goat hen duck pig mule crow deer wolf bear hare mole newt toad frog seal".split()  # noqa: SIM905
@@ -93,18 +93,18 @@ def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(model_folder):
 
 
 def test_compressed_files_read_the_same(collection_folder):
-    plain = retrieval.read_collection(collection_folder)
+    plain = read_collection(collection_folder)
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "qrels/train.tsv"):
         path = collection_folder / name
         Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    compressed = retrieval.read_collection(collection_folder)
+    compressed = read_collection(collection_folder)
     assert (compressed.documents, compressed.queries) == (plain.documents, plain.queries)
     assert (compressed.qrels, compressed.train_pairs) == (plain.qrels, plain.train_pairs)
 
 
 def test_titles_go_before_the_text(tmp_path):
-    collection = retrieval.read_collection(write_collection(tmp_path / "farm", title="Animals"))
+    collection = read_collection(write_collection(tmp_path / "farm", title="Animals"))
     assert collection.documents["d0"] == "Animals " + DOCUMENTS["d0"]
 
 
@@ -112,7 +112,7 @@ def test_titles_go_before_the_text(tmp_path):
 def test_qrels_without_a_header_lose_no_line(collection_folder, first):
     (collection_folder / "qrels/test.tsv").write_text(f"{first}\nq1\td1\t1\nq2\td2\t0\n")
     (collection_folder / "qrels/train.tsv").rename(collection_folder / "qrels/train.tsv.bak")  # is no train.tsv
-    collection = retrieval.read_collection(collection_folder)
+    collection = read_collection(collection_folder)
     assert (collection.qrels, collection.train_qrels) == ({"q0": {"d0": 1}, "q1": {"d1": 1}}, {})
 
 
@@ -150,13 +150,13 @@ def test_a_broken_collection_is_named(collection_folder, name, content, message)
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        retrieval.read_collection(collection_folder)
+        read_collection(collection_folder)
 
 
 def test_a_text_that_is_there_twice_with_other_metadata_is_one(collection_folder):
     one, two = ({"_id": "d0", "text": "a cat", "metadata": {"url": url}} for url in "ab")
     write_rows(collection_folder / "corpus.jsonl", [one, two])
-    assert retrieval.read_collection(collection_folder).documents == {"d0": "a cat"}
+    assert read_collection(collection_folder).documents == {"d0": "a cat"}
 
 
 def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(measure, collection_folder):
@@ -174,7 +174,7 @@ def test_a_corpus_with_holes_is_said_and_halves_of_characters_are_read(collectio
     lines = (collection_folder / "corpus.jsonl").read_text().splitlines()
     broken = json.dumps(json.loads(lines[1]) | {"text": "half \ud83d a character"})
     (collection_folder / "corpus.jsonl").write_text("\n".join([broken, *lines[2:]]) + "\n")
-    found = retrieval.read_collection(collection_folder)
+    found = read_collection(collection_folder)
     assert "1 of 6 relevant documents of qrels/test.tsv are not in corpus.jsonl" in capsys.readouterr().out
     assert "half \ufffd a character" in found.documents.values()
 
@@ -367,7 +367,7 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     model_folder, pairs_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(jobs, "LEARNING_RATES", (1e-9, 3e-3))
-    monkeypatch.setattr(tasks, "HELD_OUT", 0.3)
+    monkeypatch.setattr(finetuning, "HELD_OUT", 0.3)
     farm = str(write_collection(tmp_path / "farm"))
     run = ["evaluate", model_folder, "--output", str(tmp_path / "out"), "--retrieval", farm, "--max-length", "32"]
     run += ["--similarity", str(pairs_folder), "--finetune", "--finetune-epochs", "1", "--seeds", "0", "1"]
@@ -385,13 +385,13 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     shutil.rmtree(tmp_path / "out/rows")
     assert main([*run, "--finetune-learning-rate", "auto", "--finetune-batch-size", "8"]) == 0
     assert json.loads((tmp_path / "out/results.json").read_text()) == found
-    part = Retrieval.read(farm).held_out().collection
+    part = read_collection(Path(farm)).held_out()
     assert part.queries.keys() | part.train_qrels.keys() == {f"q{i}" for i in range(6, 20)}
     assert not part.queries.keys() & part.train_qrels.keys()
 
 
 def test_a_learning_rate_that_comes_to_nothing_is_not_chosen(model_folder, pairs_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tasks, "HELD_OUT", 0.3)
+    monkeypatch.setattr(finetuning, "HELD_OUT", 0.3)
     run = ["evaluate", model_folder, "--similarity", str(pairs_folder), "--finetune", "--finetune-epochs", "1"]
     run += ["--finetune-learning-rate", "auto", "--finetune-batch-size", "8", "--output"]
     for rates, code in {(1e30, 1e-3): 0, (1e30,): 1}.items():
@@ -485,7 +485,7 @@ def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(measure, tmp_p
     ]
     assert len({json.dumps([row[metric] for metric in search.METRICS]) for row in rows}) > len(rows) / 2
     shown = capsys.readouterr().out
-    assert shown.count(" ± ") == 8 * len(Retrieval.metrics)
+    assert shown.count(" ± ") == 8 * len(Collection.metrics)
     kept = read_rows(tmp_path / "out")
     assert len(kept) == len(rows)
     for row, values in kept:
@@ -504,7 +504,7 @@ def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(m
 
 
 def test_a_part_of_the_queries_is_always_the_same(collection_folder):
-    parts = [Retrieval.read(str(collection_folder), n).collection for n in (2, 2, 4, 99)]
+    parts = [read_collection(collection_folder, n_queries=n) for n in (2, 2, 4, 99)]
     assert [len(part.queries) for part in parts] == [2, 2, 4, 6]
     assert parts[0] == parts[1]
     assert all(part.queries.keys() == part.qrels.keys() for part in parts)
@@ -583,14 +583,14 @@ def test_tasks_of_mteb_are_measured_once_for_an_encoder(measure, monkeypatch, ca
 
 def test_a_store_of_another_tokenizer_is_refused(measure, store):
     with pytest.raises(ValueError, match="another tokenizer than the encoder"):
-        measure(retrieval=None, attention=str(store))
+        measure(retrieval=None, attention=str(store), max_length=None)
 
 
 def test_hard_negatives_are_drawn_from_what_bm25_finds_and_nobody_judged(collection_folder, monkeypatch):
-    monkeypatch.setattr(finetuning, "NEGATIVES_FROM", 6)
-    collection = retrieval.read_collection(collection_folder)
+    monkeypatch.setattr(retrieval, "NEGATIVES_FROM", 6)
+    collection = read_collection(collection_folder)
     hits = search.bm25_search(collection.documents, collection.train_queries, 6)
-    drawn = [question_examples(collection, Tuning(hard_negatives=2, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [collection.examples(Tuning(hard_negatives=2, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1]
     assert drawn[0]["negative_1"] != drawn[2]["negative_1"]
     assert list(drawn[0]) == ["query", "positive", "negative_1", "negative_2"]
@@ -607,20 +607,18 @@ def test_a_question_that_is_a_document_too_is_no_negative_of_its_own(collection_
     """As in ArguAna, where BM25 finds it first; nor is it scored."""
     with open(collection_folder / "corpus.jsonl", "a") as file:
         file.writelines(json.dumps({"_id": i, "text": text}) + "\n" for i, text in QUERIES.items())
-    drawn = question_examples(retrieval.read_collection(collection_folder), Tuning(hard_negatives=38))
+    drawn = read_collection(collection_folder).examples(Tuning(hard_negatives=38))
     assert len(drawn["query"]) == 14
     assert not any(query in negatives for query, *negatives in zip(*drawn.values(), strict=True))
 
 
 def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
-    collection = retrieval.read_collection(collection_folder)
-    drawn = [set(question_examples(collection, Tuning(train_size=n, seed=3))["query"]) for n in (4, 9)]
+    collection = read_collection(collection_folder)
+    drawn = [set(collection.examples(Tuning(train_size=n, seed=3))["query"]) for n in (4, 9)]
     assert drawn[0] < drawn[1]
     assert [len(each) for each in drawn] == [4, 9]
-    with pytest.raises(ValueError, match="--train-sizes 99: there are 14 training questions of farm"):
-        question_examples(collection, Tuning(train_size=99))
     with pytest.raises(ValueError, match="farm: 0 training questions have 50 hard negatives, which is too few"):
-        question_examples(collection, Tuning(hard_negatives=50))
+        collection.examples(Tuning(hard_negatives=50))
     with pytest.raises(ValueError, match="--hard-negatives -1 must be at least 0"):
         Tuning(hard_negatives=-1)
 
@@ -678,6 +676,9 @@ def vector(encoder):
         ({"finetune": True, "mini_batch": 1, "retrieval": ["BARE"], "similarity": ["PAIRS"]}, "--mini-batch are of"),
         ({"baselines": True, "seeds": [2**32]}, "--seeds 4294967296: give whole numbers from 0 to 4294967295"),
         ({"seeds": [0, 1]}, "--seeds are of fine-tuning and random weights: give --finetune or --baselines"),
+        ({"retrieval": None, "attention": "nowhere"}, "--max-length is of --retrieval, --similarity and --mteb"),
+        ({"retrieval": None, "mteb": ["a"], "baselines": True}, "--baselines are of --retrieval, --similarity and"),
+        ({"retrieval": None, "mteb": ["a"], "finetune": True}, "--finetune is of --retrieval and --similarity"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"retrieval": ["nowhere"]}, "no retrieval collection at nowhere"),
         ({"retrieval": None}, "nothing to measure: give --retrieval"),

@@ -185,8 +185,8 @@ class ClsEncoder:
 
 def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collection:
     """The first queries, what is relevant to them, and the first other documents; ValueError if they are too many."""
-    qrels = dict(itertools.islice(collection.qrels.items(), n_queries))
-    relevant = {i for query in qrels for i in collection.relevant(query, qrels)}
+    part = collection.part([*collection.qrels][:n_queries])
+    relevant = {i for query in part.qrels for i in part.relevant(query, part.qrels)}
     if len(relevant) > n_documents:
         raise ValueError(
             f"{collection.name}: {len(relevant)} documents are relevant to the first n_queries={n_queries}; "
@@ -194,9 +194,7 @@ def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collect
         )
     others = (i for i in collection.documents if i not in relevant)
     chosen = relevant.union(itertools.islice(others, n_documents - len(relevant)))
-    documents = {i: text for i, text in collection.documents.items() if i in chosen}
-    queries = {i: collection.queries[i] for i in qrels}
-    return replace(collection, documents=documents, queries=queries, qrels=qrels)
+    return replace(part, documents={i: text for i, text in collection.documents.items() if i in chosen})
 
 
 @torch.no_grad()

@@ -29,8 +29,10 @@ from condenser.evaluation.finetuning import Tuning
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 from condenser.evaluation.pooling import check_name, with_pooling
+from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import BM25
-from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
+from condenser.evaluation.similarity import Similarity
+from condenser.evaluation.tasks import Attention, Task, check_training, read_tasks
 from condenser.models.files import is_run
 from condenser.reports.tables import table
 from condenser.runs import ZERO_SHOT_NOTE, at_least, in_words
@@ -90,15 +92,35 @@ def evaluate(
         mini_batch: pairs computed at a time, for batches that do not fit into memory (gradient caching)
         pooling: cls, mean, max, mean+max, last<k>-cls, weighted-layers, attention; several are compared (default: the
             model's)
-        whitening: also with whitened vectors of so many dimensions, 0 for all; fitted on each collection's texts
+        whitening: also with whitened vectors of so many dimensions, 0 or their own number for all; fitted on each
+            collection's texts
         max_length: tokens of queries and passages, also in fine-tuning; the model's own setting by default
         split: which file of a collection's qrels is scored, such as dev, which is MS MARCO's
         queries: so many of each collection, drawn with a fixed seed (default: all of the split)
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
-    if seeds and not (finetune or baselines):
-        raise ValueError("--seeds are of fine-tuning and random weights: give --finetune or --baselines too")
+    texts = retrieval or similarity
+    without_effect = {
+        "nothing to measure: give --retrieval, --similarity, --attention or --mteb": not (texts or attention or mteb),
+        "--seeds are of fine-tuning and random weights: give --finetune or --baselines too": (
+            seeds and not (finetune or baselines)
+        ),
+        "--query, --queries and --split are of collections: give one too, --retrieval": (
+            (query or queries is not None or split != "test") and not retrieval
+        ),
+        "--pooling and --whitening are of --retrieval and --similarity: give one too": (
+            (pooling or whitening) and not texts
+        ),
+        "--max-length is of --retrieval, --similarity and --mteb: give one too": max_length and not (texts or mteb),
+        "--baselines are of --retrieval, --similarity and --attention: give one too": (
+            baselines and not (texts or attention)
+        ),
+        "--finetune is of --retrieval and --similarity: give one too": finetune and not texts,
+    }
+    for message, is_so in without_effect.items():
+        if is_so:
+            raise ValueError(message)
     packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
     rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
     told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch
@@ -117,16 +139,10 @@ def evaluate(
         at_least("whitening", dimensions, 0)
     for name in pooling or []:
         check_name(name)
-    if not retrieval and (query or queries or split != "test"):
-        raise ValueError("--query, --queries and --split are of collections: give one too, --retrieval")
-    if not (retrieval or similarity) and (pooling or whitening):
-        raise ValueError("--pooling and --whitening are of --retrieval and --similarity: give one too")
     if not is_run(model):
         encoders.check_folder(model)
     path, of_mteb = result_path(Path(output)), find_tasks(mteb or [])
     tasks = read_tasks(retrieval or [], similarity or [], attention, queries, split)
-    if not tasks and not of_mteb:
-        raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
     if finetune:
         check_training(tasks, tunings)
     with encoders.model_folder(model) as folder:
@@ -196,7 +212,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 
 def show(found: dict[str, Any]) -> None:
-    for task in (Retrieval, Similarity):
+    for task in (Collection, Similarity):
         rows = [row for row in found["rows"] if row["task"] == task.kind]
         if rows:
             print_rows(task.metrics, averaged(rows, task.metrics))

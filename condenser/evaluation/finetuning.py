@@ -3,10 +3,10 @@ gradient norm 1, weights in fp32, computed in fp32 or on GPUs in bf16. On a CPU 
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 import os
-import random
 import re
 import sys
 import tempfile
@@ -14,19 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from condenser.data.hashing import permuted
 from condenser.evaluation.encoders import Encoder, backbone, precision, prompt_of
-from condenser.evaluation.retrieval import Collection
-from condenser.evaluation.search import bm25_search
 from condenser.runs import at_least
 
 LENGTH_GROUPS = 4  # with 8, the products of small matrices cost as much as the padding that is saved
 POOLING_RATE = 1e-2  # of a pooling's few weights, which hardly move at an encoder's rate
 POOLING_WEIGHTS = "layer_weights|attention_query"
+HELD_OUT = 0.1  # of the training split, to choose settings by
 NEGATIVES_FROM = 200  # first hits of BM25, as for MS MARCO: the very first are often relevant, and not judged
 SCALE = 20.0  # of cosines in the ranking losses: sentence-transformers' own
 RANKING = "MultipleNegativesRankingLoss"
@@ -35,28 +32,14 @@ PAIR_LOSSES = {"cosent": "CoSENTLoss", "cosine": "CosineSimilarityLoss"}
 
 @dataclass(frozen=True)
 class Tuning:
-    """Settings of fine-tuning.
-
-    Args:
-        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps, and
-            more where questions share so many passages that batches are smaller.
-        batch_size: examples; a question's other negatives are the passages of the batch.
-        learning_rate: its peak; None to choose it, and for retrieval the similarity, see `Candidate.chosen`.
-        hard_negatives: passages beside each relevant one, drawn from BM25's first that are not judged.
-        mini_batch: examples computed at a time, by gradient caching: large batches in little memory; 0 is all.
-        train_size: questions, or scored pairs, drawn from the training split; None is all.
-        pair_loss: of scored pairs: cosent or cosine; None for retrieval.
-        seed: of the draws and the order.
-    """
-
-    epochs: float = 3.0
-    batch_size: int = 64
-    learning_rate: float | None = 2e-5
-    hard_negatives: int = 0
-    mini_batch: int = 0
-    train_size: int | None = None
-    pair_loss: str | None = "cosent"
-    seed: int = 0
+    epochs: float = 3.0  # passes over the examples, see `n_steps`
+    batch_size: int = 64  # examples; a question's other negatives are the passages of the batch
+    learning_rate: float | None = 2e-5  # its peak; None to choose it, and a similarity, see `Candidate.chosen`
+    hard_negatives: int = 0  # beside each relevant passage, drawn from BM25's first that are not judged
+    mini_batch: int = 0  # examples computed at a time, by gradient caching; 0 is all
+    train_size: int | None = None  # questions or pairs, drawn from the training split; None is all
+    pair_loss: str | None = "cosent"  # of scored pairs: cosent or cosine; None for retrieval
+    seed: int = 0  # of the draws and the order
 
     def __post_init__(self) -> None:
         at_least("finetune-batch-size", self.batch_size, 2)
@@ -74,47 +57,14 @@ class Tuning:
             raise ValueError(f"--pair-losses {self.pair_loss}: there are {' and '.join(PAIR_LOSSES)}")
 
     def n_steps(self, n_examples: int, share: float = 1.0) -> int:
-        """Of passes whose batches hold a ``share`` of the examples, as those with a text of the batch are left out."""
+        """Of passes whose batches hold a ``share`` of the examples, as those with a text of the batch are left out. The
+        last batch of one is smaller, so 2.5 passes over 1,000 by 64 are 40 steps."""
         batches = round(math.ceil(n_examples / self.batch_size) / share)
         return max(1, math.ceil(round(self.epochs * batches, 6)))
 
 
-def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[str]]:
-    """Columns of questions, relevant passages and hard negatives; ValueError if there are too few of either."""
-    judged = sorted(collection.train_qrels)
-    check_size(tuning.train_size, len(judged), f"training questions of {collection.name}")
-    drawn = permuted(np.arange(tuning.train_size or len(judged)), len(judged), tuning.seed)  # a smaller draw is nested
-    questions = {judged[i]: collection.train_queries[judged[i]] for i in drawn}
-    n = tuning.hard_negatives
-    hits = bm25_search(collection.documents, questions, NEGATIVES_FROM) if n else {}
-    rows, left_out = [], 0
-    for query, question in questions.items():
-        relevant = [collection.documents[i] for i in collection.relevant(query, collection.train_qrels)]
-        known = {query, *collection.train_qrels[query]}  # some collections' questions are documents
-        others = [collection.documents[i] for i in hits.get(query, ()) if i not in known]
-        others = [text for text in dict.fromkeys(others) if text not in relevant]
-        if len(others) >= n:
-            negatives = random.Random(f"{tuning.seed} {query}").sample(others, n)
-            rows += [(question, text, *negatives) for text in relevant]
-        else:
-            left_out += 1
-    if left_out:
-        print(
-            f"{collection.name}: {left_out:,} of {len(questions):,} training questions are left out, with fewer than "
-            f"{n} hard negatives"
-        )
-    if len({text for _, text, *_ in rows}) < 2:
-        raise ValueError(
-            f"{collection.name}: {len(rows)} training questions have {n} hard negatives, which is too few; take fewer "
-            "hard negatives, or more questions"
-        )
-    names = ["query", "positive", *(f"negative_{k}" for k in range(1, n + 1))]
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-
-
-def check_size(size: int | None, n: int, what: str) -> None:
-    if size is not None and size > n:
-        raise ValueError(f"--train-sizes {size}: there are {n:,} {what}")
+def is_held_out(text: str) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < HELD_OUT * 2**64
 
 
 def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) -> dict[str, Any]:

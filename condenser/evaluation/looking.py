@@ -34,6 +34,8 @@ from condenser.reports.inspection import inspect_store
 from condenser.reports.tables import table
 from condenser.runs import at_least
 
+MASKING = ("mask_unit", "mask_probability", "masking", "masking_options")
+OF_STORE = ("samples", "epoch", *MASKING, "batch_size", "micro_batches_per_step", "verify")  # options
 MANY = 512  # tokens, of a text for a model that takes any number
 
 
@@ -87,17 +89,8 @@ def inspect(
     Raises:
         ValueError: neither store nor model there, a damaged one, or a text without [MASK].
     """
-    of_store: dict[str, Any] = {
-        "samples": samples,
-        "epoch": epoch,
-        "mask_unit": mask_unit,
-        "mask_probability": mask_probability,
-        "masking": masking,
-        "masking_options": masking_options,
-        "batch_size": batch_size,
-        "micro_batches_per_step": micro_batches_per_step,
-        "verify": verify,
-    }
+    given = locals()
+    of_store = {name: given[name] for name in OF_STORE}
     requested = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
     for name, value in {"top": top, "length": length, "sweeps": sweeps}.items():
         at_least(name, value, 1)

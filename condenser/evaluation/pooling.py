@@ -97,8 +97,8 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> Any:
 
     Args:
         vectors: [N, D] of the texts to fit
-        dim: by default, all in which the vectors vary: D, or somewhat less, as LayerNorm's outputs lie in a hyperplane
-            and some encoders have constant dimensions
+        dim: by default, and of D, all in which the vectors vary: D, or somewhat less, as LayerNorm's outputs lie in a
+            hyperplane and some encoders have constant dimensions
 
     Raises:
         ValueError: too few vectors, or fewer directions than ``dim``.
@@ -107,6 +107,8 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> Any:
 
     vectors = np.asarray(vectors, np.float64)
     n, size = vectors.shape
+    if dim == size:
+        dim = None
     if dim is not None and not 1 <= dim <= size:
         raise ValueError(f"whitening to {dim} dimensions: the encoder's vectors have {size}")
     if n <= (dim or size):

@@ -7,9 +7,9 @@ Shapes: Q queries, C documents of a chunk, K hits that are kept, H width of a ve
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,12 @@ METRICS = {  # trec_eval's names; its reciprocal rank has no cut-off
     "recall@1000": "recall_1000",
     "map": "map",
 }
+
+
+class Measured(NamedTuple):
+    metrics: dict[str, Any]
+    values: Values  # of each query or pair, for paired comparisons
+    hits: Sequence[dict[str, Any]] = ()  # the first ones for --query
 
 
 class Run(Mapping[str, dict[str, float]]):
@@ -143,9 +149,9 @@ def score_queries(run: Mapping[str, dict[str, float]], qrels: Qrels) -> Values:
 
 
 def score(run: Mapping[str, dict[str, float]], qrels: Qrels) -> dict[str, float]:
-    """The metrics, averaged over the queries of ``qrels``."""
     return means(score_queries(run, qrels))
 
 
 def means(values: Values) -> dict[str, float]:
+    """The metrics, averaged over the queries."""
     return {metric: sum(each[metric] for each in values.values()) / len(values) for metric in METRICS}
