@@ -44,24 +44,19 @@ LAYOUTS = {
 }
 
 
-def pairs_of(path):
-    found = read_pairs(path)
-    return found.first, found.second, found.scores.tolist()
-
-
 # --- files
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_same_pairs(tmp_path, name):
-    (tmp_path / name).write_text(LAYOUTS[name], newline="")
-    assert pairs_of(tmp_path / name) == (FIRST, SECOND, SCORES)
-
-
-def test_a_compressed_file_reads_the_same(tmp_path):
-    (tmp_path / "sts-b.csv.gz").write_bytes(gzip.compress(LAYOUTS["sts-b.csv"].encode()))
-    assert pairs_of(tmp_path / "sts-b.csv.gz") == (FIRST, SECOND, SCORES)
-    assert read_pairs(tmp_path / "sts-b.csv.gz").name == "sts-b"
+def test_every_layout_gives_the_same_pairs(tmp_path, name, compressed):
+    path, content = tmp_path / name, LAYOUTS[name].encode()
+    if compressed:
+        path, content = tmp_path / f"{name}.gz", gzip.compress(content)
+    path.write_bytes(content)
+    found = read_pairs(path)
+    assert (found.first, found.second, found.scores.tolist()) == (FIRST, SECOND, SCORES)
+    assert found.name == name.split(".")[0]
 
 
 def test_a_folder_has_test_and_train(tmp_path):

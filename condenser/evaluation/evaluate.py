@@ -29,11 +29,14 @@ from condenser.evaluation.finetuning import Tuning
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 from condenser.evaluation.pooling import check_name, with_pooling
+from condenser.evaluation.probes import probe_store
 from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import BM25
 from condenser.evaluation.similarity import Similarity
 from condenser.evaluation.tasks import Attention, Task, check_training, read_tasks
+from condenser.hub import load_export
 from condenser.models.files import is_run
+from condenser.models.heads import HEAD_FILE
 from condenser.reports.tables import table
 from condenser.runs import ZERO_SHOT_NOTE, at_least, in_words
 
@@ -150,11 +153,15 @@ def evaluate(
         check_encoder(encoder, tasks, pooling or [], whitening or [])
         poolings: list[Any] = pooling or [None]
         drawn = seeds if baselines else []
+        head_loss = None
+        if attention and (Path(folder) / HEAD_FILE).is_file():
+            head = load_export(folder)
+            head_loss = probe_store(head, head.lm, attention).get("head_loss")
         jobs = plan(tasks, encoder, tunings if finetune else [], poolings, whitening or [], drawn, query)
         settings = {
             "model": model,
             **encoders.describe(encoder),
-            "head_loss": encoders.head_losses(folder, attention) if attention else None,
+            "head_loss": head_loss,
             "passages": "title (if any) and text",
             "finetune": finetune and asdict(tunings[0]) | {"train_size": sizes, "seed": seeds, "dropout": 0.0},
             "bm25": BM25,

@@ -106,9 +106,8 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
         trainer.train()
         assert trainer.state.global_step == steps
     encoder.eval()
-    how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
-    names = ("epochs", "batch_size", "hard_negatives")
-    return how | {"examples": n_examples} | {name: getattr(tuning, name) for name in names}
+    how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps, "examples": n_examples}
+    return how | {setting: getattr(tuning, setting) for setting in ("epochs", "batch_size", "hard_negatives")}
 
 
 def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str) -> Any:

@@ -17,22 +17,21 @@ from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import Measured
 from condenser.evaluation.similarity import Similarity, read_similarity
 
+SEQUENCES = 256  # of the split, whose attention is looked at
+
 
 @dataclass(frozen=True)
 class Attention:
     """How widely [CLS] attends, by layer, on rows of a token store's validation split."""
 
     store: Path
-    n_sequences: int = 256
 
     kind: ClassVar = "attention"
     trains: ClassVar = False
 
-    @classmethod
-    def read(cls, store: str) -> "Attention":
-        if len(TokenStore(store, "validation")) < 2:
-            raise ValueError(f"--attention {store}: its validation split has fewer than two rows")
-        return cls(Path(store))
+    def __post_init__(self) -> None:
+        if len(TokenStore(self.store, "validation")) < 2:
+            raise ValueError(f"--attention {self.store}: its validation split has fewer than two rows")
 
     @property
     def name(self) -> str:
@@ -40,14 +39,14 @@ class Attention:
 
     @cached_property
     def fingerprint(self) -> str:
-        return f"{self.name} {read_manifest(self.store)['splits']['validation']} {self.n_sequences}"
+        return f"{self.name} {read_manifest(self.store)['splits']['validation']} {SEQUENCES}"
 
     def check_tokenizer(self, encoder: Encoder) -> None:
         if read_manifest(self.store)["tokenizer"]["hash"] != tokenizer_hash(encoder.tokenizer):
             raise ValueError(f"--attention {self.store}: the store was made with another tokenizer than the encoder's")
 
     def measure(self, encoder: Encoder, query: str | None = None) -> Measured:
-        return Measured(probe_store(None, backbone(encoder), self.store, self.n_sequences), {})
+        return Measured(probe_store(None, backbone(encoder), self.store, SEQUENCES), {})
 
 
 Trainable = Collection | Similarity
@@ -58,17 +57,14 @@ def read_tasks(
     retrieval: Sequence[str], similarity: Sequence[str], attention: str | None, queries: int | None, split: str
 ) -> list[Task]:
     """What is to be measured on; of one kind and name each is called by its path, and what is given twice is once."""
-    paths = {(kind, Path(path).resolve()): path for kind, given in ((0, retrieval), (1, similarity)) for path in given}
-    read: list[Trainable] = [
-        read_similarity(Path(path)) if is_pairs else read_collection(Path(path), split, queries)
-        for (is_pairs, _), path in paths.items()
-    ]
-    names = [(task.kind, task.name) for task in read]
+    collections, pairs = ({Path(path).resolve(): path for path in given}.values() for given in (retrieval, similarity))
+    read: list[tuple[str, Trainable]] = [(path, read_collection(Path(path), split, queries)) for path in collections]
+    read += [(path, read_similarity(Path(path))) for path in pairs]
+    names = [(task.kind, task.name) for _, task in read]
     tasks: list[Task] = [
-        task if names.count((task.kind, task.name)) == 1 else replace(task, name=path)
-        for task, path in zip(read, paths.values(), strict=True)
+        replace(task, name=path) if names.count((task.kind, task.name)) > 1 else task for path, task in read
     ]
-    return tasks + ([Attention.read(attention)] if attention else [])
+    return tasks + ([Attention(Path(attention))] if attention else [])
 
 
 def check_training(tasks: Sequence[Task], tunings: Sequence[Tuning]) -> None:
