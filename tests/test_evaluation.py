@@ -542,7 +542,9 @@ def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp
     assert not path.exists()
 
 
-def test_tasks_of_mteb_are_measured_once_for_an_encoder(measure, monkeypatch, capsys):
+def test_tasks_of_mteb_are_measured_once_for_an_encoder_and_again_where_a_file_is_damaged(
+    measure, tmp_path, monkeypatch, capsys
+):
     asked = []
 
     def measured(encoder, tasks, **options):
@@ -564,6 +566,9 @@ def test_tasks_of_mteb_are_measured_once_for_an_encoder(measure, monkeypatch, ca
         assert "0.812" in next(line for line in table.splitlines() if "Toys" in line and "0." in line)
         assert [row["collection"] for row in found["mteb"]] == names
     assert asked == ["Toys", "Tools", "Toys"]
+    for file in tmp_path.glob("out/rows/mteb-*.json"):
+        file.write_text("")
+    assert measure(retrieval=None, max_length=16, mteb=["Toys"]) == found
 
 
 def test_hard_negatives_are_drawn_from_what_bm25_finds_and_nobody_judged(collection_folder, monkeypatch):

@@ -156,11 +156,7 @@ def paired(ours: Values, theirs: Values, metric: str, where: str) -> np.ndarray:
 
 
 def interval(tables: np.ndarray, metric: str, samples: int, seed: int) -> dict[str, float]:
-    """-> both means over the seeds, the difference B - A, and the ends of its interval
-
-    Args:
-        tables: ``[S, N, 2 or 3]``, of each seed what `paired` gives
-    """
+    """Of what `paired` gives of each seed, ``[S, N, 2 or 3]``: both means, the difference B - A and its interval."""
     rng, n_seeds, n = np.random.default_rng(seed), *tables.shape[:2]
     whole = scored(tables, metric)  # [S, 2]
     differences = np.empty(samples)

@@ -220,8 +220,7 @@ def unfinished(folder: Path) -> list[Path]:
 
 def show(found: dict[str, Any]) -> None:
     for task in (Collection, Similarity):
-        rows = [row for row in found["rows"] if row["task"] == task.kind]
-        if rows:
+        if rows := [row for row in found["rows"] if row["task"] == task.kind]:
             print_rows(task.metrics, averaged(rows, task.metrics))
         if unseen := {row["collection"]: row["queries_unseen"] for row in rows if "queries_unseen" in row}:
             counts = ", ".join(f"{name} {n:,}" for name, n in unseen.items())

@@ -68,11 +68,8 @@ def is_held_out(text: str) -> bool:
 
 
 def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) -> dict[str, Any]:
-    """Train in place. -> what the row of a table says of it
-
-    Args:
-        examples: questions, passages and negatives, for the ranking loss; or two sentences and their score.
-    """
+    """Train in place, on columns of questions, passages and negatives, by the ranking loss, or of two sentences and
+    their score. -> what the row of a table says of it"""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.base.sampler import NoDuplicatesBatchSampler

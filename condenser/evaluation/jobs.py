@@ -150,11 +150,7 @@ class Job:
         return fingerprint(model, self.task.kind, self.task.fingerprint, self.whitening, self.query, versions())
 
     def run(self, ready: Ready | None) -> dict[str, Any]:
-        """-> the file of the row
-
-        Args:
-            ready: what `Candidate.prepared` gave; None for BM25
-        """
+        """With what `Candidate.prepared` gave, None for BM25. -> the file of the row"""
         task: Any = self.task
         if ready is None:
             how, measured = dict[str, Any](), task.measure_bm25(self.reader)
@@ -182,11 +178,8 @@ def plan(
     drawn: Sequence[int],
     query: str | None,
 ) -> list[Job]:
-    """The rows of the table, in order; the last encoder that searches the first collection answers the query.
-
-    Args:
-        drawn: with BM25 and random weights: of these seeds, or of fine-tuning's
-    """
+    """The rows of the table, in order; the last encoder that searches the first collection answers the query. With
+    seeds that are ``drawn`` also BM25 and random weights: of these, or of fine-tuning's."""
     mark, jobs = fingerprint(encoders.describe(base)), list[Job]()
     for task in tasks:
         if drawn and isinstance(task, Collection):

@@ -73,11 +73,8 @@ class Run(Mapping[str, dict[str, float]]):
 
 
 def bm25_search(documents: Texts, queries: Texts, kept: int = KEPT, reader: Encoder | None = None) -> Run:
-    """With the settings in ``BM25``. Documents without a match stay out.
-
-    Args:
-        reader: an encoder, of whose tokens of each text, up to its length, BM25 reads no more than it does
-    """
+    """With the settings in ``BM25``, on no more of each text than an encoder, its ``reader``, takes. Documents without
+    a match stay out."""
     import bm25s
     from Stemmer import Stemmer
 
@@ -105,11 +102,8 @@ def spaced(text: str) -> str:
 
 
 def dense_search(encoder: Encoder, documents: Texts, queries: Texts, chunk: int = CHUNK) -> Run:
-    """All documents compared with all queries in fp32, by the encoder's own similarity function.
-
-    Args:
-        chunk: documents that are encoded, sorted by length, and compared at a time
-    """
+    """All documents compared with all queries in fp32, by the encoder's own similarity function; a ``chunk`` of them is
+    encoded, sorted by length, and compared at a time."""
     from sentence_transformers.util import SimilarityFunction
 
     similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name or "cosine")

@@ -114,10 +114,7 @@ class Similarity:
         }
 
     def measure(self, encoder: Encoder, query: str | None = None) -> Measured:
-        """Spearman and Pearson correlation, alignment and uniformity; and each pair's cosine.
-
-        The correlations are NaN for an encoder that gives all texts one vector.
-        """
+        """Correlations, which are NaN for an encoder that gives all texts one vector, alignment and uniformity."""
         from scipy.stats import pearsonr, spearmanr
 
         pairs, scores = self.test, self.test.scores
@@ -177,7 +174,8 @@ def read_pairs(path: Path) -> Pairs:
             raise ValueError(f"{path}, line {number}: not two sentences and a score: {row}") from None
         if not (np.isfinite(scores[-1]) and first[-1] and second[-1]):
             raise ValueError(f"{path}, line {number}: an empty sentence, or a score that is not finite: {row}")
-    if len({frozenset(pair) if len(set(pair)) > 1 else None for pair in zip(first, second, strict=True)}) < 2:
+    both = zip(first, second, strict=True)
+    if len({frozenset(pair) if pair[0] != pair[1] else "alike" for pair in both}) < 2:
         raise ValueError(f"{path}: its {len(scores)} pairs do not differ: all have the same cosine")
     if len(set(scores)) < 2:
         raise ValueError(f"{path}: the scores of its {len(scores)} pairs do not differ: nothing correlates with them")
