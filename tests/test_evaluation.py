@@ -215,12 +215,6 @@ def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_pat
 # --- encoders and fine-tuning
 
 
-def test_a_plain_folder_gets_cls_pooling_and_a_fixed_fingerprint(encoder, model_folder):
-    found = encoders.describe(encoder)
-    assert found == encoders.describe(encoders.load_encoder(model_folder, 32))
-    assert found["pooling"] == "cls"
-
-
 def test_reinitialised_weights_follow_the_seed_and_nothing_is_left_of_a_projection(encoder):
     encoder.append(Dense(32, 16))
     before = weights(encoder)
@@ -647,18 +641,18 @@ def test_length_groups_save_padding_and_change_no_weight(encoder, monkeypatch, l
         ({"whitening": [20]}, "--whitening 20: .* farm has 20 texts"),
         ({"finetune": True, "hard_negatives": -1}, "--hard-negatives -1 must be at least 0"),
         ({"queries": 0}, "--queries 0 must be at least 1"),
-        ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query, .* give one too, --retrieval"),
-        ({"queries": 5, "retrieval": None, "similarity": ["PAIRS"]}, "--queries .* give one too, --retrieval"),
-        ({"split": "dev", "retrieval": None, "similarity": ["PAIRS"]}, "--split .* give one too, --retrieval"),
-        ({"pooling": ["mean"], "retrieval": None, "attention": "nowhere"}, "--pooling .* are of --retrieval and"),
+        ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query, .* give --retrieval too"),
+        ({"queries": 5, "retrieval": None, "similarity": ["PAIRS"]}, "--queries .* give --retrieval too"),
+        ({"split": "dev", "retrieval": None, "similarity": ["PAIRS"]}, "--split .* give --retrieval too"),
+        ({"pooling": ["mean"], "retrieval": None, "attention": "nowhere"}, "--pooling .* --retrieval or --sim.* too"),
         ({"finetune": True, "pair_losses": ["cosine"]}, "--pair-losses are of sentence pairs, and none"),
         ({"finetune": True, "hard_negatives": 1, "retrieval": None, "similarity": ["PAIRS"]}, "no collection here"),
         ({"finetune": True, "mini_batch": 1, "retrieval": ["BARE"], "similarity": ["PAIRS"]}, "--mini-batch are of"),
         ({"baselines": True, "seeds": [2**32]}, "--seeds 4294967296: give whole numbers from 0 to 4294967295"),
         ({"seeds": [0, 1]}, "--seeds are of fine-tuning and random weights: give --finetune or --baselines"),
-        ({"retrieval": None, "attention": "nowhere"}, "--max-length is of --retrieval, --similarity and --mteb"),
-        ({"retrieval": None, "mteb": ["a"], "baselines": True}, "--baselines are of --retrieval, --similarity and"),
-        ({"retrieval": None, "mteb": ["a"], "finetune": True}, "--finetune is of --retrieval and --similarity"),
+        ({"retrieval": None, "attention": "nowhere"}, "--max-length is of texts: give --retrieval, --sim.*"),
+        ({"retrieval": None, "mteb": ["a"], "baselines": True}, "--baselines are none .*--attention too"),
+        ({"retrieval": None, "mteb": ["a"], "finetune": True}, "--finetune trains on texts: give --retrieval or"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"model": "BARE"}, "no model folder at .*bare"),
         ({"retrieval": None, "attention": "STORE", "max_length": None}, "another tokenizer than the encoder"),

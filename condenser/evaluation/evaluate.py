@@ -103,27 +103,19 @@ def evaluate(
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
-    texts = retrieval or similarity
-    without_effect = {
-        "nothing to measure: give --retrieval, --similarity, --attention or --mteb": not (texts or attention or mteb),
-        "--seeds are of fine-tuning and random weights: give --finetune or --baselines too": (
-            seeds and not (finetune or baselines)
-        ),
-        "--query, --queries and --split are of collections: give one too, --retrieval": (
-            (query or queries is not None or split != "test") and not retrieval
-        ),
-        "--pooling and --whitening are of --retrieval and --similarity: give one too": (
-            (pooling or whitening) and not texts
-        ),
-        "--max-length is of --retrieval, --similarity and --mteb: give one too": max_length and not (texts or mteb),
-        "--baselines are of --retrieval, --similarity and --attention: give one too": (
-            baselines and not (texts or attention)
-        ),
-        "--finetune is of --retrieval and --similarity: give one too": finetune and not texts,
-    }
-    for message, is_so in without_effect.items():
-        if is_so:
-            raise ValueError(message)
+    texts, of_collections = retrieval or similarity, query or queries is not None or split != "test"
+    if not (texts or attention or mteb):
+        raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
+    for what, given, needs, is_there in (
+        ("--seeds are of fine-tuning and random weights", seeds, "--finetune or --baselines", finetune or baselines),
+        ("--query, --queries and --split are of collections", of_collections, "--retrieval", retrieval),
+        ("--pooling and --whitening are of vectors", pooling or whitening, "--retrieval or --similarity", texts),
+        ("--max-length is of texts", max_length, "--retrieval, --similarity or --mteb", texts or mteb),
+        ("--finetune trains on texts", finetune, "--retrieval or --similarity", texts),
+        ("--baselines are none of MTEB's", baselines, "--retrieval, --similarity or --attention", texts or attention),
+    ):
+        if given and not is_there:
+            raise ValueError(f"{what}: give {needs} too")
     packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
     rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
     told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch

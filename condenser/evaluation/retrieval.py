@@ -59,7 +59,7 @@ class Collection:
     @cached_property
     def fingerprint(self) -> str:
         """Of all that it holds, a part at a time."""
-        digest = hashlib.sha256(Path(self.name).name.encode())
+        digest = hashlib.sha256(Path(self.name).name.encode())  # the same where it is called by its path
         for part in (self.documents, self.queries, self.qrels, self.train_queries, self.train_qrels):
             digest.update(b"\n")
             for item in part.items():
