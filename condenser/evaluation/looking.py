@@ -90,24 +90,22 @@ def inspect(
         ValueError: neither store nor model there, a damaged one, or a text without [MASK].
     """
     given = locals()
-    of_store = {name: given[name] for name in OF_STORE}
-    requested = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
     for name, value in {"top": top, "length": length, "sweeps": sweeps}.items():
         at_least(name, value, 1)
     at_least("generate", generate, 0)
     if not temperature > 0:
         raise ValueError(f"--temperature {temperature} must be positive")
     check_picture(picture, attend)
-    if not Path(what).exists() and not requested:
+    is_model = (Path(what) / "config.json").is_file() or is_run(what) or bool(fill or attend or generate)
+    if not Path(what).exists() and not is_model:
         raise ValueError(f"no token store or model at {what}")
-    is_model = (Path(what) / "config.json").is_file() or is_run(what)
-    if (Path(what) / "manifest.json").is_file() or not (requested or is_model):
-        if requested:
-            raise ValueError(f"--{requested[0]} is for a model, and {what} is a token store")
-        return inspect_store(what, **of_store)
-    for name, value in of_store.items():
-        if value != signature(inspect).parameters[name].default:
-            raise ValueError(f"--{name.replace('_', '-')} is for a token store, and {what} is a model")
+    is_store = (Path(what) / "manifest.json").is_file() or not is_model
+    for name, parameter in [*signature(inspect).parameters.items()][1:]:
+        if given[name] != parameter.default and (name in OF_STORE) != is_store:
+            kinds = ("model", "token store") if is_store else ("token store", "model")
+            raise ValueError(f"--{name.replace('_', '-')} is for a {kinds[0]}, and {what} is a {kinds[1]}")
+    if is_store:
+        return inspect_store(what, **{name: given[name] for name in OF_STORE})
     logging.disable_progress_bar()  # of loading weights
     console = Console(highlight=False, markup=False, emoji=False)
     with model_folder(what) as folder:
