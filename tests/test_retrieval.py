@@ -24,7 +24,7 @@ from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 class Vectors:
     """An encoder of texts that are numbers of rows."""
 
-    device, similarity_fn_name = torch.device("cpu"), "dot"
+    device = torch.device("cpu")
 
     def __init__(self, documents, queries):
         self.documents, self.queries = documents, queries
@@ -39,6 +39,9 @@ class Vectors:
         vectors = self.documents[[int(text) for text in texts]]
         self.alive.append(weakref.ref(vectors))
         return vectors
+
+    def similarity(self, queries, documents):
+        return queries @ documents.T
 
 
 def numbered(letter, n):

@@ -109,7 +109,6 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
 
 def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
     assert tuning.learning_rate is not None
     ranking = "score" not in examples
@@ -126,7 +125,7 @@ def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, st
         seed=tuning.seed,
         learning_rate_mapping={POOLING_WEIGHTS: POOLING_RATE} if weighted else {},
         # a passage would be its own negative
-        batch_sampler=BatchSamplers.NO_DUPLICATES if ranking else BatchSamplers.BATCH_SAMPLER,
+        batch_sampler="no_duplicates" if ranking else "batch_sampler",
         prompts={column: prompt for column in texts if (prompt := prompt_of(encoder, kinds[column]))},
         bf16=precision(encoder) == "bf16-mixed",
         use_cpu=encoder.device.type == "cpu",
@@ -142,17 +141,15 @@ def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, st
 def loss_module(encoder: Encoder, name: str, mini_batch: int) -> tuple[nn.Module, float | None]:
     """-> the loss, and by how much it multiplies similarities before the softmax (None where there is none)"""
     from sentence_transformers.sentence_transformer import losses
-    from sentence_transformers.util import SimilarityFunction
 
     if name == "CosineSimilarityLoss":
         return losses.CosineSimilarityLoss(encoder), None
     if name == "CoSENTLoss":
         return losses.CoSENTLoss(encoder, scale=SCALE), SCALE
     scale = SCALE if encoder.similarity_fn_name == "cosine" else 1.0
-    similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
     if mini_batch:
-        return losses.CachedMultipleNegativesRankingLoss(encoder, scale, similarity, mini_batch), scale
-    return losses.MultipleNegativesRankingLoss(encoder, scale, similarity), scale
+        return losses.CachedMultipleNegativesRankingLoss(encoder, scale, encoder.similarity, mini_batch), scale
+    return losses.MultipleNegativesRankingLoss(encoder, scale, encoder.similarity), scale
 
 
 @contextlib.contextmanager

@@ -104,17 +104,13 @@ def spaced(text: str) -> str:
 def dense_search(encoder: Encoder, documents: Texts, queries: Texts, chunk: int = CHUNK) -> Run:
     """All documents compared with all queries in fp32, by the encoder's own similarity function; a ``chunk`` of them is
     encoded, sorted by length, and compared at a time."""
-    from sentence_transformers.util import SimilarityFunction
-
-    similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name or "cosine")
     texts = list(documents.values())
     blocks = encoded(encoder, list(queries.values()), "query").split(QUERY_BLOCK)
     best = [(block.new_empty(len(block), 0), block.new_empty(len(block), 0, dtype=torch.int64)) for block in blocks]
     for start in range(0, len(texts), chunk):
         passages = encoded(encoder, texts[start : start + chunk], "document")
         for number, block in enumerate(blocks):
-            found = similarity(block, passages)
-            found = found.topk(min(KEPT, found.shape[1]))
+            found = encoder.similarity(block, passages).topk(min(KEPT, len(passages)))
             scores = torch.cat([best[number][0], found.values], dim=1)
             rows = torch.cat([best[number][1], found.indices + start], dim=1)
             kept = scores.topk(min(KEPT, scores.shape[1]))
