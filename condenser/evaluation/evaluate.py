@@ -41,6 +41,7 @@ from condenser.reports.tables import table
 from condenser.runs import ZERO_SHOT_NOTE, at_least, in_words
 
 OWN = {"results.json", ROWS, "choices", "attention.svg"}  # of the output folder
+WRITTEN = ("results.json", f"{ROWS}/*", "choices/*")  # what a killed process may leave unfinished
 WHICH = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")  # a row, but seeds
 
 
@@ -161,7 +162,7 @@ def evaluate(
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent / ".lock", f"--output {output}: {{holder}} is at work there; wait, or give another"):
-            for file in unfinished(path.parent):
+            for file in leftovers(path.parent, *WRITTEN):
                 file.unlink(missing_ok=True)
             found = compute(jobs, settings, path)
             if of_mteb:
@@ -200,14 +201,10 @@ def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: give a folder")
-    left = {file.name for file in unfinished(folder)}
+    left = {file.name for file in leftovers(folder, *WRITTEN)}
     if others := {file.name for file in folder.glob("[!.]*")} - OWN - left:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")
     return folder / "results.json"
-
-
-def unfinished(folder: Path) -> list[Path]:
-    return leftovers(folder, "results.json", f"{ROWS}/*", "choices/*")
 
 
 def show(found: dict[str, Any]) -> None:
@@ -263,7 +260,5 @@ def averaged(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Iterator
 
 
 def mean_and_spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}" if values else ""
