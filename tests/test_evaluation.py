@@ -24,12 +24,12 @@ from transformers import AutoTokenizer, BertForMaskedLM
 
 from condenser.cli import main
 from condenser.data.lock import locked
-from condenser.evaluation import encoders, finetuning, jobs, retrieval, search, tasks
+from condenser.evaluation import encoders, finetuning, jobs, retrieval, search
 from condenser.evaluation.comparison import compare
 from condenser.evaluation.evaluate import draw_attention, evaluate
-from condenser.evaluation.finetuning import Tuning, fine_tune, question_examples
+from condenser.evaluation.finetuning import Tuning, fine_tune
 from condenser.evaluation.jobs import read_rows
-from condenser.evaluation.tasks import Retrieval
+from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.export import find_checkpoint
 
 ANIMALS = "cat dog horse cow sheep goat hen duck pig mule crow deer wolf bear hare mole newt toad frog seal".split()  # noqa: SIM905
@@ -92,27 +92,23 @@ def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(model_folder):
 # --- collections
 
 
-def test_compressed_files_read_the_same(collection_folder):
-    plain = retrieval.read_collection(collection_folder)
+def test_compressed_files_read_the_same_and_titles_go_before_the_text(tmp_path):
+    collection_folder = write_collection(tmp_path / "farm", title="Animals")
+    plain = read_collection(collection_folder)
+    assert plain.documents["d0"] == "Animals " + DOCUMENTS["d0"]
     for name in ("corpus.jsonl", "queries.jsonl", "qrels/test.tsv", "qrels/train.tsv"):
         path = collection_folder / name
         Path(f"{path}.gz").write_bytes(gzip.compress(path.read_bytes()))
         path.unlink()
-    compressed = retrieval.read_collection(collection_folder)
-    assert (compressed.documents, compressed.queries) == (plain.documents, plain.queries)
-    assert (compressed.qrels, compressed.train_pairs) == (plain.qrels, plain.train_pairs)
-
-
-def test_titles_go_before_the_text(tmp_path):
-    collection = retrieval.read_collection(write_collection(tmp_path / "farm", title="Animals"))
-    assert collection.documents["d0"] == "Animals " + DOCUMENTS["d0"]
+    compressed = read_collection(collection_folder)
+    assert compressed == plain
 
 
 @pytest.mark.parametrize("first", ["q0\td0\t1", "q0\td0\t1.0", "\ufeffq0\td0\t1.0", "query-id\tdoc\tscore\nq0\td0\t1"])
 def test_qrels_without_a_header_lose_no_line(collection_folder, first):
     (collection_folder / "qrels/test.tsv").write_text(f"{first}\nq1\td1\t1\nq2\td2\t0\n")
     (collection_folder / "qrels/train.tsv").rename(collection_folder / "qrels/train.tsv.bak")  # is no train.tsv
-    collection = retrieval.read_collection(collection_folder)
+    collection = read_collection(collection_folder)
     assert (collection.qrels, collection.train_qrels) == ({"q0": {"d0": 1}, "q1": {"d1": 1}}, {})
 
 
@@ -150,13 +146,7 @@ def test_a_broken_collection_is_named(collection_folder, name, content, message)
     if content is not None:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(ValueError, match=message):
-        retrieval.read_collection(collection_folder)
-
-
-def test_a_text_that_is_there_twice_with_other_metadata_is_one(collection_folder):
-    one, two = ({"_id": "d0", "text": "a cat", "metadata": {"url": url}} for url in "ab")
-    write_rows(collection_folder / "corpus.jsonl", [one, two])
-    assert retrieval.read_collection(collection_folder).documents == {"d0": "a cat"}
+        read_collection(collection_folder)
 
 
 def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(measure, collection_folder):
@@ -166,30 +156,25 @@ def test_the_split_that_is_scored_can_be_chosen_and_stands_in_the_row(measure, c
         measure()
     (row,) = measure(split="dev")["rows"]
     assert (row["split"], row["queries"]) == ("dev", 6)
-    with pytest.raises(ValueError, match="--split train: what farm would be trained on is what is scored"):
-        measure(split="train", finetune=True)
 
 
-def test_a_corpus_with_holes_is_said_and_halves_of_characters_are_read(collection_folder, capsys):
-    lines = (collection_folder / "corpus.jsonl").read_text().splitlines()
-    broken = json.dumps(json.loads(lines[1]) | {"text": "half \ud83d a character"})
-    (collection_folder / "corpus.jsonl").write_text("\n".join([broken, *lines[2:]]) + "\n")
-    found = retrieval.read_collection(collection_folder)
-    assert "1 of 6 relevant documents of qrels/test.tsv are not in corpus.jsonl" in capsys.readouterr().out
-    assert "half \ufffd a character" in found.documents.values()
+def test_holes_of_a_corpus_are_said_halves_of_characters_are_read_and_texts_that_are_there_twice_are_one(
+    collection_folder, capsys
+):
+    rows = [{"_id": "d1", "text": "half \ud83d a character", "metadata": {"url": url}} for url in "ab"]
+    write_rows(collection_folder / "corpus.jsonl", rows)
+    assert read_collection(collection_folder).documents == {"d1": "half \ufffd a character"}
+    assert "5 of 6 relevant documents of qrels/test.tsv are not in corpus.jsonl" in capsys.readouterr().out
 
 
-def test_random_weights_are_as_many_as_there_are_seeds(measure):
-    rows = measure(baselines=True, seeds=[0, 1, 2])["rows"]
-    assert [row["seed"] for row in rows if row["model"].startswith("random")] == [0, 1, 2]
-
-
-def test_a_row_that_is_damaged_is_computed_again(measure, tmp_path, capsys):
-    before = measure()
-    (file,) = (tmp_path / "out" / "rows").glob("*.json")
-    file.write_text("")
-    assert measure() == before
-    assert "as before" not in capsys.readouterr().out
+def test_random_weights_are_as_many_as_there_are_seeds_and_a_damaged_row_is_computed_again(measure, tmp_path, capsys):
+    before = measure(baselines=True, seeds=[0, 1, 2])
+    assert [row["seed"] for row in before["rows"] if row["model"].startswith("random")] == [0, 1, 2]
+    damaged = tmp_path / "out" / "rows" / f"{before['fingerprints'][-1]}.json"
+    damaged.write_text("")
+    capsys.readouterr()
+    assert measure(baselines=True, seeds=[0, 1, 2]) == before
+    assert capsys.readouterr().out.count("as before") == len(before["rows"]) - 1
 
 
 def test_what_the_system_or_a_killed_process_has_left_in_the_folder_is_no_hindrance(measure, tmp_path):
@@ -219,9 +204,8 @@ def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_pat
     said = capsys.readouterr().out
     assert "B alone has 1 more: farm (test): pre-trained, mean" in said
     assert "not the same in farm (test): pre-trained, cls: max_length 32 and 16" in said
-    tuning = {"finetune": True, "finetune_epochs": 1, "finetune_batch_size": 7}
-    for name, options in (("c", {}), ("d", {"finetune_batch_size": 6, "hard_negatives": 1})):
-        measure(name, **tuning | options)
+    measure("c", finetune=True, finetune_epochs=1, finetune_batch_size=7)
+    measure("d", finetune=True, finetune_epochs=1, finetune_batch_size=6, hard_negatives=1)
     compare(str(tmp_path / "c"), str(tmp_path / "d"), samples=10)
     assert "fine-tuned on farm: batch_size 7 and 6, hard_negatives 0 and 1\n" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"there is nothing at .*nowhere"):
@@ -231,24 +215,19 @@ def test_rows_that_differ_otherwise_or_have_no_partner_are_said(measure, tmp_pat
 # --- encoders and fine-tuning
 
 
-def test_a_plain_folder_gets_cls_pooling_and_a_fixed_fingerprint(encoder, model_folder):
-    found = encoders.describe(encoder)
-    assert found == encoders.describe(encoders.load_encoder(model_folder, 32))
-    assert found["pooling"] == "cls"
-
-
-def test_reinitialised_weights_follow_the_seed(encoder):
+def test_reinitialised_weights_follow_the_seed_and_nothing_is_left_of_a_projection(encoder):
+    encoder.append(Dense(32, 16))
     before = weights(encoder)
     hashes = [weights(encoders.reinitialised(encoder, seed)) for seed in (0, 0, 1)]
     assert hashes[0] == hashes[1] != hashes[2]
     assert before == weights(encoder) != hashes[0]
-
-
-def test_of_a_projection_nothing_is_left_in_random_weights(encoder):
-    encoder.append(Dense(32, 16))
     twin = encoders.reinitialised(encoder, 0)
     for name, value in twin[-1].named_parameters():
         assert not value.equal(encoder[-1].get_parameter(name)), name
+
+
+def vector(encoder):
+    return torch.nn.utils.parameters_to_vector(encoder.parameters()).detach()
 
 
 def weights(encoder):
@@ -367,7 +346,7 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     model_folder, pairs_folder, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(jobs, "LEARNING_RATES", (1e-9, 3e-3))
-    monkeypatch.setattr(tasks, "HELD_OUT", 0.3)
+    monkeypatch.setattr(finetuning, "HELD_OUT", 0.3)
     farm = str(write_collection(tmp_path / "farm"))
     run = ["evaluate", model_folder, "--output", str(tmp_path / "out"), "--retrieval", farm, "--max-length", "32"]
     run += ["--similarity", str(pairs_folder), "--finetune", "--finetune-epochs", "1", "--seeds", "0", "1"]
@@ -385,13 +364,13 @@ def test_learning_rate_and_similarity_are_chosen_once_on_held_out_questions(
     shutil.rmtree(tmp_path / "out/rows")
     assert main([*run, "--finetune-learning-rate", "auto", "--finetune-batch-size", "8"]) == 0
     assert json.loads((tmp_path / "out/results.json").read_text()) == found
-    part = Retrieval.read(farm).held_out().collection
+    part = read_collection(Path(farm)).held_out()
     assert part.queries.keys() | part.train_qrels.keys() == {f"q{i}" for i in range(6, 20)}
     assert not part.queries.keys() & part.train_qrels.keys()
 
 
 def test_a_learning_rate_that_comes_to_nothing_is_not_chosen(model_folder, pairs_folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(tasks, "HELD_OUT", 0.3)
+    monkeypatch.setattr(finetuning, "HELD_OUT", 0.3)
     run = ["evaluate", model_folder, "--similarity", str(pairs_folder), "--finetune", "--finetune-epochs", "1"]
     run += ["--finetune-learning-rate", "auto", "--finetune-batch-size", "8", "--output"]
     for rates, code in {(1e30, 1e-3): 0, (1e30,): 1}.items():
@@ -485,7 +464,7 @@ def test_sizes_seeds_poolings_and_whitening_are_rows_of_their_own(measure, tmp_p
     ]
     assert len({json.dumps([row[metric] for metric in search.METRICS]) for row in rows}) > len(rows) / 2
     shown = capsys.readouterr().out
-    assert shown.count(" ± ") == 8 * len(Retrieval.metrics)
+    assert shown.count(" ± ") == 8 * len(Collection.metrics)
     kept = read_rows(tmp_path / "out")
     assert len(kept) == len(rows)
     for row, values in kept:
@@ -504,7 +483,7 @@ def test_what_cannot_be_trained_on_is_measured_with_encoders_trained_on_others(m
 
 
 def test_a_part_of_the_queries_is_always_the_same(collection_folder):
-    parts = [Retrieval.read(str(collection_folder), n).collection for n in (2, 2, 4, 99)]
+    parts = [read_collection(collection_folder, n_queries=n) for n in (2, 2, 4, 99)]
     assert [len(part.queries) for part in parts] == [2, 2, 4, 6]
     assert parts[0] == parts[1]
     assert all(part.queries.keys() == part.qrels.keys() for part in parts)
@@ -557,7 +536,9 @@ def test_the_drawing_of_attention_opens_on_its_own_and_goes_when_its_rows_go(tmp
     assert not path.exists()
 
 
-def test_tasks_of_mteb_are_measured_once_for_an_encoder(measure, monkeypatch, capsys):
+def test_tasks_of_mteb_are_measured_once_for_an_encoder_and_again_where_a_file_is_damaged(
+    measure, tmp_path, monkeypatch, capsys
+):
     asked = []
 
     def measured(encoder, tasks, **options):
@@ -579,18 +560,16 @@ def test_tasks_of_mteb_are_measured_once_for_an_encoder(measure, monkeypatch, ca
         assert "0.812" in next(line for line in table.splitlines() if "Toys" in line and "0." in line)
         assert [row["collection"] for row in found["mteb"]] == names
     assert asked == ["Toys", "Tools", "Toys"]
-
-
-def test_a_store_of_another_tokenizer_is_refused(measure, store):
-    with pytest.raises(ValueError, match="another tokenizer than the encoder"):
-        measure(retrieval=None, attention=str(store))
+    for file in tmp_path.glob("out/rows/mteb-*.json"):
+        file.write_text("")
+    assert measure(retrieval=None, max_length=16, mteb=["Toys"]) == found
 
 
 def test_hard_negatives_are_drawn_from_what_bm25_finds_and_nobody_judged(collection_folder, monkeypatch):
-    monkeypatch.setattr(finetuning, "NEGATIVES_FROM", 6)
-    collection = retrieval.read_collection(collection_folder)
+    monkeypatch.setattr(retrieval, "NEGATIVES_FROM", 6)
+    collection = read_collection(collection_folder)
     hits = search.bm25_search(collection.documents, collection.train_queries, 6)
-    drawn = [question_examples(collection, Tuning(hard_negatives=2, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [collection.examples(Tuning(hard_negatives=2, seed=seed)) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1]
     assert drawn[0]["negative_1"] != drawn[2]["negative_1"]
     assert list(drawn[0]) == ["query", "positive", "negative_1", "negative_2"]
@@ -607,22 +586,18 @@ def test_a_question_that_is_a_document_too_is_no_negative_of_its_own(collection_
     """As in ArguAna, where BM25 finds it first; nor is it scored."""
     with open(collection_folder / "corpus.jsonl", "a") as file:
         file.writelines(json.dumps({"_id": i, "text": text}) + "\n" for i, text in QUERIES.items())
-    drawn = question_examples(retrieval.read_collection(collection_folder), Tuning(hard_negatives=38))
+    drawn = read_collection(collection_folder).examples(Tuning(hard_negatives=38))
     assert len(drawn["query"]) == 14
     assert not any(query in negatives for query, *negatives in zip(*drawn.values(), strict=True))
 
 
 def test_a_smaller_draw_of_questions_is_part_of_a_larger_one(collection_folder):
-    collection = retrieval.read_collection(collection_folder)
-    drawn = [set(question_examples(collection, Tuning(train_size=n, seed=3))["query"]) for n in (4, 9)]
+    collection = read_collection(collection_folder)
+    drawn = [set(collection.examples(Tuning(train_size=n, seed=3))["query"]) for n in (4, 9)]
     assert drawn[0] < drawn[1]
     assert [len(each) for each in drawn] == [4, 9]
-    with pytest.raises(ValueError, match="--train-sizes 99: there are 14 training questions of farm"):
-        question_examples(collection, Tuning(train_size=99))
     with pytest.raises(ValueError, match="farm: 0 training questions have 50 hard negatives, which is too few"):
-        question_examples(collection, Tuning(hard_negatives=50))
-    with pytest.raises(ValueError, match="--hard-negatives -1 must be at least 0"):
-        Tuning(hard_negatives=-1)
+        collection.examples(Tuning(hard_negatives=50))
 
 
 def test_gradient_caching_changes_memory_and_no_weight(encoder):
@@ -650,10 +625,6 @@ def test_length_groups_save_padding_and_change_no_weight(encoder, monkeypatch, l
     assert (whole - grouped).norm() < 0.01 * (whole - vector(encoder)).norm()
 
 
-def vector(encoder):
-    return torch.nn.utils.parameters_to_vector(encoder.parameters()).detach()
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -668,17 +639,24 @@ def vector(encoder):
         ({"train_sizes": ["5"]}, "--train-sizes, .* are settings of --finetune: give it too"),
         ({"whitening": [-1]}, "--whitening -1 must be at least 0"),
         ({"whitening": [20]}, "--whitening 20: .* farm has 20 texts"),
+        ({"finetune": True, "hard_negatives": -1}, "--hard-negatives -1 must be at least 0"),
         ({"queries": 0}, "--queries 0 must be at least 1"),
-        ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query, .* give one too, --retrieval"),
-        ({"queries": 5, "retrieval": None, "similarity": ["PAIRS"]}, "--queries .* give one too, --retrieval"),
-        ({"split": "dev", "retrieval": None, "similarity": ["PAIRS"]}, "--split .* give one too, --retrieval"),
-        ({"pooling": ["mean"], "retrieval": None, "attention": "nowhere"}, "--pooling .* are of --retrieval and"),
+        ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query, .* give --retrieval too"),
+        ({"queries": 5, "retrieval": None, "similarity": ["PAIRS"]}, "--queries .* give --retrieval too"),
+        ({"split": "dev", "retrieval": None, "similarity": ["PAIRS"]}, "--split .* give --retrieval too"),
+        ({"pooling": ["mean"], "retrieval": None, "attention": "nowhere"}, "--pooling .* --retrieval or --sim.* too"),
         ({"finetune": True, "pair_losses": ["cosine"]}, "--pair-losses are of sentence pairs, and none"),
         ({"finetune": True, "hard_negatives": 1, "retrieval": None, "similarity": ["PAIRS"]}, "no collection here"),
         ({"finetune": True, "mini_batch": 1, "retrieval": ["BARE"], "similarity": ["PAIRS"]}, "--mini-batch are of"),
         ({"baselines": True, "seeds": [2**32]}, "--seeds 4294967296: give whole numbers from 0 to 4294967295"),
         ({"seeds": [0, 1]}, "--seeds are of fine-tuning and random weights: give --finetune or --baselines"),
+        ({"retrieval": None, "attention": "nowhere"}, "--max-length is of texts: give --retrieval, --sim.*"),
+        ({"retrieval": None, "mteb": ["a"], "baselines": True}, "--baselines are none .*--attention too"),
+        ({"retrieval": None, "mteb": ["a"], "finetune": True}, "--finetune trains on texts: give --retrieval or"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
+        ({"model": "BARE"}, "no model folder at .*bare"),
+        ({"retrieval": None, "attention": "STORE", "max_length": None}, "another tokenizer than the encoder"),
+        ({"split": "train", "finetune": True}, "--split train: what farm would be trained on is what is scored"),
         ({"retrieval": ["nowhere"]}, "no retrieval collection at nowhere"),
         ({"retrieval": None}, "nothing to measure: give --retrieval"),
         ({"train_sizes": ["many"]}, "--train-sizes many: give numbers, or all"),
@@ -688,14 +666,14 @@ def vector(encoder):
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
-    measure, pairs_folder, tmp_path, monkeypatch, changes, message
+    measure, pairs_folder, store, tmp_path, monkeypatch, changes, message
 ):
     monkeypatch.setattr("condenser.evaluation.evaluate.compute", None)
     few, bare = (write_collection(tmp_path / name) for name in ("few", "bare"))
     (few / "qrels/train.tsv").write_text("q7\td7\t1\nq8\td8\t1\n")
     (bare / "qrels/train.tsv").unlink()
     (tmp_path / "run/checkpoints").mkdir(parents=True)  # is not exported before all else is looked at
-    paths = {"FEW": few, "BARE": bare, "PAIRS": pairs_folder, "RUN": tmp_path / "run"}
+    paths = {"FEW": few, "BARE": bare, "PAIRS": pairs_folder, "STORE": store, "RUN": tmp_path / "run"}
 
     def named(value):
         if isinstance(value, list):
@@ -704,12 +682,6 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
 
     with pytest.raises(ValueError, match=message):
         measure(**{name: named(value) for name, value in changes.items()})
-
-
-def test_a_folder_without_a_model_is_not_looked_for_on_the_hub(collection_folder):
-    for folder in (collection_folder, collection_folder / "typo"):
-        with pytest.raises(ValueError, match="no model folder at"):
-            encoders.load_encoder(str(folder), 32)
 
 
 def test_missing_packages_are_named(measure, monkeypatch):

@@ -620,7 +620,7 @@ def test_what_systems_leave_behind_is_passed_over_in_collections_runs_and_tokeni
         (folder / ".DS_Store").write_bytes(b"\xff\0")
     read = read_collection(collection)
     assert (read.documents, read.queries, read.qrels) == ({"d": "A document."}, {"q": "A query."}, {"q": {"d": 1}})
-    _, test, _ = read_similarity(tmp_path / "pairs")
+    test = read_similarity(tmp_path / "pairs").test
     assert test.first == ["a", "c"]
     assert checkpoints(tmp_path / "run") == [tmp_path / "run/checkpoints/last-step=3.ckpt"]
     assert {*tokenizer_files(tokenizer)} == {path.name for path in store.glob("tokenizer/*")}

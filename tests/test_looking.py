@@ -136,6 +136,7 @@ BAD = {
     "no mask": ("MODEL", ["--fill", "the encoder"], "there is no [MASK] in what the model reads"),
     "a mask too far": ("MODEL", ["--fill", "masking " * 300 + "[MASK]"], "there is no [MASK] in what the model reads"),
     "a store": ("STORE", ["--fill", TEXT], "--fill is for a model, and"),
+    "options of a model": ("STORE", ["--top", "3"], "--top is for a model, and"),
     "a model": ("MODEL", ["--fill", TEXT, "--mask-unit", "span"], "--mask-unit is for a token store, and"),
     "a picture of nothing": ("MODEL", ["--picture", "a.svg"], "--picture is of --attend"),
     "no predictions": ("MODEL", ["--fill", TEXT, "--top", "0"], "--top 0 must be at least 1"),

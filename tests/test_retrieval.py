@@ -24,7 +24,7 @@ from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 class Vectors:
     """An encoder of texts that are numbers of rows."""
 
-    device, similarity_fn_name = torch.device("cpu"), "dot"
+    device = torch.device("cpu")
 
     def __init__(self, documents, queries):
         self.documents, self.queries = documents, queries
@@ -39,6 +39,9 @@ class Vectors:
         vectors = self.documents[[int(text) for text in texts]]
         self.alive.append(weakref.ref(vectors))
         return vectors
+
+    def similarity(self, queries, documents):
+        return queries @ documents.T
 
 
 def numbered(letter, n):
@@ -55,25 +58,19 @@ def integer_vectors(n_documents, n_queries):
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 500, 1000])
-def test_search_finds_the_best_of_all_documents_whatever_the_chunks(chunk, monkeypatch):
+def test_search_finds_the_best_of_all_documents_with_one_chunk_of_vectors_in_memory(chunk, monkeypatch):
     monkeypatch.setattr(search, "KEPT", 20)
     monkeypatch.setattr(search, "QUERY_BLOCK", 3)
     documents, queries = integer_vectors(500, 8)
     scores = (queries @ documents.T).tolist()
-    run = search.dense_search(Vectors(documents, queries), numbered("d", 500), numbered("q", 8), chunk=chunk)
+    encoder = Vectors(documents, queries)
+    run = search.dense_search(encoder, numbered("d", 500), numbered("q", 8), chunk=chunk)
+    assert max(encoder.encoded) == min(chunk, 500)
+    assert encoder.most_alive <= 2  # the last one is let go when the next is there
+    assert run.rows.shape == run.scores.shape == (8, 20)
     for q, row in enumerate(scores):
         assert list(run[f"q{q}"].values()) == sorted(row, reverse=True)[:20]
         assert all(row[int(document[1:])] == score for document, score in run[f"q{q}"].items())
-
-
-def test_memory_holds_one_chunk_of_vectors_and_the_hits_that_are_kept(monkeypatch):
-    monkeypatch.setattr(search, "KEPT", 20)
-    documents, queries = integer_vectors(500, 8)
-    encoder = Vectors(documents, queries)
-    run = search.dense_search(encoder, numbered("d", 500), numbered("q", 8), chunk=40)
-    assert encoder.encoded == [40] * 12 + [20]
-    assert encoder.most_alive <= 2  # the last one is let go when the next is there
-    assert run.rows.shape == run.scores.shape == (8, 20)
 
 
 def test_vectors_of_half_precision_are_compared_in_fp32():
@@ -109,9 +106,21 @@ def test_bm25_equals_the_formula():
         assert run[query] == pytest.approx({i: value for i, value in expected.items() if value > 0}, rel=1e-5)
 
 
-def test_bm25_stems():
-    run = search.bm25_search({"a": "the encoder retrieves", "b": "a fox"}, {"q": "retrieving encoders", "none": "the"})
-    assert {query: list(hits) for query, hits in run.items()} == {"q": ["a"], "none": []}
+CHINESE_AND_THAI = {"a": "我们坐火车去北京", "b": "上海的天气很好", "c": "ไปเชียงใหม่โดยรถไฟ", "d": "by train to 京"}
+
+
+@pytest.mark.parametrize(
+    ("documents", "queries", "found"),
+    [
+        ({"a": "the encoder retrieves", "b": "a fox"}, ["retrieving encoders", "the"], [["a"], []]),  # by stems
+        (CHINESE_AND_THAI, ["去北京 的火车", "天气怎么样?", "เชียงใหม่", "京"], [["a"], ["b"], ["c"], ["d"]]),
+        ({"a": "", "b": "?"}, ["fox"], [[]]),
+        ({"a": "fox"}, [""], [[]]),
+    ],
+)
+def test_bm25_finds_words_whatever_the_script(documents, queries, found):
+    run = search.bm25_search(documents, dict(enumerate(queries)))
+    assert [list(run[number]) for number in range(len(queries))] == found
 
 
 # --- metrics
@@ -177,17 +186,6 @@ def test_a_thousand_hits_are_scored_beside_the_query_itself():
     assert search.score(run, qrels)["recall@1000"] == pytest.approx(2 / 3)
 
 
-def test_bm25_finds_words_of_scripts_without_spaces():
-    documents = {"a": "我们坐火车去北京", "b": "上海的天气很好", "c": "ไปเชียงใหม่โดยรถไฟ", "d": "by train to 京"}
-    run = search.bm25_search(documents, {"q": "去北京 的火车", "r": "天气怎么样?", "s": "เชียงใหม่", "t": "京"})
-    assert {query: list(hits) for query, hits in run.items()} == {"q": ["a"], "r": ["b"], "s": ["c"], "t": ["d"]}
-
-
-def test_bm25_of_texts_without_words_finds_nothing():
-    assert search.bm25_search({"a": "", "b": "?"}, {"q": "fox"}) == {"q": {}}
-    assert search.bm25_search({"a": "fox"}, {"q": ""}) == {"q": {}}
-
-
 # --- two models
 
 
@@ -215,8 +213,9 @@ def compared(tmp_path, *folders, **options):
     return json.loads((tmp_path / "found.json").read_text())["rows"]
 
 
-def test_a_model_compared_with_itself_does_not_differ(tmp_path):
-    folder = write_folder(tmp_path / "a")
+@pytest.mark.parametrize("name", ["a", "a[1]"])  # which is a pattern too
+def test_a_model_compared_with_itself_does_not_differ(tmp_path, name):
+    folder = write_folder(tmp_path / name)
     (row,) = compared(tmp_path, folder, folder)
     assert (row["difference"], row["low"], row["high"]) == (0, 0, 0)
     assert (row["queries"], row["seeds"], row["split"]) == (50, 1, "test")
@@ -273,12 +272,6 @@ def test_folders_are_paired_by_the_seed_in_their_names_and_those_without_a_partn
     assert f"left out, as the other has no such seed: {left_out}\n" in capsys.readouterr().out
     (row,) = compared(tmp_path, str(tmp_path / "a-seed=[01]"), b)  # no seed in common: in their order
     assert row["seeds"] == 2
-
-
-def test_a_folder_whose_name_is_a_pattern_too_is_itself(tmp_path):
-    folder = write_folder(tmp_path / "a[1]")
-    (row,) = compared(tmp_path, folder, write_folder(tmp_path / "b"))
-    assert row["queries"] == 50
 
 
 def write_similarity(folder, noise, n=60, **row):

@@ -13,8 +13,9 @@ from sentence_transformers import SentenceTransformer
 
 from condenser.evaluation import similarity
 from condenser.evaluation.encoders import load_encoder
+from condenser.evaluation.finetuning import Tuning
 from condenser.evaluation.pooling import fit_whitening, whitened, with_pooling
-from condenser.evaluation.similarity import Pairs, pair_examples, read_pairs, read_similarity, similarity_metrics
+from condenser.evaluation.similarity import Pairs, Similarity, read_pairs, read_similarity
 
 FIRST = ['A sign says "no diving".', "A man, a plan", "Where?"]
 SECOND = ["Boys jump into a pool.", "A canal's plan", '"Here," she said.']
@@ -43,24 +44,19 @@ LAYOUTS = {
 }
 
 
-def pairs_of(path):
-    found = read_pairs(path)
-    return found.first, found.second, found.scores.tolist()
-
-
 # --- files
 
 
+@pytest.mark.parametrize("compressed", [False, True])
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_every_layout_gives_the_same_pairs(tmp_path, name):
-    (tmp_path / name).write_text(LAYOUTS[name], newline="")
-    assert pairs_of(tmp_path / name) == (FIRST, SECOND, SCORES)
-
-
-def test_a_compressed_file_reads_the_same(tmp_path):
-    (tmp_path / "sts-b.csv.gz").write_bytes(gzip.compress(LAYOUTS["sts-b.csv"].encode()))
-    assert pairs_of(tmp_path / "sts-b.csv.gz") == (FIRST, SECOND, SCORES)
-    assert read_pairs(tmp_path / "sts-b.csv.gz").name == "sts-b"
+def test_every_layout_gives_the_same_pairs(tmp_path, name, compressed):
+    path, content = tmp_path / name, LAYOUTS[name].encode()
+    if compressed:
+        path, content = tmp_path / f"{name}.gz", gzip.compress(content)
+    path.write_bytes(content)
+    found = read_pairs(path)
+    assert (found.first, found.second, found.scores.tolist()) == (FIRST, SECOND, SCORES)
+    assert found.name == name.split(".")[0]
 
 
 def test_a_folder_has_test_and_train(tmp_path):
@@ -70,14 +66,13 @@ def test_a_folder_has_test_and_train(tmp_path):
         (folder / name).write_text("broken")
     (folder / "LICENSE").write_text("none")
     (folder / "sts-test.tsv").write_text(LAYOUTS["sts-b.csv"])
-    _, _, train = read_similarity(folder)
-    assert train is None
+    assert read_similarity(folder).train is None
     (folder / "sts-train.csv").write_text(LAYOUTS["comma.csv"])
     (folder / "sts-dev.tsv").write_text("broken")
-    name, test, train = read_similarity(folder)
-    assert (name, test.name, train.name) == ("sts-b", "sts-test", "sts-train")
-    _, alone, _ = read_similarity(folder / "sts-train.csv")
-    assert alone.fingerprint == train.fingerprint != test.fingerprint
+    found = read_similarity(folder)
+    assert (found.name, found.test.name, found.train.name) == ("sts-b", "sts-test", "sts-train")
+    alone = read_similarity(folder / "sts-train.csv").test
+    assert alone.fingerprint == found.train.fingerprint != found.test.fingerprint
     (folder / "test-2.tsv").write_text(LAYOUTS["sts-b.csv"])
     with pytest.raises(
         ValueError, match=r"one file .* word 'test' in its name, .* sts-test.tsv, sts-train.csv, test-2.tsv"
@@ -98,6 +93,8 @@ def test_a_folder_has_test_and_train(tmp_path):
         ("a.csv", "score,sentence1,sentence2\n1,,b\n", "line 2: an empty sentence"),
         ("a.csv", "score,sentence1,sentence2\nnan,a,b\n", "line 2: .* not finite"),
         ("a.csv", "score,sentence1,sentence2\n1,a,b\n1,c,d\n", "2 pairs do not differ"),
+        ("a.csv", "score,sentence1,sentence2\n1,a,a\n2,a,a\n3,b,b\n", "3 pairs do not differ: all have the same"),
+        ("a.csv", "score,sentence1,sentence2\n1,a,b\n2,b,a\n", "2 pairs do not differ: all have the same cosine"),
         ("a.csv", "sentence1,sentence2\na,b\n", r"no column of scores \(such as"),
         ("a.csv", "one,two\na,b\n", r"must name its columns .*\['one', 'two'\]"),
         ("a.csv", "", r"must name its columns .* not \[\]"),
@@ -138,7 +135,8 @@ def pairs():
 @pytest.mark.parametrize("search", ["cosine", "dot"])
 def test_metrics_equal_other_computations(encoder, pairs, search):
     encoder.similarity_fn_name = search
-    metrics, cosines = similarity_metrics(encoder, pairs)
+    metrics, values, _ = Similarity("made", pairs, None).measure(encoder)
+    cosines = np.array([each["cosine"] for each in values.values()])
     first, second = (
         torch.nn.functional.normalize(encoder.encode(x, convert_to_tensor=True)) for x in (pairs.first, pairs.second)
     )
@@ -169,15 +167,16 @@ def test_uniformity_is_taken_in_blocks_and_of_many_by_a_sample(monkeypatch):
 
 
 def test_subsamples_are_nested_repeat_and_are_scaled(pairs):
-    small, large, other = (pair_examples(pairs, size, seed) for size, seed in ((8, 0), (20, 0), (20, 1)))
-    assert large == pair_examples(pairs, 20, 0) != other
+    def examples(size, seed):
+        return Similarity("made", pairs, pairs).examples(Tuning(train_size=size, seed=seed))
+
+    small, large, other = (examples(size, seed) for size, seed in ((8, 0), (20, 0), (20, 1)))
+    assert large == examples(20, 0) != other
     assert {column: values[:8] for column, values in large.items()} == small
-    whole = pair_examples(pairs, None, 0)
+    whole = examples(None, 0)
     assert sorted(whole["score"]) == pytest.approx(sorted(pairs.scores / 5))
     known = dict(zip(zip(pairs.first, pairs.second, strict=True), pairs.scores / 5, strict=True))
     assert [known[pair] for pair in zip(small["sentence1"], small["sentence2"], strict=True)] == small["score"]
-    with pytest.raises(ValueError, match="--train-sizes 41: there are 40 pairs of made"):
-        pair_examples(pairs, 41, 0)
 
 
 # --- whitening
@@ -214,6 +213,7 @@ def test_whitening_of_too_few_texts_or_directions_is_refused():
             fit_whitening(vectors[:n], dim)
     with pytest.raises(ValueError, match="to 9 dimensions: the encoder's vectors have 8"):
         fit_whitening(vectors, 9)
+    assert fit_whitening(vectors - vectors.mean(axis=1, keepdims=True), 8).get_embedding_dimension() == 7
     flat = vectors @ np.diag([1, 1, 1, 1, 1, 0, 0, 0]).astype(np.float32)
     assert fit_whitening(flat).get_embedding_dimension() == 5
     with pytest.raises(ValueError, match="to 6 dimensions: the vectors of the 50 texts vary in 5 only"):

@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from condenser.data.collate import Vocabulary
+from condenser.evaluation.jobs import versions
 from condenser.evaluation.probes import probe, sample_batches
 from condenser.evaluation.retrieval import Collection, read_collection
 from condenser.evaluation.search import dense_search, score
@@ -63,10 +64,15 @@ class Diagnostic(Callback):
         model = whole_copy(pl_module.model)
         if trainer.is_global_zero:
             found = {f"probe/{name}": value for name, value in self.measure(model, trainer).items()}
-            now = time.perf_counter()
             if step > 1:  # else there is no time to take a share of
-                found[self.share] = (now - began) / (now - self.since)
-                self.watch(found[self.share])
+                now = time.perf_counter()
+                share = found[self.share] = (now - began) / (now - self.since)
+                if share > SHARE and not self.warned:
+                    self.warned = True
+                    rank_zero_warn(
+                        f"{type(self).__name__} takes {share:.0%} of the time: raise its every_n_steps="
+                        f"{self.every_n_steps}, or let it measure on less"
+                    )
             for logger in trainer.loggers:
                 logger.log_metrics({"epoch": trainer.current_epoch, **found}, step=step - 1)  # as Lightning counts
         self.since = time.perf_counter()
@@ -74,20 +80,10 @@ class Diagnostic(Callback):
     def measure(self, model: Objective, trainer: Any) -> dict[str, float]:
         raise NotImplementedError
 
-    def watch(self, share: float) -> None:
-        if share > SHARE and not self.warned:
-            self.warned = True
-            rank_zero_warn(
-                f"{type(self).__name__} takes {share:.0%} of the time: raise its every_n_steps={self.every_n_steps}, "
-                "or let it measure on less"
-            )
-
 
 class Probes(Diagnostic):
     """Logs ``probe/head_loss_true``, ``_other`` and ``_zeros``, and ``probe/cls_entropy_layer_1`` ... (normalised); see
-    `condenser.evaluation.probes`.
-
-    A measurement costs about as much as four forward passes over its sequences.
+    `condenser.evaluation.probes`. Costs about as much as four forward passes over the sequences.
 
     Args:
         every_n_steps: optimizer steps between two measurements.
@@ -135,9 +131,7 @@ class ZeroShotRetrieval(Diagnostic):
         n_queries: int = 100,
         max_length: int | None = None,
     ):
-        import pytrec_eval  # noqa: F401, missing ones are to be missed before training
-        import sentence_transformers  # noqa: F401
-
+        versions()  # missing packages are to be missed before training
         super().__init__(every_n_steps)
         self.folder, self.n_documents, self.n_queries, self.max_length = folder, n_documents, n_queries, max_length
 
@@ -157,8 +151,6 @@ class ZeroShotRetrieval(Diagnostic):
 
 class ClsEncoder:
     """Last [CLS] states, compared by their dot product: a `SentenceTransformer` as far as `dense_search` asks."""
-
-    similarity_fn_name = "dot"
 
     def __init__(self, model: Objective, tokenizer: Any, max_length: int):
         self.transformers_model: Any = model.lm.base_model
@@ -182,21 +174,22 @@ class ClsEncoder:
 
     encode_query = encode_document
 
+    def similarity(self, queries: Tensor, documents: Tensor) -> Tensor:
+        return queries @ documents.T
+
 
 def part_of(collection: Collection, n_documents: int, n_queries: int) -> Collection:
     """The first queries, what is relevant to them, and the first other documents; ValueError if they are too many."""
-    qrels = dict(itertools.islice(collection.qrels.items(), n_queries))
-    relevant = {i for query in qrels for i in collection.relevant(query, qrels)}
+    part = collection.part([*collection.qrels][:n_queries])
+    relevant = {i for query in part.qrels for i in part.relevant(query, part.qrels)}
     if len(relevant) > n_documents:
         raise ValueError(
             f"{collection.name}: {len(relevant)} documents are relevant to the first n_queries={n_queries}; "
             f"raise n_documents={n_documents}, or take fewer queries"
         )
-    others = (i for i in collection.documents if i not in relevant)
-    chosen = relevant.union(itertools.islice(others, n_documents - len(relevant)))
-    documents = {i: text for i, text in collection.documents.items() if i in chosen}
-    queries = {i: collection.queries[i] for i in qrels}
-    return replace(collection, documents=documents, queries=queries, qrels=qrels)
+    others = [i for i in collection.documents if i not in relevant]
+    chosen = relevant.union(others[: n_documents - len(relevant)])
+    return replace(part, documents={i: text for i, text in collection.documents.items() if i in chosen})
 
 
 @torch.no_grad()

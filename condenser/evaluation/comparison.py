@@ -83,7 +83,13 @@ def compare(
         about = {name: one.row.get(name) for name in SAME} | {drawn: len(tables[0]), "seeds": len(seeds)}
         rows.append(about | interval(np.stack(tables), metric, samples, seed))
     settings = {"a": a, "b": b, "metric": metric, "samples": samples, "seed": seed, "level": LEVEL}
-    show(settings, rows, drawn)
+    print(f"{metric}, {samples:,} samples\nA = {a}\nB = {b}")
+    shown = []
+    for row in rows:
+        means = (f"{row['a']:.4f}", f"{row['b']:.4f}", f"{row['difference']:+.4f}")
+        ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
+        shown.append((row, (f"{row[drawn]:,}", str(row["seeds"]), *means, ends)))
+    print_rows((drawn, "seeds", "A", "B", "B - A", "95 %"), shown)
     for name, mine, other in (("A", ours, theirs), ("B", theirs, ours)):
         if alone := [group for key, group in mine.items() if key not in other]:
             print(f"{name} alone has {len(alone)} more: {described(alone)}")
@@ -150,11 +156,7 @@ def paired(ours: Values, theirs: Values, metric: str, where: str) -> np.ndarray:
 
 
 def interval(tables: np.ndarray, metric: str, samples: int, seed: int) -> dict[str, float]:
-    """-> both means over the seeds, the difference B - A, and the ends of its interval
-
-    Args:
-        tables: ``[S, N, 2 or 3]``, of each seed what `paired` gives
-    """
+    """Of what `paired` gives of each seed, ``[S, N, 2 or 3]``: both means, the difference B - A and its interval."""
     rng, n_seeds, n = np.random.default_rng(seed), *tables.shape[:2]
     whole = scored(tables, metric)  # [S, 2]
     differences = np.empty(samples)
@@ -178,13 +180,3 @@ def scored(tables: np.ndarray, metric: str) -> np.ndarray:
     with np.errstate(invalid="ignore"):  # nothing correlates with draws of one score
         values = values / np.linalg.norm(values, axis=1, keepdims=True)
     return (values[..., :2] * values[..., 2:]).sum(axis=1)
-
-
-def show(settings: dict[str, Any], rows: list[dict[str, Any]], drawn: str) -> None:
-    print(f"{settings['metric']}, {settings['samples']:,} samples\nA = {settings['a']}\nB = {settings['b']}")
-    shown = []
-    for row in rows:
-        counts = (f"{row[drawn]:,}", str(row["seeds"]))
-        means = (f"{row['a']:.4f}", f"{row['b']:.4f}", f"{row['difference']:+.4f}")
-        shown.append((row, (*counts, *means, f"{row['low']:+.4f} to {row['high']:+.4f}")))
-    print_rows((drawn, "seeds", "A", "B", "B - A", "95 %"), shown)

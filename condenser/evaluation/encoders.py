@@ -16,12 +16,9 @@ from transformers.utils import logging
 
 from condenser.data.store import tokenizer_hash
 from condenser.data.tokenizers import is_path
-from condenser.evaluation.probes import probe_store
 from condenser.export import export, find_checkpoint
-from condenser.hub import load_export
 from condenser.models.backbones.base import longest_text
 from condenser.models.files import is_run, reading
-from condenser.models.heads import HEAD_FILE
 from condenser.online import ask_hub
 
 if TYPE_CHECKING:
@@ -57,7 +54,6 @@ def load_encoder(name: str, max_length: int | None) -> Encoder:
             transformer = Transformer(name, **{part: {"trust_remote_code": False} for part in parts})
             encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
     encoder.float()
-    encoder.similarity_fn_name = encoder.similarity_fn_name or "cosine"
     longest = longest_text(backbone(encoder).config)
     if max_length and longest and max_length > longest:
         raise ValueError(f"--max-length {max_length}: {name} takes at most {longest} tokens")
@@ -170,11 +166,3 @@ def model_folder(name: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         export(find_checkpoint(name), Path(folder) / "export")
         yield f"{folder}/export"
-
-
-def head_losses(folder: str, store: str) -> dict[str, float] | None:
-    """What the head of an export loses without the true [CLS]; None for a model without a head."""
-    if not (Path(folder) / HEAD_FILE).is_file():
-        return None
-    model = load_export(folder)
-    return probe_store(model, model.lm, store).get("head_loss")

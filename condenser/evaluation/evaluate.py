@@ -29,13 +29,19 @@ from condenser.evaluation.finetuning import Tuning
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
 from condenser.evaluation.pooling import check_name, with_pooling
+from condenser.evaluation.probes import probe_store
+from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import BM25
-from condenser.evaluation.tasks import Attention, Retrieval, Similarity, Task, check_training, read_tasks
+from condenser.evaluation.similarity import Similarity
+from condenser.evaluation.tasks import Attention, Task, check_training, read_tasks
+from condenser.hub import load_export
 from condenser.models.files import is_run
+from condenser.models.heads import HEAD_FILE
 from condenser.reports.tables import table
 from condenser.runs import ZERO_SHOT_NOTE, at_least, in_words
 
 OWN = {"results.json", ROWS, "choices", "attention.svg"}  # of the output folder
+WRITTEN = ("results.json", f"{ROWS}/*", "choices/*")  # what a killed process may leave unfinished
 WHICH = ("collection", "model", "pooling", "whitening", "trained_on", "train_size", "pair_loss")  # a row, but seeds
 
 
@@ -90,15 +96,27 @@ def evaluate(
         mini_batch: pairs computed at a time, for batches that do not fit into memory (gradient caching)
         pooling: cls, mean, max, mean+max, last<k>-cls, weighted-layers, attention; several are compared (default: the
             model's)
-        whitening: also with whitened vectors of so many dimensions, 0 for all; fitted on each collection's texts
+        whitening: also with whitened vectors of so many dimensions, 0 or their own number for all; fitted on each
+            collection's texts
         max_length: tokens of queries and passages, also in fine-tuning; the model's own setting by default
         split: which file of a collection's qrels is scored, such as dev, which is MS MARCO's
         queries: so many of each collection, drawn with a fixed seed (default: all of the split)
         query: a question that the last encoder answers from the first collection
         seeds: of fine-tuning and random weights; each is a row, the table shows mean and spread (default: 0)
     """
-    if seeds and not (finetune or baselines):
-        raise ValueError("--seeds are of fine-tuning and random weights: give --finetune or --baselines too")
+    texts, of_collections = retrieval or similarity, query or queries is not None or split != "test"
+    if not (texts or attention or mteb):
+        raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
+    for what, given, needs, is_there in (
+        ("--seeds are of fine-tuning and random weights", seeds, "--finetune or --baselines", finetune or baselines),
+        ("--query, --queries and --split are of collections", of_collections, "--retrieval", retrieval),
+        ("--pooling and --whitening are of vectors", pooling or whitening, "--retrieval or --similarity", texts),
+        ("--max-length is of texts", max_length, "--retrieval, --similarity or --mteb", texts or mteb),
+        ("--finetune trains on texts", finetune, "--retrieval or --similarity", texts),
+        ("--baselines are none of MTEB's", baselines, "--retrieval, --similarity or --attention", texts or attention),
+    ):
+        if given and not is_there:
+            raise ValueError(f"{what}: give {needs} too")
     packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
     rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
     told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch
@@ -117,16 +135,10 @@ def evaluate(
         at_least("whitening", dimensions, 0)
     for name in pooling or []:
         check_name(name)
-    if not retrieval and (query or queries or split != "test"):
-        raise ValueError("--query, --queries and --split are of collections: give one too, --retrieval")
-    if not (retrieval or similarity) and (pooling or whitening):
-        raise ValueError("--pooling and --whitening are of --retrieval and --similarity: give one too")
     if not is_run(model):
         encoders.check_folder(model)
     path, of_mteb = result_path(Path(output)), find_tasks(mteb or [])
     tasks = read_tasks(retrieval or [], similarity or [], attention, queries, split)
-    if not tasks and not of_mteb:
-        raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
     if finetune:
         check_training(tasks, tunings)
     with encoders.model_folder(model) as folder:
@@ -134,11 +146,15 @@ def evaluate(
         check_encoder(encoder, tasks, pooling or [], whitening or [])
         poolings: list[Any] = pooling or [None]
         drawn = seeds if baselines else []
+        head_loss = None
+        if attention and (Path(folder) / HEAD_FILE).is_file():
+            head = load_export(folder)
+            head_loss = probe_store(head, head.lm, attention).get("head_loss")
         jobs = plan(tasks, encoder, tunings if finetune else [], poolings, whitening or [], drawn, query)
         settings = {
             "model": model,
             **encoders.describe(encoder),
-            "head_loss": encoders.head_losses(folder, attention) if attention else None,
+            "head_loss": head_loss,
             "passages": "title (if any) and text",
             "finetune": finetune and asdict(tunings[0]) | {"train_size": sizes, "seed": seeds, "dropout": 0.0},
             "bm25": BM25,
@@ -146,7 +162,7 @@ def evaluate(
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.parent / ".lock", f"--output {output}: {{holder}} is at work there; wait, or give another"):
-            for file in unfinished(path.parent):
+            for file in leftovers(path.parent, *WRITTEN):
                 file.unlink(missing_ok=True)
             found = compute(jobs, settings, path)
             if of_mteb:
@@ -185,20 +201,15 @@ def result_path(folder: Path) -> Path:
     """``results.json`` in a folder that is new, or holds nothing else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output {folder} is a file: give a folder")
-    left = {file.name for file in unfinished(folder)}
+    left = {file.name for file in leftovers(folder, *WRITTEN)}
     if others := {file.name for file in folder.glob("[!.]*")} - OWN - left:
         raise ValueError(f"{folder} holds {min(others)!r}, which is no result of this command: another --output?")
     return folder / "results.json"
 
 
-def unfinished(folder: Path) -> list[Path]:
-    return leftovers(folder, "results.json", f"{ROWS}/*", "choices/*")
-
-
 def show(found: dict[str, Any]) -> None:
-    for task in (Retrieval, Similarity):
-        rows = [row for row in found["rows"] if row["task"] == task.kind]
-        if rows:
+    for task in (Collection, Similarity):
+        if rows := [row for row in found["rows"] if row["task"] == task.kind]:
             print_rows(task.metrics, averaged(rows, task.metrics))
         if unseen := {row["collection"]: row["queries_unseen"] for row in rows if "queries_unseen" in row}:
             counts = ", ".join(f"{name} {n:,}" for name, n in unseen.items())
@@ -249,7 +260,5 @@ def averaged(rows: Sequence[dict[str, Any]], metrics: Sequence[str]) -> Iterator
 
 
 def mean_and_spread(values: list[float]) -> str:
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.3f}"
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}" if values else ""

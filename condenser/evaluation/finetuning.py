@@ -3,10 +3,10 @@ gradient norm 1, weights in fp32, computed in fp32 or on GPUs in bf16. On a CPU 
 """
 
 import contextlib
+import hashlib
 import itertools
 import math
 import os
-import random
 import re
 import sys
 import tempfile
@@ -14,19 +14,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from condenser.data.hashing import permuted
 from condenser.evaluation.encoders import Encoder, backbone, precision, prompt_of
-from condenser.evaluation.retrieval import Collection
-from condenser.evaluation.search import bm25_search
 from condenser.runs import at_least
 
 LENGTH_GROUPS = 4  # with 8, the products of small matrices cost as much as the padding that is saved
 POOLING_RATE = 1e-2  # of a pooling's few weights, which hardly move at an encoder's rate
 POOLING_WEIGHTS = "layer_weights|attention_query"
+HELD_OUT = 0.1  # of the training split, to choose settings by
 NEGATIVES_FROM = 200  # first hits of BM25, as for MS MARCO: the very first are often relevant, and not judged
 SCALE = 20.0  # of cosines in the ranking losses: sentence-transformers' own
 RANKING = "MultipleNegativesRankingLoss"
@@ -35,28 +32,14 @@ PAIR_LOSSES = {"cosent": "CoSENTLoss", "cosine": "CosineSimilarityLoss"}
 
 @dataclass(frozen=True)
 class Tuning:
-    """Settings of fine-tuning.
-
-    Args:
-        epochs: passes over the examples; the last batch of one is smaller, so 2.5 over 1,000 by 64 are 40 steps, and
-            more where questions share so many passages that batches are smaller.
-        batch_size: examples; a question's other negatives are the passages of the batch.
-        learning_rate: its peak; None to choose it, and for retrieval the similarity, see `Candidate.chosen`.
-        hard_negatives: passages beside each relevant one, drawn from BM25's first that are not judged.
-        mini_batch: examples computed at a time, by gradient caching: large batches in little memory; 0 is all.
-        train_size: questions, or scored pairs, drawn from the training split; None is all.
-        pair_loss: of scored pairs: cosent or cosine; None for retrieval.
-        seed: of the draws and the order.
-    """
-
-    epochs: float = 3.0
-    batch_size: int = 64
-    learning_rate: float | None = 2e-5
-    hard_negatives: int = 0
-    mini_batch: int = 0
-    train_size: int | None = None
-    pair_loss: str | None = "cosent"
-    seed: int = 0
+    epochs: float = 3.0  # passes over the examples, see `n_steps`
+    batch_size: int = 64  # examples; a question's other negatives are the passages of the batch
+    learning_rate: float | None = 2e-5  # its peak; None to choose it, and a similarity, see `Candidate.chosen`
+    hard_negatives: int = 0  # beside each relevant passage, drawn from BM25's first that are not judged
+    mini_batch: int = 0  # examples computed at a time, by gradient caching; 0 is all
+    train_size: int | None = None  # questions or pairs, drawn from the training split; None is all
+    pair_loss: str | None = "cosent"  # of scored pairs: cosent or cosine; None for retrieval
+    seed: int = 0  # of the draws and the order
 
     def __post_init__(self) -> None:
         at_least("finetune-batch-size", self.batch_size, 2)
@@ -74,55 +57,19 @@ class Tuning:
             raise ValueError(f"--pair-losses {self.pair_loss}: there are {' and '.join(PAIR_LOSSES)}")
 
     def n_steps(self, n_examples: int, share: float = 1.0) -> int:
-        """Of passes whose batches hold a ``share`` of the examples, as those with a text of the batch are left out."""
+        """Of passes whose batches hold a ``share`` of the examples, as those with a text of the batch are left out. The
+        last batch of one is smaller, so 2.5 passes over 1,000 by 64 are 40 steps."""
         batches = round(math.ceil(n_examples / self.batch_size) / share)
         return max(1, math.ceil(round(self.epochs * batches, 6)))
 
 
-def question_examples(collection: Collection, tuning: Tuning) -> dict[str, list[str]]:
-    """Columns of questions, relevant passages and hard negatives; ValueError if there are too few of either."""
-    judged = sorted(collection.train_qrels)
-    check_size(tuning.train_size, len(judged), f"training questions of {collection.name}")
-    drawn = permuted(np.arange(tuning.train_size or len(judged)), len(judged), tuning.seed)  # a smaller draw is nested
-    questions = {judged[i]: collection.train_queries[judged[i]] for i in drawn}
-    n = tuning.hard_negatives
-    hits = bm25_search(collection.documents, questions, NEGATIVES_FROM) if n else {}
-    rows, left_out = [], 0
-    for query, question in questions.items():
-        relevant = [collection.documents[i] for i in collection.relevant(query, collection.train_qrels)]
-        known = {query, *collection.train_qrels[query]}  # some collections' questions are documents
-        others = [collection.documents[i] for i in hits.get(query, ()) if i not in known]
-        others = [text for text in dict.fromkeys(others) if text not in relevant]
-        if len(others) >= n:
-            negatives = random.Random(f"{tuning.seed} {query}").sample(others, n)
-            rows += [(question, text, *negatives) for text in relevant]
-        else:
-            left_out += 1
-    if left_out:
-        print(
-            f"{collection.name}: {left_out:,} of {len(questions):,} training questions are left out, with fewer than "
-            f"{n} hard negatives"
-        )
-    if len({text for _, text, *_ in rows}) < 2:
-        raise ValueError(
-            f"{collection.name}: {len(rows)} training questions have {n} hard negatives, which is too few; take fewer "
-            "hard negatives, or more questions"
-        )
-    names = ["query", "positive", *(f"negative_{k}" for k in range(1, n + 1))]
-    return dict(zip(names, map(list, zip(*rows, strict=True)), strict=True))
-
-
-def check_size(size: int | None, n: int, what: str) -> None:
-    if size is not None and size > n:
-        raise ValueError(f"--train-sizes {size}: there are {n:,} {what}")
+def is_held_out(text: str) -> bool:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) < HELD_OUT * 2**64
 
 
 def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) -> dict[str, Any]:
-    """Train in place. -> what the row of a table says of it
-
-    Args:
-        examples: questions, passages and negatives, for the ranking loss; or two sentences and their score.
-    """
+    """Train in place, on columns of questions, passages and negatives, by the ranking loss, or of two sentences and
+    their score. -> what the row of a table says of it"""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer
     from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
@@ -156,14 +103,12 @@ def fine_tune(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning) ->
         trainer.train()
         assert trainer.state.global_step == steps
     encoder.eval()
-    how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps}
-    names = ("epochs", "batch_size", "hard_negatives")
-    return how | {"examples": n_examples} | {name: getattr(tuning, name) for name in names}
+    how = {"loss": name, "scale": scale, "learning_rate": tuning.learning_rate, "steps": steps, "examples": n_examples}
+    return how | {setting: getattr(tuning, setting) for setting in ("epochs", "batch_size", "hard_negatives")}
 
 
 def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, steps: int, folder: str) -> Any:
     from sentence_transformers import SentenceTransformerTrainingArguments
-    from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 
     assert tuning.learning_rate is not None
     ranking = "score" not in examples
@@ -180,7 +125,7 @@ def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, st
         seed=tuning.seed,
         learning_rate_mapping={POOLING_WEIGHTS: POOLING_RATE} if weighted else {},
         # a passage would be its own negative
-        batch_sampler=BatchSamplers.NO_DUPLICATES if ranking else BatchSamplers.BATCH_SAMPLER,
+        batch_sampler="no_duplicates" if ranking else "batch_sampler",
         prompts={column: prompt for column in texts if (prompt := prompt_of(encoder, kinds[column]))},
         bf16=precision(encoder) == "bf16-mixed",
         use_cpu=encoder.device.type == "cpu",
@@ -196,17 +141,15 @@ def arguments(encoder: Encoder, examples: Mapping[str, list], tuning: Tuning, st
 def loss_module(encoder: Encoder, name: str, mini_batch: int) -> tuple[nn.Module, float | None]:
     """-> the loss, and by how much it multiplies similarities before the softmax (None where there is none)"""
     from sentence_transformers.sentence_transformer import losses
-    from sentence_transformers.util import SimilarityFunction
 
     if name == "CosineSimilarityLoss":
         return losses.CosineSimilarityLoss(encoder), None
     if name == "CoSENTLoss":
         return losses.CoSENTLoss(encoder, scale=SCALE), SCALE
     scale = SCALE if encoder.similarity_fn_name == "cosine" else 1.0
-    similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name)
     if mini_batch:
-        return losses.CachedMultipleNegativesRankingLoss(encoder, scale, similarity, mini_batch), scale
-    return losses.MultipleNegativesRankingLoss(encoder, scale, similarity), scale
+        return losses.CachedMultipleNegativesRankingLoss(encoder, scale, encoder.similarity, mini_batch), scale
+    return losses.MultipleNegativesRankingLoss(encoder, scale, encoder.similarity), scale
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ import importlib.metadata
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,9 @@ from condenser.evaluation import encoders
 from condenser.evaluation.encoders import Encoder
 from condenser.evaluation.finetuning import Tuning, fine_tune
 from condenser.evaluation.pooling import whitened, with_pooling
+from condenser.evaluation.retrieval import UNSEEN, Collection
 from condenser.evaluation.search import BM25
-from condenser.evaluation.tasks import UNSEEN, Attention, Retrieval, Task, Trainable
+from condenser.evaluation.tasks import Attention, Task, Trainable
 from condenser.runs import in_words, read_mapping
 
 PACKAGES = ("accelerate", "bm25s", "PyStemmer", "pytrec-eval-terrier", "sentence-transformers", "torch", "transformers")
@@ -34,12 +35,6 @@ class Ready(NamedTuple):
     encoder: Encoder
     about: dict[str, Any]  # how it computes, compares and was fine-tuned
     vectors: dict[str, np.ndarray]  # of a task's texts, by its fingerprint, once whitening needs them
-
-    def whitened(self, task: Trainable, dimensions: int) -> Encoder:
-        if task.fingerprint not in self.vectors:
-            vectors = encoders.encoded(self.encoder, task.texts(), task.texts_are)
-            self.vectors[task.fingerprint] = vectors.cpu().numpy()
-        return whitened(self.encoder, self.vectors[task.fingerprint], dimensions or None)
 
 
 @dataclass(frozen=True)
@@ -94,14 +89,13 @@ class Candidate:
 
         Chosen once for all seeds of an encoder, pooling, collection and size, and kept in the output folder.
         """
-        assert self.tuning is not None
-        assert self.trained_on is not None
+        assert self.tuning is not None and self.trained_on is not None  # noqa: PT018
         part = self.trained_on.held_out()
         once = replace(self, tuning=replace(self.tuning, seed=0), drawn=None if self.drawn is None else 0)
         path = folder / "choices" / f"{fingerprint(once.fingerprint, versions())}.json"
         if kept := read_kept(path):
             return kept
-        ranks = isinstance(part, Retrieval)
+        ranks = isinstance(part, Collection)
         similarities: Any = SIMILARITIES if ranks else [self.base.similarity_fn_name]
         size = self.tuning.train_size and min(self.tuning.train_size, part.n_train)
         tried = []
@@ -146,9 +140,8 @@ class Job:
         return nothing | {"model": f"BM25, {read}", "fine_tuned": False}
 
     def __str__(self) -> str:
-        about = self.about
-        seed = "" if about["seed"] is None else f", seed {about['seed']}"
-        return f"{self.task.name}: {in_words(about)}{seed}"
+        seed = self.about["seed"]
+        return f"{self.task.name}: {in_words(self.about)}{'' if seed is None else f', seed {seed}'}"
 
     @cached_property
     def fingerprint(self) -> str:
@@ -157,21 +150,18 @@ class Job:
         return fingerprint(model, self.task.kind, self.task.fingerprint, self.whitening, self.query, versions())
 
     def run(self, ready: Ready | None) -> dict[str, Any]:
-        """-> the file of the row
-
-        Args:
-            ready: what `Candidate.prepared` gave; None for BM25
-        """
+        """With what `Candidate.prepared` gave, None for BM25. -> the file of the row"""
+        task: Any = self.task
         if ready is None:
-            assert isinstance(self.task, Retrieval)
-            how, measured = dict[str, Any](), self.task.measure_bm25(self.reader)
+            how, measured = dict[str, Any](), task.measure_bm25(self.reader)
         else:
-            encoder = ready.encoder
+            encoder, how, vectors = ready
             if self.whitening is not None:
-                assert not isinstance(self.task, Attention)
-                encoder = ready.whitened(self.task, self.whitening)
-            how, measured = ready.about, self.task.measure(encoder, self.query)
-        row = {"task": self.task.kind, "collection": self.task.name, **self.about, **how, **measured.metrics}
+                if task.fingerprint not in vectors:
+                    vectors[task.fingerprint] = encoders.encoded(encoder, task.texts(), task.texts_are).cpu().numpy()
+                encoder = whitened(encoder, vectors[task.fingerprint], self.whitening or None)
+            measured = task.measure(encoder, self.query)
+        row = {"task": task.kind, "collection": task.name, **self.about, **how, **measured.metrics}
         return {"row": row, "values": measured.values, "hits": measured.hits}
 
 
@@ -188,40 +178,30 @@ def plan(
     drawn: Sequence[int],
     query: str | None,
 ) -> list[Job]:
-    """The rows of the table, in order; the last encoder that searches the first collection answers the query.
-
-    Args:
-        drawn: with BM25 and random weights: of these seeds, or of fine-tuning's
-    """
-    mark, jobs = fingerprint(encoders.describe(base)), []
+    """The rows of the table, in order; the last encoder that searches the first collection answers the query. With
+    seeds that are ``drawn`` also BM25 and random weights: of these, or of fine-tuning's."""
+    mark, jobs = fingerprint(encoders.describe(base)), list[Job]()
     for task in tasks:
-        if drawn and isinstance(task, Retrieval):
+        if drawn and isinstance(task, Collection):
             jobs.append(Job(None, task))
             if base.max_seq_length and base.tokenizer.is_fast:
                 jobs.append(Job(None, task, reader=base))
         pooled = [None] if isinstance(task, Attention) else poolings  # which is the same by any
         for tuning, pooling in itertools.product((None, *(tunings if task.trains else [])), pooled):
-            trained_on = task if tuning and not isinstance(task, Attention) else None
-            if tuning and isinstance(trained_on, Retrieval):
-                tuning = replace(tuning, pair_loss=None)
-            seeds = [tuning.seed] if tuning and drawn else drawn
-            for seed in [*seeds, None]:
+            measured, trained_on = [task], None
+            if tuning and not isinstance(task, Attention):
+                trained_on, kinds = task, (task.kind, Attention.kind)
+                measured += [other for other in tasks if not other.trains and other.kind in kinds]
+                tuning = replace(tuning, pair_loss=None) if isinstance(task, Collection) else tuning
+            for seed in [*([tuning.seed] if tuning and drawn else drawn), None]:
                 candidate = Candidate(base, mark, pooling, seed, tuning, trained_on)
-                jobs += measurements(candidate, task, tasks, whitenings)
-    answering = max((n for n, job in enumerate(jobs) if job.task is tasks[0] and job.candidate), default=None)
-    if query and answering is not None and isinstance(tasks[0], Retrieval):
-        jobs[answering] = replace(jobs[answering], query=query)
+                for each in measured:
+                    dimensions = () if isinstance(each, Attention) else whitenings
+                    jobs += [Job(candidate, each, whitening) for whitening in (None, *dimensions)]
+    answering = [n for n, job in enumerate(jobs) if job.task is tasks[0] and job.candidate]
+    if query and isinstance(tasks[0], Collection):
+        jobs[answering[-1]] = replace(jobs[answering[-1]], query=query)
     return jobs
-
-
-def measurements(candidate: Candidate, task: Task, tasks: Sequence[Task], whitenings: Sequence[int]) -> Iterator[Job]:
-    """Of a candidate on its task, and if it is fine-tuned on what cannot be trained on."""
-    measured = [task]
-    if candidate.tuning:
-        measured += [other for other in tasks if not other.trains and other.kind in (task.kind, "attention")]
-    for each in measured:
-        for dimensions in (None, *(whitenings if not isinstance(each, Attention) else [])):
-            yield Job(candidate, each, dimensions)
 
 
 def compute(jobs: list[Job], settings: dict[str, Any], path: Path) -> dict[str, Any]:

@@ -34,6 +34,8 @@ from condenser.reports.inspection import inspect_store
 from condenser.reports.tables import table
 from condenser.runs import at_least
 
+MASKING = ("mask_unit", "mask_probability", "masking", "masking_options")
+OF_STORE = ("samples", "epoch", *MASKING, "batch_size", "micro_batches_per_step", "verify")  # options
 MANY = 512  # tokens, of a text for a model that takes any number
 
 
@@ -87,34 +89,23 @@ def inspect(
     Raises:
         ValueError: neither store nor model there, a damaged one, or a text without [MASK].
     """
-    of_store: dict[str, Any] = {
-        "samples": samples,
-        "epoch": epoch,
-        "mask_unit": mask_unit,
-        "mask_probability": mask_probability,
-        "masking": masking,
-        "masking_options": masking_options,
-        "batch_size": batch_size,
-        "micro_batches_per_step": micro_batches_per_step,
-        "verify": verify,
-    }
-    requested = [name for name, value in {"fill": fill, "attend": attend, "generate": generate}.items() if value]
+    given = locals()
     for name, value in {"top": top, "length": length, "sweeps": sweeps}.items():
         at_least(name, value, 1)
     at_least("generate", generate, 0)
     if not temperature > 0:
         raise ValueError(f"--temperature {temperature} must be positive")
     check_picture(picture, attend)
-    if not Path(what).exists() and not requested:
+    is_model = (Path(what) / "config.json").is_file() or is_run(what) or bool(fill or attend or generate)
+    if not Path(what).exists() and not is_model:
         raise ValueError(f"no token store or model at {what}")
-    is_model = (Path(what) / "config.json").is_file() or is_run(what)
-    if (Path(what) / "manifest.json").is_file() or not (requested or is_model):
-        if requested:
-            raise ValueError(f"--{requested[0]} is for a model, and {what} is a token store")
-        return inspect_store(what, **of_store)
-    usual = signature(inspect).parameters
-    if without_effect := [name for name, value in of_store.items() if value != usual[name].default]:
-        raise ValueError(f"--{without_effect[0].replace('_', '-')} is for a token store, and {what} is a model")
+    is_store = (Path(what) / "manifest.json").is_file() or not is_model
+    for name, parameter in [*signature(inspect).parameters.items()][1:]:
+        if given[name] != parameter.default and (name in OF_STORE) != is_store:
+            kinds = ("model", "token store") if is_store else ("token store", "model")
+            raise ValueError(f"--{name.replace('_', '-')} is for a {kinds[0]}, and {what} is a {kinds[1]}")
+    if is_store:
+        return inspect_store(what, **{name: given[name] for name in OF_STORE})
     logging.disable_progress_bar()  # of loading weights
     console = Console(highlight=False, markup=False, emoji=False)
     with model_folder(what) as folder:
@@ -179,21 +170,17 @@ def about(model: Objective) -> dict[str, str]:
 def predictions(model: Objective, tokenizer: Any, text: str, top: int) -> list[tuple[str, dict[str, list[str]]]]:
     """For each mask of a text a title, and by the names of what predicts (mlm, head_mlm, decoder) the likeliest tokens;
     ValueError if there is no mask."""
-    text_with_masks = text.replace("[MASK]", tokenizer.mask_token)
-    ids = tokenizer(text_with_masks, return_tensors="pt", **cut(model))["input_ids"]
+    ids = read(model, tokenizer, text.replace("[MASK]", tokenizer.mask_token))["input_ids"]
     masked = ids == tokenizer.mask_token_id
     if not masked.any():
         said = textwrap.shorten(text, 80)
         raise ValueError(f"--fill {said!r}: there is no {tokenizer.mask_token} in what the model reads of it")
     by_name = {name: logits.softmax(-1).topk(top) for name, logits in logits_at_masks(model, ids, masked).items()}
-    found = []
-    for number in range(int(masked.sum())):
-        rows = {}
-        for name, (shares, tokens) in by_name.items():
-            pieces = tokenizer.convert_ids_to_tokens(tokens[number].tolist())  # None beyond the tokenizer's vocabulary
-            best = zip(shares[number].tolist(), pieces, strict=True)
-            rows[name] = [f"{share:6.1%}  {piece or '(no token)'}" for share, piece in best]
-        found.append((f"{text}, mask {number + 1}", rows))
+    found: list[tuple[str, dict[str, list[str]]]] = [(f"{text}, mask {n}", {}) for n in range(1, int(masked.sum()) + 1)]
+    for name, best in by_name.items():
+        for (_, rows), shares, tokens in zip(found, *map(Tensor.tolist, best), strict=True):
+            pieces = tokenizer.convert_ids_to_tokens(tokens)  # None beyond the tokenizer's vocabulary
+            rows[name] = [f"{s:6.1%}  {piece or '(no token)'}" for s, piece in zip(shares, pieces, strict=True)]
     return found
 
 
@@ -220,14 +207,14 @@ def logits_at_masks(model: Objective, ids: Tensor, masked: Tensor) -> dict[str, 
     return found
 
 
-def cut(model: Objective) -> dict[str, Any]:
-    """How the tokenizer is to cut a text: to what the model takes."""
-    return {"truncation": True, "max_length": longest_text(model.lm.config) or MANY}
+def read(model: Objective, tokenizer: Any, text: str) -> Any:
+    """Ids and mask of what the model takes of a text ``[1, L]``."""
+    return tokenizer(text, return_tensors="pt", truncation=True, max_length=longest_text(model.lm.config) or MANY)
 
 
 def attention(model: Objective, tokenizer: Any, text: str) -> tuple[list[str], Tensor]:
     """The tokens of a text, and how much of [CLS]'s attention each has, by layer ``[N, L]``, as the mean over heads."""
-    rows = tokenizer(text, return_tensors="pt", **cut(model))
+    rows = read(model, tokenizer, text)
     of_layers = cls_attention(model.lm, rows["input_ids"], rows["attention_mask"])
     tokens = tokenizer.convert_ids_to_tokens(rows["input_ids"][0].tolist())
     return tokens, torch.stack([each[0].mean(0) for each in of_layers])

@@ -4,7 +4,6 @@ It brings data, metrics and protocol (prompts, splits, subsets), so that numbers
 leaderboard. Data come from the Hugging Face hub when a task runs.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from condenser.data.store import write_json
 from condenser.evaluation.encoders import Encoder, describe
-from condenser.evaluation.jobs import fingerprint
+from condenser.evaluation.jobs import fingerprint, read_kept
 
 
 def find_tasks(names: Sequence[str]) -> list[Any]:
@@ -55,14 +54,16 @@ def run_mteb(encoder: Encoder, tasks: Sequence[Any], folder: Path) -> list[dict[
     for task in tasks:
         name = task.metadata.name
         file = folder / f"mteb-{fingerprint(mark, name, mteb.__version__)}.json"
-        if not file.exists():
+        row = read_kept(file)
+        if not row:
             print(f"MTEB: {to_load(task)}")
             try:
                 (found,) = mteb.evaluate(encoder, [task], **options).task_results
             except OSError as error:
                 raise ValueError(f"MTEB's {name} could not be loaded from the Hugging Face hub: {error}") from error
             row = {"collection": name, "metric": task.metadata.main_score, "score": float(found.get_score())}
+            row |= {"revision": found.dataset_revision, "mteb": mteb.__version__}
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(file, row | {"revision": found.dataset_revision, "mteb": mteb.__version__})
-        rows.append(json.loads(file.read_text(encoding="utf-8")))
+            write_json(file, row)
+        rows.append(row)
     return rows

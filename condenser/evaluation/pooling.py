@@ -61,8 +61,11 @@ def with_pooling(encoder: Encoder, name: str) -> Encoder:
     if not isinstance(first, Transformer) or not all(isinstance(module, (*parts, Normalize)) for module in others):
         modules = ", ".join(type(module).__name__ for module in encoder)
         raise ValueError(f"another pooling needs an encoder of Transformer, Pooling and Normalize, not of {modules}")
-    layers = backbone(encoder).config.num_hidden_layers
-    averaged = n_averaged(name, layers)
+    check_name(name)
+    layers, last = backbone(encoder).config.num_hidden_layers, re.fullmatch(LAST, name)
+    averaged = int(last[1]) if last else layers * (name == "weighted-layers")  # layers; 0 for none
+    if averaged > layers:
+        raise ValueError(f"pooling {name!r}: the encoder has {layers} layers")
     twin = copy.deepcopy(encoder)
     transformer, *rest = (module for module in twin if not isinstance(module, parts))
     size: Any = transformer.get_embedding_dimension()  # type: ignore[operator]
@@ -72,24 +75,13 @@ def with_pooling(encoder: Encoder, name: str) -> Encoder:
         average = WeightedLayerPooling(size, num_hidden_layers=layers, layer_start=layers + 1 - averaged)
         twin.append(average.requires_grad_(name == "weighted-layers"))
     pooling = AttentionPooling(size) if name == "attention" else Pooling(size, MODES.get(name, "cls"))
-    for module in (pooling, *rest):
-        twin.append(module)
-    return twin.to(encoder.device)
-
-
-def n_averaged(name: str, layers: int) -> int:
-    """How many of the last layers a pooling averages, 0 if it takes the last one as it is."""
-    check_name(name)
-    last = re.fullmatch(LAST, name)
-    if last and int(last[1]) > layers:
-        raise ValueError(f"pooling {name!r}: the encoder has {layers} layers")
-    return int(last[1]) if last else layers * (name == "weighted-layers")
+    return twin.extend([pooling, *rest]).to(encoder.device)
 
 
 def check_name(name: str) -> None:
     if name not in (*MODES, "weighted-layers", "attention") and not re.fullmatch(LAST, name):
-        others = "last<k>-cls, weighted-layers and attention"
-        raise ValueError(f"no pooling {name!r}: there are {', '.join(MODES)}, {others}")
+        known = f"{', '.join(MODES)}, last<k>-cls, weighted-layers and attention"
+        raise ValueError(f"no pooling {name!r}: there are {known}")
 
 
 def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> Any:
@@ -97,8 +89,8 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> Any:
 
     Args:
         vectors: [N, D] of the texts to fit
-        dim: by default, all in which the vectors vary: D, or somewhat less, as LayerNorm's outputs lie in a hyperplane
-            and some encoders have constant dimensions
+        dim: by default, and of D, all in which the vectors vary: D, or somewhat less, as LayerNorm's outputs lie in a
+            hyperplane and some encoders have constant dimensions
 
     Raises:
         ValueError: too few vectors, or fewer directions than ``dim``.
@@ -107,6 +99,8 @@ def fit_whitening(vectors: np.ndarray, dim: int | None = None) -> Any:
 
     vectors = np.asarray(vectors, np.float64)
     n, size = vectors.shape
+    if dim == size:
+        dim = None
     if dim is not None and not 1 <= dim <= size:
         raise ValueError(f"whitening to {dim} dimensions: the encoder's vectors have {size}")
     if n <= (dim or size):

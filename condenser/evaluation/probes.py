@@ -41,12 +41,8 @@ READ_BY_HEAD = {  # in place of the last [CLS] states [B, H]
 def probe_store(
     model: Objective | None, encoder: PreTrainedModel, store_folder: str | Path, n_sequences: int = 64, seed: int = 0
 ) -> dict[str, Any]:
-    """`probe` on ``n_sequences`` of a store's validation split; ValueError if there is none.
-
-    Args:
-        encoder: its vocabulary must be that of the store.
-        seed: of the masks.
-    """
+    """`probe` on ``n_sequences`` of a store's validation split, masked by ``seed``; ValueError if there is none. The
+    encoder's vocabulary must be that of the store."""
     validation = Mixture([TokenStore(store_folder, "validation")], seed=seed)
     vocabulary = Vocabulary.of(load_tokenizer(Path(store_folder) / "tokenizer"))
     extras = model.asks if model is not None else ()
@@ -95,12 +91,7 @@ def unmasked(batch: StepBatch) -> tuple[Tensor, Tensor]:
 
 def head_losses(model: Any, batches: Sequence[StepBatch]) -> dict[str, float]:
     """The loss of a head (or decoder) in nats per token that it predicts, by what it reads in place of the last [CLS]:
-    the sample's own (true), that of the row before in its batch (other), or zeros.
-
-    Args:
-        model: one that has a head.
-        batches: of two rows or more each.
-    """
+    the sample's own (true), that of the row before in its batch of two or more (other), or zeros."""
     device, before = next(model.parameters()).device, model.cls_hook
     sums, n_scored = dict.fromkeys(READ_BY_HEAD, 0.0), 0
     try:
@@ -119,12 +110,7 @@ def head_losses(model: Any, batches: Sequence[StepBatch]) -> dict[str, float]:
 
 def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, Tensor]:
     """Entropy of what [CLS] attends to, by layer ``[N]``: in nats, and divided by log n for a text of n tokens (special
-    ones included, padding not), so that 1 is attention to all alike. Means over heads and samples.
-
-    Args:
-        encoder: of Hugging Face, with or without its MLM head; ValueError for another than our families.
-        input_ids, attention_mask: unmasked text ``[B, L]``, on any device.
-    """
+    ones included, padding not), so that 1 is attention to all alike. Means over heads and samples."""
     of_layers = cls_attention(encoder, input_ids, attention_mask)
     nats = torch.stack([torch.special.entr(each).sum(-1).mean(1) for each in of_layers])  # [N, B]
     lengths = attention_mask.sum(dim=1).to(nats.device)
@@ -132,7 +118,8 @@ def cls_attention_entropy(encoder: PreTrainedModel, input_ids: Tensor, attention
 
 
 def cls_attention(encoder: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor) -> list[Tensor]:
-    """How much of [CLS]'s attention each position has, of each layer ``[B, A, L]``; see `cls_attention_entropy`."""
+    """How much of [CLS]'s attention each position of unmasked text ``[B, L]`` has, of each layer ``[B, A, L]``. The
+    encoder may have its MLM head; ValueError for one that is not of our families."""
     if encoder.config.model_type not in (known := families()):
         raise ValueError(
             f"attention of a {encoder.config.model_type!r} cannot be probed; of these it can: {', '.join(known)}"

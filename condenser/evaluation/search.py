@@ -7,9 +7,9 @@ Shapes: Q queries, C documents of a chunk, K hits that are kept, H width of a ve
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +41,12 @@ METRICS = {  # trec_eval's names; its reciprocal rank has no cut-off
 }
 
 
+class Measured(NamedTuple):
+    metrics: dict[str, Any]
+    values: Values  # of each query or pair, for paired comparisons
+    hits: Sequence[dict[str, Any]] = ()  # the first ones for --query
+
+
 class Run(Mapping[str, dict[str, float]]):
     """By query id its hits, ``{document id: score}``, best first.
 
@@ -67,11 +73,8 @@ class Run(Mapping[str, dict[str, float]]):
 
 
 def bm25_search(documents: Texts, queries: Texts, kept: int = KEPT, reader: Encoder | None = None) -> Run:
-    """With the settings in ``BM25``. Documents without a match stay out.
-
-    Args:
-        reader: an encoder, of whose tokens of each text, up to its length, BM25 reads no more than it does
-    """
+    """With the settings in ``BM25``, on no more of each text than an encoder, its ``reader``, takes. Documents without
+    a match stay out."""
     import bm25s
     from Stemmer import Stemmer
 
@@ -99,22 +102,15 @@ def spaced(text: str) -> str:
 
 
 def dense_search(encoder: Encoder, documents: Texts, queries: Texts, chunk: int = CHUNK) -> Run:
-    """All documents compared with all queries in fp32, by the encoder's own similarity function.
-
-    Args:
-        chunk: documents that are encoded, sorted by length, and compared at a time
-    """
-    from sentence_transformers.util import SimilarityFunction
-
-    similarity: Any = SimilarityFunction.to_similarity_fn(encoder.similarity_fn_name or "cosine")
+    """All documents compared with all queries in fp32, by the encoder's own similarity function; a ``chunk`` of them is
+    encoded, sorted by length, and compared at a time."""
     texts = list(documents.values())
     blocks = encoded(encoder, list(queries.values()), "query").split(QUERY_BLOCK)
     best = [(block.new_empty(len(block), 0), block.new_empty(len(block), 0, dtype=torch.int64)) for block in blocks]
     for start in range(0, len(texts), chunk):
         passages = encoded(encoder, texts[start : start + chunk], "document")
         for number, block in enumerate(blocks):
-            found = similarity(block, passages)
-            found = found.topk(min(KEPT, found.shape[1]))
+            found = encoder.similarity(block, passages).topk(min(KEPT, len(passages)))
             scores = torch.cat([best[number][0], found.values], dim=1)
             rows = torch.cat([best[number][1], found.indices + start], dim=1)
             kept = scores.topk(min(KEPT, scores.shape[1]))
@@ -143,9 +139,9 @@ def score_queries(run: Mapping[str, dict[str, float]], qrels: Qrels) -> Values:
 
 
 def score(run: Mapping[str, dict[str, float]], qrels: Qrels) -> dict[str, float]:
-    """The metrics, averaged over the queries of ``qrels``."""
     return means(score_queries(run, qrels))
 
 
 def means(values: Values) -> dict[str, float]:
+    """The metrics, averaged over the queries."""
     return {metric: sum(each[metric] for each in values.values()) / len(values) for metric in METRICS}

@@ -24,15 +24,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from condenser.corpus.readers import COMPRESSED
 from condenser.data.hashing import permuted
-from condenser.evaluation.encoders import Encoder, encoded
-from condenser.evaluation.finetuning import check_size
+from condenser.evaluation.encoders import Encoder, Kind, encoded
+from condenser.evaluation.finetuning import Tuning, is_held_out
 from condenser.evaluation.retrieval import json_object, numbered_lines
+from condenser.evaluation.search import Measured
 
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".json")
 SCORES = ("relatednessscore", "relatedness", "similarityscore", "similarity", "score", "goldscore", "gold", "label")
@@ -40,8 +41,6 @@ SENTENCES = [(word + a, word + b) for word in ("sentence", "sent", "text", "s") 
 NUMBER = re.compile(r"\s*-?\d+(\.\d*)?\s*")
 POSITIVE = 0.8  # of the range of the scores, from where on a pair counts as positive: 4 on STS's 0 to 5
 UNIFORMITY_SENTENCES = 5_000  # compared with each other in 100 MB
-
-Rows = Iterator[tuple[int, list[Any]]]  # number of the line, columns
 
 
 @dataclass(frozen=True)
@@ -56,18 +55,94 @@ class Pairs:
         content = (self.name, self.first, self.second, self.scores.tolist())
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
+    @cached_property
+    def sentences(self) -> list[str]:
+        return list(dict.fromkeys(self.first + self.second))
+
     def part(self, chosen: np.ndarray) -> "Pairs":
         """Those that a mask [N] chooses."""
         first, second = (list(itertools.compress(side, chosen)) for side in (self.first, self.second))
         return Pairs(self.name, first, second, self.scores[chosen])
 
 
-def read_similarity(path: Path) -> tuple[str, Pairs, Pairs | None]:
-    """-> name, test and training pairs of a file; or of a folder where one file has the word "test" in its name and at
-    most one "train", else ValueError"""
+@dataclass(frozen=True)
+class Similarity:
+    """What is measured on ``test``; fine-tuning trains on ``train``."""
+
+    name: str
+    test: Pairs
+    train: Pairs | None
+
+    kind: ClassVar = "similarity"
+    texts_are: ClassVar[Kind] = "sentence"
+    metrics: ClassVar = ("spearman", "pearson", "alignment", "uniformity")
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{self.name} {self.test.fingerprint}{self.train.fingerprint if self.train else ''}"
+
+    @property
+    def trains(self) -> bool:
+        return self.train is not None
+
+    @property
+    def n_train(self) -> int:
+        return len(self.train.scores) if self.train else 0
+
+    def texts(self) -> list[str]:
+        return (self.train or self.test).sentences
+
+    def held_out(self) -> "Similarity":
+        """A tenth of the training pairs is scored, the others are trained on."""
+        assert self.train is not None
+        held = np.array([is_held_out(text) for text in self.train.first])
+        scored, trained = self.train.part(held), self.train.part(~held)
+        if min(len(set(scored.scores)), len(set(trained.scores))) < 2:
+            raise ValueError(f"{self.name}: {self.n_train} training pairs are too few to choose a learning rate by")
+        return Similarity(self.name, scored, trained)
+
+    def examples(self, tuning: Tuning) -> dict[str, list[Any]]:
+        """The columns that sentence-transformers' losses of pairs train on: sentences, and scores scaled to 0 to 1. Of
+        two sizes the smaller one's pairs are among the larger one's."""
+        assert self.train is not None
+        scores = self.train.scores
+        chosen = permuted(np.arange(tuning.train_size or len(scores)), len(scores), tuning.seed)
+        return {
+            "sentence1": [self.train.first[i] for i in chosen],
+            "sentence2": [self.train.second[i] for i in chosen],
+            "score": ((scores[chosen] - scores.min()) / (scores.max() - scores.min())).tolist(),
+        }
+
+    def measure(self, encoder: Encoder, query: str | None = None) -> Measured:
+        """Correlations, which are NaN for an encoder that gives all texts one vector, alignment and uniformity."""
+        from scipy.stats import pearsonr, spearmanr
+
+        pairs, scores = self.test, self.test.scores
+        vectors = encoded(encoder, pairs.sentences).cpu().numpy().astype(np.float64)
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        row = {sentence: number for number, sentence in enumerate(pairs.sentences)}
+        first, second = (vectors[[row[sentence] for sentence in side]] for side in (pairs.first, pairs.second))
+        cosines = (first * second).sum(axis=1)
+        positive = scores >= scores.min() + POSITIVE * (scores.max() - scores.min())
+        metrics = {
+            "similarity": "cosine",
+            "spearman": float(spearmanr(cosines, scores).statistic),
+            "pearson": float(pearsonr(cosines, scores).statistic),
+            "alignment": float(((first - second)[positive] ** 2).sum(axis=1).mean()),
+            "uniformity": uniformity(vectors),
+            "pairs": len(scores),
+            "positive_pairs": int(positive.sum()),
+        }
+        both = zip(cosines.tolist(), scores.tolist(), strict=True)
+        return Measured(metrics, {str(i): {"cosine": cosine, "score": score} for i, (cosine, score) in enumerate(both)})
+
+
+def read_similarity(path: Path) -> Similarity:
+    """Test and training pairs: of a file; or of a folder where one file has the word "test" in its name and at most one
+    "train", else ValueError"""
     if not path.is_dir():
         test = read_pairs(path)
-        return test.name, test, None
+        return Similarity(test.name, test, None)
     files = sorted(file for file in path.glob("[!.]*") if kind(file) in SUFFIXES)
     words = {file: re.split("[^a-z]+", file.name.lower()) for file in files}
     tests, trains = ([file for file in files if split in words[file]] for split in ("test", "train"))
@@ -76,7 +151,7 @@ def read_similarity(path: Path) -> tuple[str, Pairs, Pairs | None]:
             f"{path}: one file of sentence pairs must have the word 'test' in its name, and at most one 'train'; there "
             f"is {', '.join(file.name for file in files) or 'none'}. Or give a file instead of the folder"
         )
-    return path.resolve().name, read_pairs(tests[0]), read_pairs(trains[0]) if trains else None
+    return Similarity(path.resolve().name, read_pairs(tests[0]), read_pairs(trains[0]) if trains else None)
 
 
 def read_pairs(path: Path) -> Pairs:
@@ -99,6 +174,9 @@ def read_pairs(path: Path) -> Pairs:
             raise ValueError(f"{path}, line {number}: not two sentences and a score: {row}") from None
         if not (np.isfinite(scores[-1]) and first[-1] and second[-1]):
             raise ValueError(f"{path}, line {number}: an empty sentence, or a score that is not finite: {row}")
+    both = zip(first, second, strict=True)
+    if len({frozenset(pair) if pair[0] != pair[1] else "alike" for pair in both}) < 2:
+        raise ValueError(f"{path}: its {len(scores)} pairs do not differ: all have the same cosine")
     if len(set(scores)) < 2:
         raise ValueError(f"{path}: the scores of its {len(scores)} pairs do not differ: nothing correlates with them")
     return Pairs(path.name.split(kind(path))[0], first, second, np.array(scores))
@@ -127,7 +205,8 @@ def layout(path: Path, row: list[Any]) -> tuple[tuple[int, int, int], int | None
     )
 
 
-def table_rows(path: Path) -> Rows:
+def table_rows(path: Path) -> Iterator[tuple[int, list[Any]]]:
+    """-> the numbers of lines, and their columns"""
     lines = list(numbered_lines(path))
     filled = [(number, line) for number, line in lines if line.strip()]
     if kind(path) in (".jsonl", ".json"):
@@ -145,32 +224,6 @@ def table_rows(path: Path) -> Rows:
             raise ValueError(f"{path}, line {reader.line_num}: not comma-separated: {error}") from None
 
 
-def similarity_metrics(encoder: Encoder, pairs: Pairs) -> tuple[dict[str, Any], np.ndarray]:
-    """Spearman and Pearson correlation, alignment and uniformity; and each pair's cosine [N].
-
-    The correlations are NaN for an encoder that gives all texts one vector.
-    """
-    from scipy.stats import pearsonr, spearmanr
-
-    sentences = list(dict.fromkeys(pairs.first + pairs.second))
-    vectors = encoded(encoder, sentences).cpu().numpy().astype(np.float64)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    row = {sentence: number for number, sentence in enumerate(sentences)}
-    first, second = (vectors[[row[sentence] for sentence in side]] for side in (pairs.first, pairs.second))
-    cosines = (first * second).sum(axis=1)
-    lowest, highest = pairs.scores.min(), pairs.scores.max()
-    positive = pairs.scores >= lowest + POSITIVE * (highest - lowest)
-    metrics = {
-        "spearman": float(spearmanr(cosines, pairs.scores).statistic),
-        "pearson": float(pearsonr(cosines, pairs.scores).statistic),
-        "alignment": float(((first - second)[positive] ** 2).sum(axis=1).mean()),
-        "uniformity": uniformity(vectors),
-        "pairs": len(pairs.scores),
-        "positive_pairs": int(positive.sum()),
-    }
-    return metrics, cosines
-
-
 def uniformity(vectors: np.ndarray) -> float:
     """log of the mean of exp(-2 |x - y|^2) over all pairs of unit vectors [N, D]; of many, over a fixed sample's."""
     from scipy.spatial.distance import pdist
@@ -179,20 +232,3 @@ def uniformity(vectors: np.ndarray) -> float:
     if n > UNIFORMITY_SENTENCES:
         vectors = vectors[permuted(np.arange(UNIFORMITY_SENTENCES), n, 0)]
     return float(np.log(np.exp(-2 * pdist(vectors, "sqeuclidean")).mean()))
-
-
-def pair_examples(pairs: Pairs, size: int | None, seed: int) -> dict[str, list[Any]]:
-    """The columns that sentence-transformers' losses of pairs train on: sentences, and scores scaled to 0 to 1.
-
-    Args:
-        size: number of pairs, drawn by ``seed``; of two sizes the smaller one's pairs are among the larger one's
-    """
-    n = len(pairs.scores)
-    check_size(size, n, f"pairs of {pairs.name} to train on")
-    chosen = permuted(np.arange(size or n), n, seed)
-    lowest, highest = pairs.scores.min(), pairs.scores.max()
-    return {
-        "sentence1": [pairs.first[i] for i in chosen],
-        "sentence2": [pairs.second[i] for i in chosen],
-        "score": ((pairs.scores[chosen] - lowest) / (highest - lowest)).tolist(),
-    }
