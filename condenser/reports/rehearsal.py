@@ -24,7 +24,7 @@ from condenser.data.tokenizers import vocabulary_size
 from condenser.models import attention
 from condenser.models.backbones.base import build_masked_lm, config_of, prepare_layers, with_settings
 from condenser.models.initial import fill_vocabulary
-from condenser.models.objective import COUNTS
+from condenser.models.objective import COUNTS, Objective
 from condenser.models.positions import with_positions
 from condenser.training.module import CondenserModule
 from condenser.training.optim import build_optimizer
@@ -52,12 +52,8 @@ class Rehearsal:
         has_store = all(folder.is_dir() for folder in datamodule.weights)
         defaults = {"vocab_size": vocabulary_size(datamodule.tokenizer)} if has_store else {}
         with self.fake:
-            lm = skeleton(module.backbone, module.backbone_config, **defaults)
-            if module.beginning["max_positions"] is not None:
-                lm = with_positions(lm, module.beginning["max_positions"])
-            fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
-            module.model = self.model = module.objective.from_masked_lm(lm, **module.options).train()
-            prepare_layers(lm, **module.layers)
+            module.model = self.model = untrained(module, **defaults)
+            prepare_layers(self.model.lm, **module.layers)
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             self.start: dict[str, Tensor] = {}
             if module.optimization.decay_to_start:
@@ -105,10 +101,19 @@ class Tracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
 
-def skeleton(backbone: str | None, settings: dict[str, Any], **defaults: Any) -> PreTrainedModel:
-    """As `build_masked_lm`, but weights are not loaded."""
-    if backbone is None:
-        return build_masked_lm(None, settings, **defaults)
+def untrained(module: CondenserModule, **defaults: Any) -> Objective:
+    """The model that a run would begin with, but weights are not loaded. Raises ValueError if there is none."""
+    if module.backbone is None:
+        lm = build_masked_lm(None, module.backbone_config, **defaults)
+    else:
+        lm = skeleton(module.backbone, module.backbone_config)
+    if module.beginning["max_positions"] is not None:
+        lm = with_positions(lm, module.beginning["max_positions"])
+    fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
+    return module.objective.from_masked_lm(lm, **module.options).train()
+
+
+def skeleton(backbone: str, settings: dict[str, Any]) -> PreTrainedModel:
     try:
         config = config_of(backbone)
         config = with_settings(getattr(config, "backbone_config", config), settings)
