@@ -4,6 +4,7 @@ import difflib
 import itertools
 import os
 import re
+from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,12 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
 
     def error(self, message: str, *args: Any) -> Any:
-        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.-]+)", message)
+        pattern = r"(?:unrecognized arguments: --|(?:Group '([\w.]+)' does not accept )?[Oo]ption ')([\w.-]+)"
+        unknown = re.search(pattern, message)
         if re.search(r"are required: \w+\.model\b", message):
             message = "no model is set: give --config RECIPE (such as --config demo)"
         elif unknown and "did you mean" not in message:
-            message += hint(unknown[1], self)
+            message += hint(".".join(filter(None, unknown.groups())), self)
         super().error(message, *args)
 
 
@@ -82,7 +84,11 @@ class ConfigFile(ActionConfigFile):
             raise ValueError(f"{values}: there is no setting {unknown[0]}{why}")
         if bare := [name for name, section in sections.items() if not isinstance(section, dict | str)]:
             raise ValueError(f"{values}: {bare[0]} has no settings below it, indented: give some, or leave it out")
-        super().__call__(parser, cfg, values, option_string)
+        try:
+            super().__call__(parser, cfg, values, option_string)
+            parser.validate(cfg, skip_required=True)  # now, while it is known which file an error is in
+        except (ArgumentError, KeyError, TypeError) as error:
+            parser.error(f"{values}: {error}")
 
 
 def hint(unknown: str, parser: Any) -> str:

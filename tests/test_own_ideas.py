@@ -15,8 +15,10 @@ from condenser.data.collate import Masking, Vocabulary, collate
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.masking import mask_flat
 from condenser.data.store import Rows
+from condenser.models.condenser import Condenser
+from condenser.models.retromae import RetroMAE
 from condenser.recipes import CLONED, file_of, recipes, with_files
-from condenser.reports.bench import model_settings, table_of_speed
+from condenser.reports.bench import module_of, table_of_speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,15 +202,43 @@ def test_an_objective_that_is_not_found_ends_with_what_to_write(given, way, reci
 def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model:\n")
-    assert model_settings(str(path)) == {}
-    assert model_settings(str(run / "config.yaml"))["skip_from"] == 1
-    path.write_text("model: 3\n")
-    with pytest.raises(ValueError, match="its model is no mapping"):
-        model_settings(str(path))
+    assert module_of(str(path), None).objective is module_of(None, None).objective is Condenser
+    assert module_of(str(run / "config.yaml"), None).options["skip_from"] == 1
+    for content, message in (("3", "its model is no mapping"), ("{skip_form: 3}", "recipe.yaml: .*skip_form.*mean")):
+        path.write_text(f"model: {content}\n")
+        with pytest.raises(ValueError, match=message):
+            module_of(str(path), None)
+
+
+def test_the_bench_leaves_out_the_options_of_another_objective():
+    module = module_of("cocondenser", "condenser.models.retromae.RetroMAE")
+    assert module.objective is RetroMAE
+    assert module_of("cocondenser", None).options["similarity"] == "dot"
+    assert "similarity" not in module.options
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("data: {batchsize: 3}", "'data' does not accept option 'batchsize': did you mean data.batch_size?"),
+        ("data: {batch_size: many}", 'Parser key "data.batch_size": Expected a int'),
+        ("model: {skip_form: 3}", "Option 'skip_form' is not accepted: did you mean skip_from?"),
+        ("model: {optimizer: {learning_rat: 3}}", "option 'learning_rat': did you mean optimizer.learning_rate?"),
+        ("trainer: {max_step: 3}", "'max_step': did you mean trainer.max_steps?"),
+    ],
+)
+def test_an_error_in_a_file_names_the_file(content, message, own_modules, capsys):
+    path = own_modules / "overlay.yaml"
+    path.write_text(content)
+    assert main(["fit", "--config", "demo", "-c", str(path), "--name", "x"]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: " in error
+    assert message in error
+    assert error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("speeds", "shown"), [([5.0], "5"), ([5.0, 5.0], "5 ±0%"), ([4.0, 6.0], "5 ±20%")])
 def test_the_bench_says_how_far_rounds_differ_where_there_are_several(speeds, shown):
-    names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait", "launches", "host_ms")
+    names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait")
     figures = {"tokens_per_second": speeds, **{name: [1.0] * len(speeds) for name in names}}
     assert next(iter(table_of_speed({"ours": figures}, 1.0).columns[1].cells)).plain == shown
