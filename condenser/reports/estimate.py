@@ -28,7 +28,7 @@ from condenser.models.objective import Objective
 from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, one_pass
 from condenser.reports.rows import steps_over
 from condenser.reports.tables import check_figures, table, write_figures
-from condenser.runs import length
+from condenser.runs import PRECISIONS, length
 from condenser.training.fit import DryCLI, run_cli
 from condenser.training.module import CondenserModule
 
@@ -78,7 +78,10 @@ def own_parser() -> argparse.ArgumentParser:
 def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any, options: Any) -> dict[str, Any]:
     """All figures. Raises ValueError for settings that `condenser fit` would refuse too."""
     on_gpu = trainer.accelerator != "cpu"
-    setting = Setting(precision_of(trainer), module.gradient_checkpointing, module.fused_loss, on_gpu)
+    precision = PRECISIONS.get(str(trainer.precision), trainer.precision)
+    if precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(f"trainer.precision={precision} cannot be estimated; use 32-true or bf16-mixed")
+    setting = Setting(precision, module.gradient_checkpointing, module.fused_loss, on_gpu)
     datamodule.tokens_per_pass = datamodule.tokens_per_pass or (TOKENS_AT_ONCE if on_gpu else 1)
     datamodule.provide_for(module.objective)
     data = data_of(datamodule, options.tokens)
@@ -95,14 +98,6 @@ def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any
         "gpus": on_gpus(rehearsal, setting, data, per_token * tokens, options),
         "assumptions": list(assumptions(module, setting, options.mfu)),
     }
-
-
-def precision_of(trainer: Any) -> str:
-    given = str(trainer.precision or 32)
-    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(given, given)
-    if precision not in ("32-true", "bf16-mixed"):
-        raise ValueError(f"trainer.precision={given} cannot be estimated; use 32-true or bf16-mixed")
-    return precision
 
 
 def data_of(datamodule: CondenserDataModule, tokens: float) -> Data:
