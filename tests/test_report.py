@@ -129,6 +129,13 @@ def logged(folder: Path, metrics: str) -> Path:
     return folder
 
 
+def test_metrics_of_any_name_are_drawn(tmp_path):
+    names = ["train/a$\\frac$b", "train/_$x", "probe/cls_entropy_layer_x", "probe/$\\foo$"]
+    html = page(logged(tmp_path / "a", f"step,epoch,{','.join(names)}\n1,0,1,2,3,4\n"))
+    assert ">a$\\frac$b</text>" in html
+    assert html.count("<figcaption>") == len(names)
+
+
 def test_throughput_is_drawn_and_its_median_given(tmp_path):
     html = page(logged(tmp_path / "a", "step,epoch,perf/tokens_per_second\n1,0,10\n2,0,9000\n3,0,9500\n"))
     assert "Throughput" in html
@@ -208,11 +215,16 @@ def test_each_kind_of_evaluation_has_a_table_and_attention_is_drawn(tmp_path):
     assert "0.8000" not in shown
 
 
-@pytest.mark.parametrize("rows", [3, [3], [{"collection": "toy"}]], ids=str)
-def test_an_evaluation_without_rows_is_named_by_its_file(rows, tmp_path, capsys):
+ROW = {"collection": "toy", "model": "m"}
+WITHOUT_ROWS = [{"rows": rows} for rows in (3, [3], [{"collection": "toy"}], [ROW | {"task": "attention"}])]
+WITHOUT_ROWS += [{"rows": [ROW], "mteb": {"a": 1}}, {"rows": [ROW], "settings": [1]}]
+
+
+@pytest.mark.parametrize("results", WITHOUT_ROWS, ids=str)
+def test_an_evaluation_without_rows_is_named_by_its_file(results, tmp_path, capsys):
     run = make_run(tmp_path / "a")
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "results.json").write_text(json.dumps({"rows": rows}))
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
     assert main(["report", str(run), "--output", str(tmp_path / "out.html")]) == 1
     assert "evaluation/results.json holds no rows of `condenser evaluate`" in capsys.readouterr().err
 
@@ -243,7 +255,7 @@ def test_bad_metrics_are_refused_by_file_and_line(tmp_path, metrics, message):
 def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
     run = make_run(tmp_path / "a")
     (run / "summary.json").write_text('{"steps":')
-    empty, listed = make_run(tmp_path / "empty"), make_run(tmp_path / "listed")
+    empty, listed, _ = (make_run(tmp_path / name) for name in ("empty", "listed", "whole"))
     (empty / "config.yaml").write_text("")
     (listed / "summary.json").write_text("[1]")
     for words, expected in (
@@ -252,8 +264,9 @@ def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
         ([empty], f"{empty / 'config.yaml'} is empty, or holds no mapping"),
         ([listed], f"{listed / 'summary.json'} is empty, or holds no mapping"),
         ([run, "--reference", "typo"], "--reference typo is neither a file nor one of study, warm"),
+        ([tmp_path / "whole", "--output", tmp_path], f"--output {tmp_path} is a folder"),
     ):
-        assert main(["report", *map(str, words), "--output", str(tmp_path / "r.html")]) == 1
+        assert main(["report", "--output", str(tmp_path / "r.html"), *map(str, words)]) == 1
         error = capsys.readouterr().err
         assert expected in error
         assert error.count("\n") == 1
