@@ -57,6 +57,7 @@ def launch(args: Sequence[str]) -> None:
             f"--notice {options.notice} must be shorter than --time {options.time}, which is {limit} seconds: the run "
             "would be told to save as soon as it begins"
         )
+    options.tasks = options.gpus or options.tasks
     name, runs = settings_of_runs(options, of_fit)
     for settings in runs:
         check(settings, options)
@@ -66,7 +67,7 @@ def launch(args: Sequence[str]) -> None:
     if job := job_in_queue(script):
         raise ValueError(f"{name} is in the queue already, as job {job}: scancel it first, or give another --name")
     write(folder, name, runs, options)
-    print(f"{len(runs)} run(s) of {options.nodes} x {options.gpus or options.tasks} processes: {script}")
+    print(f"{len(runs)} run(s) of {options.nodes} x {options.tasks} processes: {script}")
     if options.dry_run:
         print(f"\n{script.read_text(encoding='utf-8')}\nnot submitted; that does: sbatch {shlex.quote(str(script))}")
         return
@@ -157,7 +158,7 @@ def complete(of_fit: list[str], options: Any) -> Settings:
             raise ValueError(f"{word.partition('=')[0]}: a job's devices are --nodes and --gpus (or --tasks) of launch")
     run = run_cli("fit", of_fit, DryCLI)
     settings = yaml.safe_load(dumped(run))
-    settings["trainer"] |= {"devices": options.gpus or options.tasks, "num_nodes": options.nodes}
+    settings["trainer"] |= {"devices": options.tasks, "num_nodes": options.nodes}
     return {**settings, "runs_dir": str(Path(settings["runs_dir"]).absolute()), "config": None}
 
 
@@ -168,7 +169,7 @@ def check(settings: Settings, options: Any) -> None:
         raise ValueError(f"--name {name}: use letters, digits and . _ = + - only")
     for store in [data["store"]] if data["store"] else data["stores"]:
         read_manifest(store_folder(store))
-    processes = options.nodes * (options.gpus or options.tasks)
+    processes = options.nodes * options.tasks
     if data["micro_batches_per_step"] % processes:
         raise ValueError(
             f"data.micro_batches_per_step={data['micro_batches_per_step']} cannot be shared out evenly over "
@@ -193,8 +194,7 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
     directives += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(options, key))]
     directives += [f"--array=0-{len(runs) - 1}"] if array else []
     directives += options.sbatch
-    values = {key: getattr(options, key) for key in ("nodes", "cpus", "time", "notice", "retries", "srun", "setup")}
-    values |= {"name": name, "tasks": options.gpus or options.tasks, "python": shlex.quote(options.python)}
+    values = vars(options) | {"name": name, "python": shlex.quote(options.python)}
     values |= {"folder": shlex.quote(str(folder)), "workdir": shlex.quote(os.getcwd())}
     values |= {"suffix": "-$SLURM_ARRAY_TASK_ID" if array else "", "log": "%A_%a" if array else "%j"}
     values |= {"runs": shlex.join(str(Path(settings["runs_dir"]) / settings["name"]) for settings in runs)}
