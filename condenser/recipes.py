@@ -15,7 +15,6 @@ from condenser.runs import read_mapping
 
 INSTALLED, CLONED = Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"
 FOLDER = INSTALLED if INSTALLED.is_dir() else CLONED
-OPTIONS = ("--config", "-c")
 HELP = "a YAML file, or the name of a recipe; several are laid over each other, the later ones winning"
 
 
@@ -39,18 +38,6 @@ def file_of(given: str) -> str:
     return str(known[given])
 
 
-def with_files(args: Sequence[str]) -> list[str]:
-    """A command line in which recipes that are given by name are files."""
-    found, before = list[str](), ""
-    for word in args:
-        option, is_given, value = word.partition("=")
-        if is_given and option in OPTIONS:
-            word = f"{option}={file_of(value)}"
-        found.append(file_of(word) if before in OPTIONS else word)
-        before = word
-    return found
-
-
 class Parser(ArgumentParser):
     """Raises errors, which `condenser.cli` says in one line, with the nearest setting to one that it does not know."""
 
@@ -70,14 +57,16 @@ class Parser(ArgumentParser):
 
 
 class ConfigFile(ActionConfigFile):
-    """A file of settings. ValueError, with its name, for one that is no YAML, or that holds what is no setting."""
+    """A file of settings; of `fit`, a recipe by its name too. Errors in it name the file."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        content = read_mapping(Path(values)) if os.path.isfile(values) else {}
         known = {name.partition(".")[0] for name in names(parser)}
+        is_of_fit = "trainer" in known
+        values = file_of(values) if is_of_fit else values
+        content = read_mapping(Path(values)) if os.path.isfile(values) else {}
         sections = {name: content[name] for name in ("model", "data", "trainer", "checkpoint") if name in content}
-        of_fit = any(isinstance(section, dict) for section in sections.values())
-        if "trainer" not in known and (of_fit or (not content and values in recipes())):
+        has_settings_of_fit = any(isinstance(section, dict) for section in sections.values())
+        if not is_of_fit and (has_settings_of_fit or (not content and values in recipes())):
             raise ValueError(f"{values} is a recipe of `condenser fit`; -c takes settings of this command alone")
         if unknown := [name for name in map(str, content) if name.rstrip("+") not in known]:
             why = "; dots are for the command line: nest names" if "." in unknown[0] else hint(unknown[0], parser)

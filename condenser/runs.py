@@ -11,7 +11,7 @@ import subprocess
 import zipfile
 import zlib
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -159,12 +159,10 @@ def at_least(option: str, given: int | None, least: int) -> None:
 
 def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """A mapping of JSON. Raises ValueError for a name that it has twice, of which JSON's own would keep the later."""
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
+    for name, n in Counter(name for name, _ in pairs).items():
+        if n > 1:
             raise ValueError(f"{name} is there twice")
-        found[name] = value
-    return found
+    return dict(pairs)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):

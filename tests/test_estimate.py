@@ -217,6 +217,7 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(tmp_path, monkey
         (["--trainer.precision", "16-mixed"], "bf16-mixed"),
         (["--trainer.max_steps", "-1", "--trainer.max_epochs", "-1"], "trainer.max_epochs or trainer.max_steps"),
         (["--model.skip_from", "9"], "skip_from=9"),
+        (["--model.backbone_config.max_position_embeddings", "20"], "up to 20 tokens; the rows need 32"),
         (["--model.optimizer.optimizer", "torch.optim.Adafactor"], "Adafactor reads values"),
         (["--model.backbone", "nobody/nothing"], "model.backbone: no configuration of 'nobody/nothing' is at hand"),
     ],

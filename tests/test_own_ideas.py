@@ -17,8 +17,9 @@ from condenser.data.masking import mask_flat
 from condenser.data.store import Rows
 from condenser.models.condenser import Condenser
 from condenser.models.retromae import RetroMAE
-from condenser.recipes import CLONED, file_of, recipes, with_files
+from condenser.recipes import CLONED, file_of, recipes
 from condenser.reports.bench import module_of, table_of_speed
+from condenser.training.fit import DryCLI, run_cli
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,9 +161,10 @@ def test_a_name_is_a_recipes_unless_it_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "condenser").mkdir()
     assert Path(file_of("condenser")) == CLONED / "condenser.yaml"
-    given = ["--config=demo", "-c", "cpu", "--name", "small", "-c", "configs/small.yaml", "--config", "{a: 1}"]
-    wanted = [f"--config={CLONED / 'demo.yaml'}", "-c", str(CLONED / "hardware" / "cpu.yaml"), *given[3:]]
-    assert with_files(given) == wanted
+    assert [file_of(given) for given in ("configs/small.yaml", "{a: 1}")] == ["configs/small.yaml", "{a: 1}"]
+    given = ["--config=demo", "-c", "cpu", "--name", "small", "--config", "{data: {num_workers: 1}}"]
+    settings = run_cli("fit", given, DryCLI).config["fit"]
+    assert (settings.name, settings.data.batch_size, settings.data.num_workers) == ("small", 64, 1)
     (tmp_path / "demo").write_text("name: own")
     assert file_of("demo") == "demo"
 

@@ -16,12 +16,11 @@ from rich.table import Table
 
 from condenser.corpus.work import available_cores
 from condenser.data.store import SPECIAL_TOKENS
-from condenser.models.backbones.base import longest_text
 from condenser.models.condenser import Condenser
 from condenser.models.flops import TOKENS_AT_ONCE
 from condenser.models.objective import Objective
 from condenser.recipes import Parser, file_of
-from condenser.reports.rehearsal import untrained
+from condenser.reports.rehearsal import check_positions, untrained
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import check_figures, table, write_figures
 from condenser.reports.trial import FASTER, FIRST, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
@@ -139,10 +138,9 @@ def build_model(module: CondenserModule, n_tokens: int, longest: int) -> Objecti
     module.backbone = backbone if Path(backbone, "config.json").is_file() else None
     module.backbone_config = {"attention_probs_dropout_prob": 0.0, **module.backbone_config}
     model = untrained(module, vocab_size=n_tokens)
-    takes = {"vocab_size": model.lm.config.vocab_size, "max_position_embeddings": longest_text(model.lm.config)}
-    for (name, size), needed in zip(takes.items(), (n_tokens, longest), strict=True):
-        if size is not None and size < needed:
-            raise ValueError(f"the model has {name}={size}; the rows need {needed}")
+    if model.lm.config.vocab_size < n_tokens:
+        raise ValueError(f"the model has vocab_size={model.lm.config.vocab_size}; the rows need {n_tokens}")
+    check_positions(model, longest)
     return model
 
 

@@ -8,7 +8,7 @@ The SVGs name no font file, no address and no fixed ink: text and axes take the 
 import io
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def draw_panels(runs: Sequence[Curves], x_label: str) -> list[tuple[str, str]]:
 
 
 def panels_for(logged: set[str]) -> list[Panel]:
-    layers = sorted((metric for metric in logged if metric.startswith(ENTROPY)), key=by_number)
+    layers = by_number(metric for metric in logged if metric.startswith(ENTROPY))
     panels = [*PANELS, Panel(ENTROPY_TITLE, "share of log n", tuple(layers))]
     others = sorted(logged - NOT_DRAWN - {metric for panel in panels for metric in panel.metrics})
     by_stem: defaultdict[str, list[str]] = defaultdict(list)
@@ -139,9 +139,8 @@ def style_of(panel: Panel, metric: str) -> dict[str, Any]:
     return {"lw": 1.5}
 
 
-def by_number(metric: str) -> tuple[int, str]:
-    """What puts layer_2 before layer_10."""
-    return len(metric), metric
+def by_number(metrics: Iterable[str]) -> list[str]:
+    return sorted(metrics, key=lambda metric: (len(metric), metric))  # layer_2 before layer_10
 
 
 def name_of(metric: str) -> str:

@@ -31,7 +31,7 @@ from condenser.data.lock import locked
 from condenser.data.store import atomic_write, check_same_stores, read_manifest
 from condenser.export import find_checkpoint
 from condenser.models.files import load_file
-from condenser.recipes import HELP, ConfigFile, Parser, recipes, with_files
+from condenser.recipes import HELP, ConfigFile, Parser, recipes
 from condenser.runs import CONFIG, METRICS, SUMMARY, is_intact, newest_valid_checkpoint, read_mapping, step_of
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles, remove_leftovers
@@ -340,7 +340,7 @@ def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, he
     return cli(
         CondenserModule,
         CondenserDataModule,
-        args=[subcommand, *with_files(args)],
+        args=[subcommand, *args],
         held=held or ExitStack(),
         subclass_mode_model=True,
         seed_everything_default=0,
