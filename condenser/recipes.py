@@ -1,10 +1,10 @@
 """Recipes by name: `condenser fit --config condenser -c ddp`, from a clone's configs/ or from those in the package."""
 
+import argparse
 import difflib
 import itertools
 import os
 import re
-from argparse import ArgumentError
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,20 @@ class ConfigFile(ActionConfigFile):
         try:
             super().__call__(parser, cfg, values, option_string)
             parser.validate(cfg, skip_required=True)  # now, while it is known which file an error is in
-        except (ArgumentError, KeyError, TypeError) as error:
+        except (argparse.ArgumentError, KeyError, TypeError) as error:
             parser.error(f"{values}: {error}")
+
+
+def parser_beside_fit(prog: str, description: str) -> argparse.ArgumentParser:
+    """For the options of a command that leaves all others to `fit`."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, --trainer.*): "
+        "see `condenser fit --help`. Unknown ones are refused.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
 
 
 def hint(unknown: str, parser: Any) -> str:

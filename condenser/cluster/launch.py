@@ -30,7 +30,7 @@ import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.lock import locked
 from condenser.data.store import read_manifest
-from condenser.recipes import FOLDER
+from condenser.recipes import FOLDER, parser_beside_fit
 from condenser.runs import COMMIT, at_least, flatten, newest_valid_checkpoint, output
 from condenser.training.ending import goes_on
 from condenser.training.fit import DryCLI, dumped, intact, run_cli
@@ -82,14 +82,8 @@ def launch(args: Sequence[str]) -> None:
 
 
 def own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="condenser launch",
-        description="A training run as a SLURM job: saved and put back into the queue before its time is up.",
-        epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, ...): see "
-        "`condenser fit --help`. Unknown ones are refused.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    about = "A training run as a SLURM job: saved and put back into the queue before its time is up."
+    parser = parser_beside_fit("condenser launch", about)
     add = parser.add_argument
     add("--name", help="name of the run, or of the job array (default: the configuration's)")
     add("--nodes", type=int, default=1, help="machines (default: 1)")

@@ -37,10 +37,8 @@ PANELS = {title: unit for title, unit, *_ in COMPARED} | {SIBLINGS: "share", MEA
 def write_reference(path: Path, runs: Mapping[str, Path]) -> None:
     """Write the curves of run folders, given by label."""
     curves = {label: over_tokens(read_metrics(folder / METRICS), str(folder)) for label, folder in runs.items()}
-    metrics = [
-        *KEPT,
-        *by_number({metric for found in curves.values() for metric in found if metric.startswith(ENTROPY)}),
-    ]
+    logged = set().union(*curves.values())
+    metrics = [*KEPT, *by_number(metric for metric in logged if metric.startswith(ENTROPY))]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["run", "tokens", *metrics], restval="", lineterminator="\n")
         writer.writeheader()
