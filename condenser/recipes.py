@@ -15,6 +15,7 @@ from condenser.runs import read_mapping
 
 INSTALLED, CLONED = Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"
 FOLDER = INSTALLED if INSTALLED.is_dir() else CLONED
+WRONG = (AttributeError, ImportError, KeyError, TypeError, ValueError)  # what settings lead to
 HELP = "a YAML file, or the name of a recipe; several are laid over each other, the later ones winning"
 
 
@@ -76,7 +77,7 @@ class ConfigFile(ActionConfigFile):
         try:
             super().__call__(parser, cfg, values, option_string)
             parser.validate(cfg, skip_required=True)  # now, while it is known which file an error is in
-        except (argparse.ArgumentError, KeyError, TypeError) as error:
+        except (argparse.ArgumentError, *WRONG) as error:
             parser.error(f"{values}: {error}")
 
 

@@ -227,6 +227,8 @@ def test_the_bench_leaves_out_the_options_of_another_objective():
         ("model: {skip_form: 3}", "Option 'skip_form' is not accepted: did you mean skip_from?"),
         ("model: {optimizer: {learning_rat: 3}}", "option 'learning_rat': did you mean optimizer.learning_rate?"),
         ("trainer: {max_step: 3}", "'max_step': did you mean trainer.max_steps?"),
+        ("model: {objective: condenser.models.retromae.Retro}", "has no attribute 'Retro'"),
+        ("model: {objective: not_there.Mine}", "No module named 'not_there'"),
     ],
 )
 def test_an_error_in_a_file_names_the_file(content, message, own_modules, capsys):

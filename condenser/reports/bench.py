@@ -19,7 +19,7 @@ from condenser.data.store import SPECIAL_TOKENS
 from condenser.models.condenser import Condenser
 from condenser.models.flops import TOKENS_AT_ONCE
 from condenser.models.objective import Objective
-from condenser.recipes import Parser, file_of
+from condenser.recipes import WRONG, Parser, file_of
 from condenser.reports.rehearsal import check_positions, untrained
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import check_figures, table, write_figures
@@ -124,7 +124,7 @@ def module_of(config: str | None, objective: str | None) -> CondenserModule:
     parser.add_class_arguments(CondenserModule, "model")
     try:
         return parser.instantiate_classes(parser.parse_object({"model": settings})).model
-    except ArgumentError as error:
+    except (ArgumentError, *WRONG) as error:
         raise ValueError(f"{config or '--objective'}: {error}") from None
 
 
