@@ -808,6 +808,9 @@ WRONG = {
     "dots.yaml: there is no setting data.batch_size; dots are for the command line": ["fit", "-c", "dots.yaml"],
     "number.yaml: there is no setting 1": ["fit", "-c", "number.yaml"],
     'Parser key "data.batch_size": Expected a int. Got value: None': ["fit", "-c", "demo", "-c", "null.yaml"],
+    "'batchsize': did you mean data.batch_size?": ["estimate", "-c", "demo", "-c", "nested.yaml"],
+    "deep.yaml: Parser key \"model\": Group 'optimizer' does not accept option": ["launch", "-c", "deep.yaml"],
+    'type.yaml: Parser key "max_length": Expected a int': ["prepare", "-c", "type.yaml"],
     "error: model.skip_from is null: give it a value": ["estimate", "-c", "demo", "--model.skip_from", "null"],
     "seed_everything=True: give a number from 0": ["fit", "-c", "demo", "--seed_everything", "true"],
     "seed_everything=-1: give a number from 0": ["fit", "-c", "demo", "--seed_everything", "-1"],
@@ -858,6 +861,9 @@ WRONG_FILES = {
     "dots.yaml": "data.batch_size: 3\n",
     "number.yaml": "1: 3\n",
     "null.yaml": "data:\n  batch_size: null\n",
+    "nested.yaml": "data:\n  batchsize: 3\n",
+    "deep.yaml": "model:\n  optimizer:\n    learning_rat: 3\n",
+    "type.yaml": "max_length: many\n",
     "nth.yaml": "data:\n  masking_options:\n    n: 3\n",
 }
 
