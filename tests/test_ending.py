@@ -836,16 +836,7 @@ WRONG = {
     "Expected an import path": ["bench", "--objective", "json.JSONDecoder"],
     "--json . is a folder": ["estimate", "-c", "demo", "--json", "."],
     "top.yaml/sub": ["bench", "--json", "top.yaml/sub/x.json"],
-    "error: no such file: no-such.jsonl": [
-        "bench",
-        "data",
-        "--tokenizer",
-        "a",
-        "--input",
-        "no-such.jsonl",
-        "--json",
-        "x.json",
-    ],
+    "error: no such file: no-such.jsonl": ["bench", "data", "--tokenizer", "a", "--input", "no-such.jsonl"],
     "--nodes 0 must be at least 1": ["launch", "--name", "x", "--nodes", "0", "--dry-run"],
     "File does not exist": ["fit", "--config", "no-such.yaml"],
 }
