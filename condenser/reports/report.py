@@ -133,7 +133,6 @@ def page(runs: Sequence[Run], panels: Panels, reference: Path | None, compared: 
         compared=compared,
         numbers=side_by_side(columns),
         settings=settings(runs),
-        evaluations=[(run, run.evaluation) for run in runs if run.evaluation],
         entropy_title=ENTROPY_TITLE,
         note=ZERO_SHOT_NOTE,
     )
