@@ -135,17 +135,13 @@ def style_of(panel: Panel, metric: str) -> dict[str, Any]:
         number = panel.metrics.index(metric)
         layer = metric.startswith(ENTROPY)
         varied = {"alpha": (1 + number) / len(panel.metrics)} if layer else {"ls": DASHES[number % len(DASHES)]}
-        return {"marker": ".", "lw": 1.2, "label": name_of(metric), **varied}
+        name = re.split("[/_]", metric)[-1]  # of probe/cls_entropy_layer_3 3
+        return {"marker": ".", "lw": 1.2, "label": name, **varied}
     return {"lw": 1.5}
 
 
 def by_number(metrics: Iterable[str]) -> list[str]:
     return sorted(metrics, key=lambda metric: (len(metric), metric))  # layer_2 before layer_10
-
-
-def name_of(metric: str) -> str:
-    """probe/cls_entropy_layer_3 -> 3"""
-    return re.split("[/_]", metric)[-1]
 
 
 def plot_unigram(axes: Axes, runs: Sequence[Curves]) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForMaskedLM
 
 from condenser.data.collate import StepBatch, collate
 from condenser.data.datamodule import CondenserDataModule
@@ -75,7 +75,13 @@ class Rehearsal:
             batch = StepBatch(self.fake.from_tensor(batch.buffer), batch.layout, batch.n_sequences)
             scale = torch.ones(len(COUNTS))
             step.attach()
-            self.make_states()
+            try:
+                self.optimizer.step()  # which makes its states
+            except DataDependentOutputException:
+                raise ValueError(
+                    f"{self.module.optimization.optimizer} reads values, so its memory cannot be counted without any; "
+                    "estimate with --model.optimizer.optimizer torch.optim.AdamW, which needs 8 bytes a weight"
+                ) from None
             tracker.track_external(self.model, self.optimizer, *self.start.values())
             with tracker, torch.autocast("cpu", torch.bfloat16, setting.precision == "bf16-mixed"):
                 step.take(batch, scale)
@@ -85,15 +91,6 @@ class Rehearsal:
         for name, kind in KIND_OF.items():
             kinds[kind] += found.get(name, 0)
         return kinds
-
-    def make_states(self) -> None:
-        try:
-            self.optimizer.step()
-        except DataDependentOutputException:
-            raise ValueError(
-                f"{self.module.optimization.optimizer} reads values, so its memory cannot be counted without any; "
-                "estimate with --model.optimizer.optimizer torch.optim.AdamW, which needs 8 bytes a weight"
-            ) from None
 
 
 class Tracker(MemTracker):
@@ -108,7 +105,15 @@ def untrained(module: CondenserModule, **defaults: Any) -> Objective:
     if module.backbone is None:
         lm = build_masked_lm(None, module.backbone_config, **defaults)
     else:
-        lm = skeleton(module.backbone, module.backbone_config)
+        try:
+            config = config_of(module.backbone)
+            config = with_settings(getattr(config, "backbone_config", config), module.backbone_config)
+        except OSError as error:
+            raise ValueError(
+                f"model.backbone: no configuration of {module.backbone!r} is at hand ({str(error).splitlines()[0]}); "
+                "give a folder, or --model.backbone null for a BERT of base size that model.backbone_config changes"
+            ) from None
+        lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     if module.beginning["max_positions"] is not None:
         lm = with_positions(lm, module.beginning["max_positions"])
     fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
@@ -120,18 +125,6 @@ def check_positions(model: Objective, needed: int) -> None:
     positions = longest_text(model.lm.config)
     if positions and positions < needed:
         raise ValueError(f"the model takes texts of up to {positions} tokens; the rows need {needed}")
-
-
-def skeleton(backbone: str, settings: dict[str, Any]) -> PreTrainedModel:
-    try:
-        config = config_of(backbone)
-        config = with_settings(getattr(config, "backbone_config", config), settings)
-    except OSError as error:
-        raise ValueError(
-            f"model.backbone: no configuration of {backbone!r} is at hand ({str(error).splitlines()[0]}); "
-            "give a folder, or --model.backbone null for a BERT of base size that model.backbone_config changes"
-        ) from None
-    return AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
 
 
 def one_pass(lengths: np.ndarray, datamodule: CondenserDataModule) -> dict[str, Any]:
