@@ -124,7 +124,7 @@ def in_short(message: str) -> str:
         r" Given value: (Namespace\(|NestedArg\(|\{).*",
     ):
         message = re.sub(noise, "", message)
-    if re.search(r"import path string|import path format|^Parser key.*(No module named|has no attribute)", message):
+    if re.search(r"import path string|import path format|Parser key.*(No module named|has no attribute)", message):
         message += "; give a class path such as my_objective.Weighted, with PYTHONPATH=. for a file beside you"
     return re.sub(r"<class '([\w.]*)'>", r"\1", message).removeprefix("- ")
 

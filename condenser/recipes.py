@@ -1,5 +1,6 @@
 """Recipes by name: `condenser fit --config condenser -c ddp`, from a clone's configs/ or from those in the package."""
 
+import argparse
 import difflib
 import itertools
 import os
@@ -14,7 +15,7 @@ from condenser.runs import read_mapping
 
 INSTALLED, CLONED = Path(__file__).with_name("configs"), Path(__file__).parents[1] / "configs"
 FOLDER = INSTALLED if INSTALLED.is_dir() else CLONED
-OPTIONS = ("--config", "-c")
+WRONG = (AttributeError, ImportError, KeyError, TypeError, ValueError)  # what settings lead to
 HELP = "a YAML file, or the name of a recipe; several are laid over each other, the later ones winning"
 
 
@@ -38,18 +39,6 @@ def file_of(given: str) -> str:
     return str(known[given])
 
 
-def with_files(args: Sequence[str]) -> list[str]:
-    """A command line in which recipes that are given by name are files."""
-    found, before = list[str](), ""
-    for word in args:
-        option, is_given, value = word.partition("=")
-        if is_given and option in OPTIONS:
-            word = f"{option}={file_of(value)}"
-        found.append(file_of(word) if before in OPTIONS else word)
-        before = word
-    return found
-
-
 class Parser(ArgumentParser):
     """Raises errors, which `condenser.cli` says in one line, with the nearest setting to one that it does not know."""
 
@@ -59,30 +48,49 @@ class Parser(ArgumentParser):
         super().__init__(*args, **kwargs | {"exit_on_error": False, "allow_abbrev": False})
 
     def error(self, message: str, *args: Any) -> Any:
-        unknown = re.search(r"(?:unrecognized arguments: --|[Oo]ption ')([\w.-]+)", message)
+        pattern = r"(?:unrecognized arguments: --|(?:Group '([\w.]+)' does not accept )?[Oo]ption ')([\w.-]+)"
+        unknown = re.search(pattern, message)
         if re.search(r"are required: \w+\.model\b", message):
             message = "no model is set: give --config RECIPE (such as --config demo)"
         elif unknown and "did you mean" not in message:
-            message += hint(unknown[1], self)
+            message += hint(".".join(filter(None, unknown.groups())), self)
         super().error(message, *args)
 
 
 class ConfigFile(ActionConfigFile):
-    """A file of settings. ValueError, with its name, for one that is no YAML, or that holds what is no setting."""
+    """A file of settings; of `fit`, a recipe by its name too. Errors in it name the file."""
 
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: Any = None) -> None:
-        content = read_mapping(Path(values)) if os.path.isfile(values) else {}
         known = {name.partition(".")[0] for name in names(parser)}
+        is_of_fit = "trainer" in known
+        values = file_of(values) if is_of_fit else values
+        content = read_mapping(Path(values)) if os.path.isfile(values) else {}
         sections = {name: content[name] for name in ("model", "data", "trainer", "checkpoint") if name in content}
-        of_fit = any(isinstance(section, dict) for section in sections.values())
-        if "trainer" not in known and (of_fit or (not content and values in recipes())):
+        has_settings_of_fit = any(isinstance(section, dict) for section in sections.values())
+        if not is_of_fit and (has_settings_of_fit or (not content and values in recipes())):
             raise ValueError(f"{values} is a recipe of `condenser fit`; -c takes settings of this command alone")
         if unknown := [name for name in map(str, content) if name.rstrip("+") not in known]:
             why = "; dots are for the command line: nest names" if "." in unknown[0] else hint(unknown[0], parser)
             raise ValueError(f"{values}: there is no setting {unknown[0]}{why}")
         if bare := [name for name, section in sections.items() if not isinstance(section, dict | str)]:
             raise ValueError(f"{values}: {bare[0]} has no settings below it, indented: give some, or leave it out")
-        super().__call__(parser, cfg, values, option_string)
+        try:
+            super().__call__(parser, cfg, values, option_string)
+            parser.validate(cfg, skip_required=True)  # now, while it is known which file an error is in
+        except (argparse.ArgumentError, *WRONG) as error:
+            parser.error(f"{values}: {error}")
+
+
+def parser_beside_fit(prog: str, description: str) -> argparse.ArgumentParser:
+    """For the options of a command that leaves all others to `fit`."""
+    return argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, --trainer.*): "
+        "see `condenser fit --help`. Unknown ones are refused.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
 
 
 def hint(unknown: str, parser: Any) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import zipfile
 import zlib
 from array import array
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,8 @@ SEAL = b"crc32="
 SEAL_LENGTH = len(SEAL) + 8
 
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]  # metric -> x (steps or tokens), values
+
+PRECISIONS = {"None": "32-true", "32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}  # the trainer's, in full
 
 MAY_CHANGE = {  # settings that do not change what is computed, or only where
     "name",
@@ -130,15 +132,12 @@ def length(max_steps: int, max_epochs: int | None, steps_per_epoch: int | None) 
 
 def changed_keys(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Dotted keys whose values differ, leaving out those that may change when a run goes on."""
-    old, new = ({**flat, **precision(flat)} for flat in (dict(flatten(before)), dict(flatten(now))))
+    old, new = dict(flatten(before)), dict(flatten(now))
+    for settings in (old, new):
+        given = settings.get("trainer.precision")
+        settings["trainer.precision"] = PRECISIONS.get(str(given), given)
     differing = {key for key in old.keys() | new.keys() if old.get(key) != new.get(key)}
     return sorted(key for key in differing if not any(key == free or key.startswith(free + ".") for free in MAY_CHANGE))
-
-
-def precision(settings: dict[str, Any]) -> dict[str, Any]:
-    """The trainer's, by its full name."""
-    key, names = "trainer.precision", {"None": "32-true", "32": "32-true", "64": "64-true", "bf16": "bf16-mixed"}
-    return {key: names.get(str(settings[key]), settings[key])} if key in settings else {}
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -156,6 +155,14 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def at_least(option: str, given: int | None, least: int) -> None:
     if given is not None and given < least:
         raise ValueError(f"--{option.replace('_', '-')} {given} must be at least {least}")
+
+
+def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A mapping of JSON. Raises ValueError for a name that it has twice, of which JSON's own would keep the later."""
+    for name, n in Counter(name for name, _ in pairs).items():
+        if n > 1:
+            raise ValueError(f"{name} is there twice")
+    return dict(pairs)
 
 
 class UniqueKeyLoader(yaml.SafeLoader):
@@ -177,7 +184,10 @@ def read_mapping(path: Path) -> Any:
     text = ""
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else UniqueKeyLoader(text).get_single_data()
+        if path.suffix == ".json":
+            content = json.loads(text, object_pairs_hook=unique)
+        else:
+            content = UniqueKeyLoader(text).get_single_data()
     except (yaml.YAMLError, ValueError) as error:
         line = getattr(getattr(error, "problem_mark", None), "line", 0)
         if re.match(r" *\t", "".join(text.splitlines()[line : line + 1])):

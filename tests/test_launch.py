@@ -273,11 +273,7 @@ REFUSED = {
     "name": (["--name", "a/b"], 1, "--name a/b: use letters, digits"),
     "space in name": (["--name", "a b"], 1, "--name a b: use letters, digits"),
     "same name": (["--seeds", "1", "1"], 1, "two runs would be called N-seed=1"),
-    "two seeds": (
-        ["--seed_everything", "3", "--seeds", "1", "2"],
-        1,
-        "--seed_everything and --seeds: give one of them",
-    ),
+    "two seeds": (["--seed_everything", "3", "--seeds", "1"], 1, "--seed_everything and --seeds: give one of them"),
     "no template": (["--template", "nowhere.sh"], 1, "nowhere.sh"),
     "no overlay": (["--overlays", "nowhere.yaml"], 2, "nowhere.yaml"),
     "device": (["--trainer.accelerator", "gpu"], 1, "trainer.accelerator=gpu does not go with --gpus 0"),

@@ -15,8 +15,10 @@ from condenser.data.collate import Masking, Vocabulary, collate
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.masking import mask_flat
 from condenser.data.store import Rows
-from condenser.recipes import CLONED, file_of, recipes, with_files
-from condenser.reports.bench import model_settings, table_of_speed
+from condenser.models.condenser import Condenser
+from condenser.recipes import CLONED, file_of, recipes
+from condenser.reports.bench import module_of, table_of_speed
+from condenser.training.fit import DryCLI, run_cli
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,9 +160,10 @@ def test_a_name_is_a_recipes_unless_it_is_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "condenser").mkdir()
     assert Path(file_of("condenser")) == CLONED / "condenser.yaml"
-    given = ["--config=demo", "-c", "cpu", "--name", "small", "-c", "configs/small.yaml", "--config", "{a: 1}"]
-    wanted = [f"--config={CLONED / 'demo.yaml'}", "-c", str(CLONED / "hardware" / "cpu.yaml"), *given[3:]]
-    assert with_files(given) == wanted
+    assert [file_of(given) for given in ("configs/small.yaml", "{a: 1}")] == ["configs/small.yaml", "{a: 1}"]
+    given = ["--config=demo", "-c", "cpu", "--name", "small", "--config", "{data: {num_workers: 1}}"]
+    settings = run_cli("fit", given, DryCLI).config["fit"]
+    assert (settings.name, settings.data.batch_size, settings.data.num_workers) == ("small", 64, 1)
     (tmp_path / "demo").write_text("name: own")
     assert file_of("demo") == "demo"
 
@@ -193,6 +196,7 @@ def test_an_objective_that_is_not_found_ends_with_what_to_write(given, way, reci
     assert main(["fit", "--config", str(recipe), "--name", "x", *words]) == 2
     error = capsys.readouterr().err
     assert "give a class path such as my_objective.Weighted, with PYTHONPATH=. for a file beside you" in error
+    assert ("mine.yaml: " in error) == (way == "file")
     assert error.count("\n") == 1
     assert not any(word in error for word in ("Given value: {", "CondenserModule", "backbone_config"))
 
@@ -200,15 +204,18 @@ def test_an_objective_that_is_not_found_ends_with_what_to_write(given, way, reci
 def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model:\n")
-    assert model_settings(str(path)) == {}
-    assert model_settings(str(run / "config.yaml"))["skip_from"] == 1
-    path.write_text("model: 3\n")
-    with pytest.raises(ValueError, match="its model is no mapping"):
-        model_settings(str(path))
+    assert module_of(str(path), None).objective is module_of(None, None).objective is Condenser
+    assert module_of(str(run / "config.yaml"), None).options["skip_from"] == 1
+    for content, message in (("3", "its model is no mapping"), ("{skip_form: 3}", "recipe.yaml: .*skip_form.*mean")):
+        path.write_text(f"model: {content}\n")
+        with pytest.raises(ValueError, match=message):
+            module_of(str(path), None)
+    assert module_of("cocondenser", None).options["similarity"] == "dot"
+    assert "similarity" not in module_of("cocondenser", "condenser.models.retromae.RetroMAE").options
 
 
 @pytest.mark.parametrize(("speeds", "shown"), [([5.0], "5"), ([5.0, 5.0], "5 ±0%"), ([4.0, 6.0], "5 ±20%")])
 def test_the_bench_says_how_far_rounds_differ_where_there_are_several(speeds, shown):
-    names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait", "launches", "host_ms")
+    names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait")
     figures = {"tokens_per_second": speeds, **{name: [1.0] * len(speeds) for name in names}}
     assert next(iter(table_of_speed({"ours": figures}, 1.0).columns[1].cells)).plain == shown

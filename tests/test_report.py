@@ -27,7 +27,7 @@ def make_run(folder: Path, columns=(*TRAIN, *VALIDATION, *HEAD), *, finished=Tru
     folder.mkdir(parents=True)
     lines = [",".join(("step", "epoch", *columns))]
     for step in range(10, 10 * rows + 1, 10):
-        for split in ("train/", "val/"):
+        for split in ("train/", "val/", "probe/"):
             values = (f"{7.03 if 'unigram' in c else 50 / step}" if c.startswith(split) else "" for c in columns)
             lines.append(f"{step},0,{','.join(values)}")
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
@@ -117,9 +117,12 @@ def test_loss_at_mask_is_compared_with_the_unigram_loss(tmp_path):
 
 
 def test_panels_without_data_are_left_out_and_unknown_metrics_get_one(tmp_path):
-    html = page(make_run(tmp_path / "mlm-only", [*TRAIN, *VALIDATION, "train/contrastive_loss"]))
+    unknown = ["train/contrastive_loss", "train/a$\\frac$b", "probe/cls_entropy_layer_x"]
+    html = page(make_run(tmp_path / "mlm-only", [*TRAIN, *VALIDATION, *unknown]))
     titles = ["Backbone MLM loss", "Loss at [MASK] positions", "Backbone MLM accuracy", "Learning rate"]
-    assert re.findall("<figcaption>(.*?)</figcaption>", html) == [*titles, "Contrastive loss"]
+    titles += ["[CLS] attention entropy by layer", "A$\\frac$b", "Contrastive loss"]
+    assert re.findall("<figcaption>(.*?)</figcaption>", html) == titles
+    assert ">a$\\frac$b</text>" in html
     assert "val/head" not in html
 
 
@@ -208,11 +211,16 @@ def test_each_kind_of_evaluation_has_a_table_and_attention_is_drawn(tmp_path):
     assert "0.8000" not in shown
 
 
-@pytest.mark.parametrize("rows", [3, [3], [{"collection": "toy"}]], ids=str)
-def test_an_evaluation_without_rows_is_named_by_its_file(rows, tmp_path, capsys):
+ROW = {"collection": "toy", "model": "m"}
+WITHOUT_ROWS = [{"rows": rows} for rows in (3, [3], [{"collection": "toy"}], [ROW | {"task": "attention"}])]
+WITHOUT_ROWS += [{"rows": [ROW], "mteb": {"a": 1}}, {"rows": [ROW], "settings": [1]}]
+
+
+@pytest.mark.parametrize("results", WITHOUT_ROWS, ids=str)
+def test_an_evaluation_without_rows_is_named_by_its_file(results, tmp_path, capsys):
     run = make_run(tmp_path / "a")
     (run / "evaluation").mkdir()
-    (run / "evaluation" / "results.json").write_text(json.dumps({"rows": rows}))
+    (run / "evaluation" / "results.json").write_text(json.dumps(results))
     assert main(["report", str(run), "--output", str(tmp_path / "out.html")]) == 1
     assert "evaluation/results.json holds no rows of `condenser evaluate`" in capsys.readouterr().err
 
@@ -243,7 +251,7 @@ def test_bad_metrics_are_refused_by_file_and_line(tmp_path, metrics, message):
 def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
     run = make_run(tmp_path / "a")
     (run / "summary.json").write_text('{"steps":')
-    empty, listed = make_run(tmp_path / "empty"), make_run(tmp_path / "listed")
+    empty, listed, _ = (make_run(tmp_path / name) for name in ("empty", "listed", "whole"))
     (empty / "config.yaml").write_text("")
     (listed / "summary.json").write_text("[1]")
     for words, expected in (
@@ -252,8 +260,9 @@ def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
         ([empty], f"{empty / 'config.yaml'} is empty, or holds no mapping"),
         ([listed], f"{listed / 'summary.json'} is empty, or holds no mapping"),
         ([run, "--reference", "typo"], "--reference typo is neither a file nor one of study, warm"),
+        ([tmp_path / "whole", "--output", tmp_path], f"--output {tmp_path} is a folder"),
     ):
-        assert main(["report", *map(str, words), "--output", str(tmp_path / "r.html")]) == 1
+        assert main(["report", "--output", str(tmp_path / "r.html"), *map(str, words)]) == 1
         error = capsys.readouterr().err
         assert expected in error
         assert error.count("\n") == 1

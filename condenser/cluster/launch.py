@@ -30,7 +30,7 @@ import condenser
 from condenser.data.datamodule import store_folder
 from condenser.data.lock import locked
 from condenser.data.store import read_manifest
-from condenser.recipes import FOLDER
+from condenser.recipes import FOLDER, parser_beside_fit
 from condenser.runs import COMMIT, at_least, flatten, newest_valid_checkpoint, output
 from condenser.training.ending import goes_on
 from condenser.training.fit import DryCLI, dumped, run_cli
@@ -58,6 +58,7 @@ def launch(args: Sequence[str]) -> None:
             f"--notice {options.notice} must be shorter than --time {options.time}, which is {limit} seconds: the run "
             "would be told to save as soon as it begins"
         )
+    options.tasks = options.gpus or options.tasks
     name, runs = settings_of_runs(options, of_fit)
     for settings in runs:
         check(settings, options)
@@ -67,7 +68,7 @@ def launch(args: Sequence[str]) -> None:
     if job := job_in_queue(script):
         raise ValueError(f"{name} is in the queue already, as job {job}: scancel it first, or give another --name")
     write(folder, name, runs, options)
-    print(f"{len(runs)} run(s) of {options.nodes} x {options.gpus or options.tasks} processes: {script}")
+    print(f"{len(runs)} run(s) of {options.nodes} x {options.tasks} processes: {script}")
     if options.dry_run:
         print(f"\n{script.read_text(encoding='utf-8')}\nnot submitted; that does: sbatch {shlex.quote(str(script))}")
         return
@@ -82,14 +83,8 @@ def launch(args: Sequence[str]) -> None:
 
 
 def own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="condenser launch",
-        description="A training run as a SLURM job: saved and put back into the queue before its time is up.",
-        epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, ...): see "
-        "`condenser fit --help`. Unknown ones are refused.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    about = "A training run as a SLURM job: saved and put back into the queue before its time is up."
+    parser = parser_beside_fit("condenser launch", about)
     add = parser.add_argument
     add("--name", help="name of the run, or of the job array (default: the configuration's)")
     add("--nodes", type=int, default=1, help="machines (default: 1)")
@@ -158,7 +153,7 @@ def complete(of_fit: list[str], options: Any) -> Settings:
             raise ValueError(f"{word.partition('=')[0]}: a job's devices are --nodes and --gpus (or --tasks) of launch")
     run = run_cli("fit", of_fit, DryCLI)
     settings = yaml.safe_load(dumped(run))
-    settings["trainer"] |= {"devices": options.gpus or options.tasks, "num_nodes": options.nodes}
+    settings["trainer"] |= {"devices": options.tasks, "num_nodes": options.nodes}
     return {**settings, "runs_dir": str(Path(settings["runs_dir"]).absolute()), "config": None}
 
 
@@ -169,7 +164,7 @@ def check(settings: Settings, options: Any) -> None:
         raise ValueError(f"--name {name}: use letters, digits and . _ = + - only")
     for store in [data["store"]] if data["store"] else data["stores"]:
         read_manifest(store_folder(store))
-    processes = options.nodes * (options.gpus or options.tasks)
+    processes = options.nodes * options.tasks
     if data["micro_batches_per_step"] % processes:
         raise ValueError(
             f"data.micro_batches_per_step={data['micro_batches_per_step']} cannot be shared out evenly over "
@@ -194,8 +189,7 @@ def write(folder: Path, name: str, runs: list[Settings], options: Any) -> None:
     directives += [f"--{key}={value}" for key in ("partition", "account") if (value := getattr(options, key))]
     directives += [f"--array=0-{len(runs) - 1}"] if array else []
     directives += options.sbatch
-    values = {key: getattr(options, key) for key in ("nodes", "cpus", "time", "notice", "retries", "srun", "setup")}
-    values |= {"name": name, "tasks": options.gpus or options.tasks, "python": shlex.quote(options.python)}
+    values = vars(options) | {"name": name, "python": shlex.quote(options.python)}
     values |= {"folder": shlex.quote(str(folder)), "workdir": shlex.quote(os.getcwd())}
     values |= {"suffix": "-$SLURM_ARRAY_TASK_ID" if array else "", "log": "%A_%a" if array else "%j"}
     values |= {"runs": shlex.join(str(Path(settings["runs_dir"]) / settings["name"]) for settings in runs)}

@@ -6,25 +6,26 @@ speed does not depend on them.
 """
 
 import os
+from argparse import ArgumentError
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.table import Table
 
 from condenser.corpus.work import available_cores
 from condenser.data.store import SPECIAL_TOKENS
 from condenser.models.condenser import Condenser
-from condenser.models.objective import Objective, setting_names
-from condenser.recipes import file_of
-from condenser.reports.rehearsal import skeleton
+from condenser.models.flops import TOKENS_AT_ONCE
+from condenser.models.objective import Objective
+from condenser.recipes import WRONG, Parser, file_of
+from condenser.reports.rehearsal import check_positions, untrained
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import check_figures, table, write_figures
-from condenser.reports.trial import FASTER, FIRST, KINDS, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
+from condenser.reports.trial import FASTER, FIRST, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
 from condenser.runs import at_least, read_mapping
+from condenser.training.module import CondenserModule
 
 
 def bench(
@@ -46,8 +47,7 @@ def bench(
 
     Shown are medians over the rounds, with half the range, and the ratio to the first row. GFLOP of a token are
     those done, padding included; MFU counts only those that the real tokens need, against the rate of large matrix
-    products. The host's time is what a step takes it until it can begin the next, launches are kernels on a GPU and
-    operations, also within others, on a CPU. `condenser bench data` measures what comes before training.
+    products. `condenser bench data` measures what comes before training.
 
     Args:
         config: recipe (a file or a name) whose model is built, with random weights; BERT-base with the paper's head by
@@ -68,16 +68,16 @@ def bench(
     Raises:
         ValueError: no such store or configuration, or too few rows.
     """
-    given = {"max-length": max_length, "sequences": sequences, "micro-batches": micro_batches, "steps": steps}
-    for name, value in (given | {"rounds": rounds, "tokens-per-pass": tokens_per_pass}).items():
+    at_least("max-length", max_length, 4)  # special tokens and two of a text
+    given = {"sequences": sequences, "micro-batches": micro_batches, "steps": steps, "rounds": rounds}
+    for name, value in (given | {"tokens-per-pass": tokens_per_pass}).items():
         at_least(name, value, 1)
     check_figures(json)
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if on_gpu else "cpu")
     sequences, steps = sequences or (1024 if on_gpu else 32), steps or (10 if on_gpu else 1)
     rows, vocabulary, n_tokens = open_rows(store, max_length, n_synthetic=64 * sequences)
-    recipe = model_settings(config)
-    kind = class_of(objective or recipe.get("objective"))
+    module = module_of(config, objective)
+    kind = module.objective
     sizes = sequences, micro_batches or (8 if on_gpu else 2)
     made = steps_over(rows, *sizes, vocabulary, pairs=kind.contrast is not None, extras=kind.asks)
     needed = steps * rounds + FIRST
@@ -88,14 +88,13 @@ def bench(
             "Lower --steps, --rounds or --sequences"
         )
     torch.manual_seed(0)
-    model = build_model(recipe, kind, n_tokens, int(rows.lengths.max()) + SPECIAL_TOKENS)
     trial = Trial(
-        model=model.to(device),
+        model=build_model(module, n_tokens, int(rows.lengths.max()) + SPECIAL_TOKENS).to("cuda" if on_gpu else "cpu"),
         rows=made,
         precision=precision or ("bf16-mixed" if on_gpu else "32-true"),
         steps=steps,
         workers=min(8, available_cores()) if on_gpu else 0,
-        tokens_per_pass=tokens_per_pass or (65536 if on_gpu else 1),
+        tokens_per_pass=tokens_per_pass or (TOKENS_AT_ONCE if on_gpu else 1),
     )
     compile = on_gpu if compile is None else compile
     all_recipes = RECIPES
@@ -106,45 +105,43 @@ def bench(
     console.print(setting(trial))
     with console.status("") as status:
         found = trial.run(recipes, rounds, status.update)
-    rate = matmul_rate(device, trial.dtype)
+    rate = matmul_rate(trial.device, trial.dtype)
     console.print(table_of_speed(found, rate))
     console.print(f"MFU is of {rate / 1e12:.3g} TFLOP/s, measured with large matrix products")
-    if trial.kernels:
-        console.print(table_of_kernels(trial.kernels))
-    figures = {"recipes": found, "kernels": trial.kernels, "matmul_flops_per_second": rate}
-    write_figures(json, {"setting": setting(trial), **figures})
+    write_figures(json, {"setting": setting(trial), "recipes": found, "matmul_flops_per_second": rate})
 
 
-def model_settings(config: str | None) -> dict[str, Any]:
-    """``model`` in a recipe (a YAML file for `condenser fit`). Raises ValueError if there is none."""
-    settings = {} if config is None else read_mapping(Path(file_of(config)))
-    model = (settings or {}).get("model") or {}
-    if settings is None or not isinstance(model, dict):
+def module_of(config: str | None, objective: str | None) -> CondenserModule:
+    """By ``model`` of a recipe (a YAML file for `condenser fit`). Raises ValueError if there is none."""
+    content = read_mapping(Path(file_of(config))) if config else {}
+    model = (content or {}).get("model") or {}
+    if content is None or not isinstance(model, dict):
         raise ValueError(f"--config {config}: no such file, or its model is no mapping of settings")
-    return model.get("init_args", model)
+    settings = model.get("init_args", model)
+    if objective:
+        settings = {**settings, "objective": objective, "objective_options": None}  # which are another's
+    parser = Parser()
+    parser.add_class_arguments(CondenserModule, "model")
+    try:
+        return parser.instantiate_classes(parser.parse_object({"model": settings})).model
+    except (ArgumentError, *WRONG) as error:
+        raise ValueError(f"{config or '--objective'}: {error}") from None
 
 
-def class_of(path: str | None) -> type[Objective]:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--objective", type=type[Objective] | None)
-    return parser.parse_object({"objective": path}).objective or Condenser
-
-
-def build_model(recipe: dict[str, Any], objective: type[Objective], n_tokens: int, longest: int) -> Objective:
-    """The model of a recipe, with random weights.
+def build_model(module: CondenserModule, n_tokens: int, longest: int) -> Objective:
+    """The module's model, with random weights.
 
     Raises:
         ValueError: a model for fewer tokens or positions than the rows have.
     """
-    settings = {"attention_probs_dropout_prob": 0.0, **(recipe.get("backbone_config") or {})}
-    backbone = os.path.expanduser(recipe.get("backbone") or "")
-    lm = skeleton(backbone if Path(backbone, "config.json").is_file() else None, settings, vocab_size=n_tokens)
-    for name, needed in (("vocab_size", n_tokens), ("max_position_embeddings", longest)):
-        if getattr(lm.config, name) < needed:
-            raise ValueError(f"the model has {name}={getattr(lm.config, name)}; the rows need {needed}")
-    given = recipe | (recipe.get("objective_options") or {})
-    options = {name: given[name] for name in setting_names(objective) if name in given}
-    return objective.from_masked_lm(lm, **options).train()
+    backbone = os.path.expanduser(module.backbone or "")
+    module.backbone = backbone if Path(backbone, "config.json").is_file() else None
+    module.backbone_config = {"attention_probs_dropout_prob": 0.0, **module.backbone_config}
+    model = untrained(module, vocab_size=n_tokens)
+    if model.lm.config.vocab_size < n_tokens:
+        raise ValueError(f"the model has vocab_size={model.lm.config.vocab_size}; the rows need {n_tokens}")
+    check_positions(model, longest)
+    return model
 
 
 def setting(trial: Trial) -> str:
@@ -161,7 +158,7 @@ def setting(trial: Trial) -> str:
 
 
 def table_of_speed(found: dict[str, Figures], rate: float) -> Table:
-    header = ("", "tokens/s", "ratio", "GFLOP", "MFU", "GB", "data\nwait", "laun-\nches", "host\nms")
+    header = ("", "tokens/s", "ratio", "GFLOP", "MFU", "GB", "data wait")
     base = next(iter(found.values()))["tokens_per_second"]
     rows = []
     for name, figures in found.items():
@@ -174,15 +171,6 @@ def table_of_speed(found: dict[str, Figures], rate: float) -> Table:
             f"{typical['needed_flops_per_second'] / rate:.0%}",
             f"{typical['peak_memory_gb']:.1f}",
             f"{typical['data_wait']:.1%}",
-            f"{typical['launches']:,.0f}",
-            f"{typical['host_ms']:,.0f}",
         )
         rows.append((name, *cells))
     return table(header, rows)
-
-
-def table_of_kernels(kernels: dict[str, dict[str, float]]) -> Table:
-    """``kernels``: milliseconds by kind, of each recipe."""
-    rows = [(kind, *(f"{times.get(kind, 0.0):.1f}" for times in kernels.values())) for kind in KINDS]
-    rows.append(("all", *(f"{sum(times.values()):.1f}" for times in kernels.values())))
-    return table(("ms of kernels in a step", *kernels), rows)

@@ -25,10 +25,11 @@ from condenser.data.synthetic import SyntheticStore
 from condenser.models.flops import TOKENS_AT_ONCE, Work, bf16_peak
 from condenser.models.losses import FUSED_AVAILABLE
 from condenser.models.objective import Objective
+from condenser.recipes import parser_beside_fit
 from condenser.reports.rehearsal import KINDS, Rehearsal, Setting, one_pass
 from condenser.reports.rows import steps_over
 from condenser.reports.tables import check_figures, table, write_figures
-from condenser.runs import length
+from condenser.runs import PRECISIONS, length
 from condenser.training.fit import DryCLI, run_cli
 from condenser.training.module import CondenserModule
 
@@ -60,14 +61,8 @@ def estimate(args: Sequence[str]) -> None:
 
 
 def own_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="condenser estimate",
-        description="What a run will cost: parameters, operations, memory, what fits on named GPUs, and hours.",
-        epilog="The settings of `condenser fit` come beside these (--config, -c, --model.*, --data.*, --trainer.*): "
-        "see `condenser fit --help`. Unknown ones are refused.",
-        allow_abbrev=False,
-        exit_on_error=False,
-    )
+    about = "What a run will cost: parameters, operations, memory, what fits on named GPUs, and hours."
+    parser = parser_beside_fit("condenser estimate", about)
     parser.add_argument("--mfu", type=float, default=0.4, help="share of a GPU's peak that is reached (default: 0.4)")
     parser.add_argument("--gpus", type=int, default=8, help="GPUs that share a step, beside one alone (default: 8)")
     parser.add_argument("--tokens", type=float, default=1e9, help="of an epoch, if there is no store (default: 1e9)")
@@ -78,12 +73,16 @@ def own_parser() -> argparse.ArgumentParser:
 def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any, options: Any) -> dict[str, Any]:
     """All figures. Raises ValueError for settings that `condenser fit` would refuse too."""
     on_gpu = trainer.accelerator != "cpu"
-    setting = Setting(precision_of(trainer), module.gradient_checkpointing, module.fused_loss, on_gpu)
+    precision = PRECISIONS.get(str(trainer.precision), trainer.precision)
+    if precision not in ("32-true", "bf16-mixed"):
+        raise ValueError(f"trainer.precision={precision} cannot be estimated; use 32-true or bf16-mixed")
+    setting = Setting(precision, module.gradient_checkpointing, module.fused_loss, on_gpu)
     datamodule.tokens_per_pass = datamodule.tokens_per_pass or (TOKENS_AT_ONCE if on_gpu else 1)
+    datamodule.num_workers = 0
     datamodule.provide_for(module.objective)
     data = data_of(datamodule, options.tokens)
-    rehearsal = Rehearsal(module, datamodule)
     steps, tokens = length_of_run(trainer, datamodule.batch_size, data)
+    rehearsal = Rehearsal(module, datamodule)
     per_token = flops_per_token(rehearsal, data.lengths)
     first_pass = lengths_of(data.steps, data.steps.parts(0)[0])
     return {
@@ -95,14 +94,6 @@ def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any
         "gpus": on_gpus(rehearsal, setting, data, per_token * tokens, options),
         "assumptions": list(assumptions(module, setting, options.mfu)),
     }
-
-
-def precision_of(trainer: Any) -> str:
-    given = str(trainer.precision or 32)
-    precision = {"32": "32-true", "bf16": "bf16-mixed"}.get(given, given)
-    if precision not in ("32-true", "bf16-mixed"):
-        raise ValueError(f"trainer.precision={given} cannot be estimated; use 32-true or bf16-mixed")
-    return precision
 
 
 def data_of(datamodule: CondenserDataModule, tokens: float) -> Data:

@@ -8,7 +8,7 @@ The SVGs name no font file, no address and no fixed ink: text and axes take the 
 import io
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,7 +83,7 @@ def draw_panels(runs: Sequence[Curves], x_label: str) -> list[tuple[str, str]]:
 
 
 def panels_for(logged: set[str]) -> list[Panel]:
-    layers = sorted((metric for metric in logged if metric.startswith(ENTROPY)), key=lambda m: int(name_of(m)))
+    layers = by_number(metric for metric in logged if metric.startswith(ENTROPY))
     panels = [*PANELS, Panel(ENTROPY_TITLE, "share of log n", tuple(layers))]
     others = sorted(logged - NOT_DRAWN - {metric for panel in panels for metric in panel.metrics})
     by_stem: defaultdict[str, list[str]] = defaultdict(list)
@@ -97,7 +97,7 @@ def panels_for(logged: set[str]) -> list[Panel]:
 
 @matplotlib.rc_context(STYLE)
 def draw(panel: Panel, runs: Sequence[Curves], x_label: str) -> str:
-    axes = new_axes(xlabel=x_label, ylabel=panel.unit, yscale="log" if panel.log else "linear")
+    axes = new_axes(xlabel=x_label, ylabel=plain(panel.unit), yscale="log" if panel.log else "linear")
     for curves, colour in zip(runs, run_colours(len(runs)), strict=True):
         for metric in panel.metrics:
             if metric in curves and metric != UNIGRAM:
@@ -114,7 +114,7 @@ def draw(panel: Panel, runs: Sequence[Curves], x_label: str) -> str:
 
 def plot(axes: Axes, panel: Panel, metric: str, x: np.ndarray, values: np.ndarray, colour: str) -> None:
     """Training: as logged and faint, in front the centred mean over 5 % of the curve."""
-    shown = np.isfinite(values)
+    shown = np.isfinite(values) & ((values > 0) | (not panel.log))
     x, values = x[shown], values[shown] * (100 if "%" in panel.unit else 1)
     width = len(x) // 20
     if metric.startswith(("train/", "perf/")) and metric != "train/lr" and width > 1:
@@ -135,13 +135,13 @@ def style_of(panel: Panel, metric: str) -> dict[str, Any]:
         number = panel.metrics.index(metric)
         layer = metric.startswith(ENTROPY)
         varied = {"alpha": (1 + number) / len(panel.metrics)} if layer else {"ls": DASHES[number % len(DASHES)]}
-        return {"marker": ".", "lw": 1.2, "label": name_of(metric), **varied}
+        name = re.split("[/_]", metric)[-1]  # of probe/cls_entropy_layer_3 3
+        return {"marker": ".", "lw": 1.2, "label": name, **varied}
     return {"lw": 1.5}
 
 
-def name_of(metric: str) -> str:
-    """probe/cls_entropy_layer_3 -> 3"""
-    return re.split("[/_]", metric)[-1]
+def by_number(metrics: Iterable[str]) -> list[str]:
+    return sorted(metrics, key=lambda metric: (len(metric), metric))  # layer_2 before layer_10
 
 
 def plot_unigram(axes: Axes, runs: Sequence[Curves]) -> None:
@@ -213,11 +213,17 @@ def new_axes(**options: Any) -> Axes:
 
 def name_lines(axes: Axes, colour: str | None = None) -> None:
     """A legend beside the panel for the lines that have a label, each once; in this ``colour`` or in their own."""
-    if named := dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True)):
+    handles, labels = axes.get_legend_handles_labels()
+    if named := dict(zip(map(plain, labels), handles, strict=True)):
         beside: Any = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "ncols": 1 + (len(named) > 12)}
         legend = axes.legend(named.values(), named, frameon=False, fontsize=7, reverse=colour is not None, **beside)
         for line in legend.get_lines():
             line.set_color(colour or line.get_color())
+
+
+def plain(text: str) -> str:
+    """Without what matplotlib takes for formulas."""
+    return text.replace("$", r"\$")
 
 
 def run_colours(n: int) -> list[str]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from condenser.reports.figures import CLS_READ, ENTROPY, UNIGRAM, name_of
+from condenser.reports.figures import CLS_READ, ENTROPY, UNIGRAM, by_number
 from condenser.runs import METRICS, Curves, in_order, parse_row, read_metrics
 
 STUDIES = {  # of configs/study, by the name that `report --reference` takes
@@ -37,8 +37,8 @@ PANELS = {title: unit for title, unit, *_ in COMPARED} | {SIBLINGS: "share", MEA
 def write_reference(path: Path, runs: Mapping[str, Path]) -> None:
     """Write the curves of run folders, given by label."""
     curves = {label: over_tokens(read_metrics(folder / METRICS), str(folder)) for label, folder in runs.items()}
-    layers = {metric for found in curves.values() for metric in found if metric.startswith(ENTROPY)}
-    metrics = [*KEPT, *sorted(layers, key=lambda metric: int(name_of(metric)))]
+    logged = set().union(*curves.values())
+    metrics = [*KEPT, *by_number(metric for metric in logged if metric.startswith(ENTROPY))]
     with open(path, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ["run", "tokens", *metrics], restval="", lineterminator="\n")
         writer.writeheader()

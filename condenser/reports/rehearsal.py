@@ -15,16 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AutoModelForMaskedLM, PreTrainedModel
+from transformers import AutoModelForMaskedLM
 
 from condenser.data.collate import StepBatch, collate
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.data.tokenizers import vocabulary_size
 from condenser.models import attention
-from condenser.models.backbones.base import build_masked_lm, config_of, prepare_layers, with_settings
+from condenser.models.backbones.base import build_masked_lm, config_of, longest_text, prepare_layers, with_settings
 from condenser.models.initial import fill_vocabulary
-from condenser.models.objective import COUNTS
+from condenser.models.objective import COUNTS, Objective
 from condenser.models.positions import with_positions
 from condenser.training.module import CondenserModule
 from condenser.training.optim import build_optimizer
@@ -52,12 +52,10 @@ class Rehearsal:
         has_store = all(folder.is_dir() for folder in datamodule.weights)
         defaults = {"vocab_size": vocabulary_size(datamodule.tokenizer)} if has_store else {}
         with self.fake:
-            lm = skeleton(module.backbone, module.backbone_config, **defaults)
-            if module.beginning["max_positions"] is not None:
-                lm = with_positions(lm, module.beginning["max_positions"])
-            fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
-            module.model = self.model = module.objective.from_masked_lm(lm, **module.options).train()
-            prepare_layers(lm, **module.layers)
+            module.model = self.model = untrained(module, **defaults)
+            prepare_layers(self.model.lm, **module.layers)
+            if has_store:
+                check_positions(self.model, datamodule.longest)
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             self.start: dict[str, Tensor] = {}
             if module.optimization.decay_to_start:
@@ -77,7 +75,13 @@ class Rehearsal:
             batch = StepBatch(self.fake.from_tensor(batch.buffer), batch.layout, batch.n_sequences)
             scale = torch.ones(len(COUNTS))
             step.attach()
-            self.make_states()
+            try:
+                self.optimizer.step()  # which makes its states
+            except DataDependentOutputException:
+                raise ValueError(
+                    f"{self.module.optimization.optimizer} reads values, so its memory cannot be counted without any; "
+                    "estimate with --model.optimizer.optimizer torch.optim.AdamW, which needs 8 bytes a weight"
+                ) from None
             tracker.track_external(self.model, self.optimizer, *self.start.values())
             with tracker, torch.autocast("cpu", torch.bfloat16, setting.precision == "bf16-mixed"):
                 step.take(batch, scale)
@@ -88,15 +92,6 @@ class Rehearsal:
             kinds[kind] += found.get(name, 0)
         return kinds
 
-    def make_states(self) -> None:
-        try:
-            self.optimizer.step()
-        except DataDependentOutputException:
-            raise ValueError(
-                f"{self.module.optimization.optimizer} reads values, so its memory cannot be counted without any; "
-                "estimate with --model.optimizer.optimizer torch.optim.AdamW, which needs 8 bytes a weight"
-            ) from None
-
 
 class Tracker(MemTracker):
     """Torch's own, but without its hooks on weights, which frozen ones refuse; gradients are known before the step."""
@@ -105,19 +100,31 @@ class Tracker(MemTracker):
         return super()._track_module_params_and_buffers(module, install_grad_hooks=False)
 
 
-def skeleton(backbone: str | None, settings: dict[str, Any], **defaults: Any) -> PreTrainedModel:
-    """As `build_masked_lm`, but weights are not loaded."""
-    if backbone is None:
-        return build_masked_lm(None, settings, **defaults)
-    try:
-        config = config_of(backbone)
-        config = with_settings(getattr(config, "backbone_config", config), settings)
-    except OSError as error:
-        raise ValueError(
-            f"model.backbone: no configuration of {backbone!r} is at hand ({str(error).splitlines()[0]}); "
-            "give a folder, or --model.backbone null for a BERT of base size that model.backbone_config changes"
-        ) from None
-    return AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+def untrained(module: CondenserModule, **defaults: Any) -> Objective:
+    """The model that a run would begin with, but weights are not loaded. Raises ValueError if there is none."""
+    if module.backbone is None:
+        lm = build_masked_lm(None, module.backbone_config, **defaults)
+    else:
+        try:
+            config = config_of(module.backbone)
+            config = with_settings(getattr(config, "backbone_config", config), module.backbone_config)
+        except OSError as error:
+            raise ValueError(
+                f"model.backbone: no configuration of {module.backbone!r} is at hand ({str(error).splitlines()[0]}); "
+                "give a folder, or --model.backbone null for a BERT of base size that model.backbone_config changes"
+            ) from None
+        lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if module.beginning["max_positions"] is not None:
+        lm = with_positions(lm, module.beginning["max_positions"])
+    fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
+    return module.objective.from_masked_lm(lm, **module.options).train()
+
+
+def check_positions(model: Objective, needed: int) -> None:
+    """Raises ValueError for a model that takes fewer tokens than the longest row has."""
+    positions = longest_text(model.lm.config)
+    if positions and positions < needed:
+        raise ValueError(f"the model takes texts of up to {positions} tokens; the rows need {needed}")
 
 
 def one_pass(lengths: np.ndarray, datamodule: CondenserDataModule) -> dict[str, Any]:

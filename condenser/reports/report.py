@@ -22,6 +22,7 @@ from jinja2 import Environment, FileSystemLoader
 from condenser.data.store import atomic_write
 from condenser.reports.figures import ENTROPY_TITLE, UNIGRAM, draw_entropies, draw_over, draw_panels, run_colours, short
 from condenser.reports.reference import PANELS, STUDIES, comparable, over_tokens, read_reference
+from condenser.reports.tables import check_figures
 from condenser.runs import (
     CONFIG,
     METRICS,
@@ -35,6 +36,7 @@ from condenser.runs import (
     version_of,
 )
 
+Panels = list[tuple[str, str]]  # title, SVG
 MAIN = ("seed_everything", "model", "data")  # settings of a run that is shown alone
 
 
@@ -45,7 +47,7 @@ class Run:
     config: dict[str, Any]  # dotted keys
     curves: Curves  # by step
     summary: dict[str, Any] | None  # dotted keys; None: unfinished
-    evaluation: dict[str, Any] | None
+    evaluation: dict[str, Any] | None  # as it is shown
 
     def last(self, metric: str) -> float:
         return float(self.curves[metric][1][-1])
@@ -77,13 +79,14 @@ def report(
     if known and not known.is_file():
         raise ValueError(f"--reference {reference} is neither a file nor one of {', '.join(STUDIES)}")
     loaded = load_runs(runs)
+    compared = comparison(loaded, known) if known else []
     curves = [over_tokens(run.curves, run.name) if x == "tokens" else run.curves for run in loaded]
+    check_figures(output, "--output")
     panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x])
-    html, target = page(loaded, panels, known), Path(output)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(target) as unfinished:
+    html = page(loaded, panels, known, compared)
+    with atomic_write(Path(output)) as unfinished:
         unfinished.write_text(html, encoding="utf-8")
-    print(f"wrote {target}")
+    print(f"wrote {output}")
 
 
 def load_runs(runs: Sequence[str]) -> list[Run]:
@@ -99,10 +102,12 @@ def load_run(folder: Path, name: str, colour: str) -> Run:
     for needed in (CONFIG, METRICS):
         if not (folder / needed).is_file():
             raise ValueError(f"{folder} has no {needed}: give run folders (runs/<name>) that `condenser fit` wrote")
-    summary, evaluation = (read_mapping(folder / file) for file in (SUMMARY, RESULTS))
-    rows = (evaluation or {}).get("rows", [])
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and "model" in row for row in rows):
-        raise ValueError(f"{folder / RESULTS} holds no rows of `condenser evaluate`: remove it, or evaluate again")
+    summary, results = (read_mapping(folder / file) for file in (SUMMARY, RESULTS))
+    try:
+        evaluation = shown_evaluation(results) if results else None
+    except (AttributeError, KeyError, TypeError) as error:
+        message = f"{folder / RESULTS} holds no rows of `condenser evaluate`: remove it, or evaluate again"
+        raise ValueError(message) from error
     return Run(
         name=name,
         colour=colour,
@@ -113,7 +118,7 @@ def load_run(folder: Path, name: str, colour: str) -> Run:
     )
 
 
-def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]], reference: Path | None) -> str:
+def page(runs: Sequence[Run], panels: Panels, reference: Path | None, compared: Panels) -> str:
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True)
     environment.filters["cell"] = cell
     columns = [{metric: run.last(metric) for metric in sorted(run.curves)} | (run.summary or {}) for run in runs]
@@ -125,10 +130,9 @@ def page(runs: Sequence[Run], panels: Sequence[tuple[str, str]], reference: Path
         glance=side_by_side([facts(run) for run in runs]),
         panels=panels,
         reference=reference,
-        compared=comparison(runs, reference) if reference else [],
+        compared=compared,
         numbers=side_by_side(columns),
         settings=settings(runs),
-        evaluations=[(run, evaluation(run.evaluation)) for run in runs if run.evaluation],
         entropy_title=ENTROPY_TITLE,
         note=ZERO_SHOT_NOTE,
     )
@@ -173,7 +177,7 @@ def side_by_side(columns: Sequence[Mapping[str, object]]) -> list[list[object]]:
     return [[key, *(column.get(key) for column in columns)] for key in keys]
 
 
-def comparison(runs: Sequence[Run], reference: Path) -> list[tuple[str, str]]:
+def comparison(runs: Sequence[Run], reference: Path) -> Panels:
     """(title, SVG) of the runs over those of a reference file, as far as both measured the same."""
     theirs = {label: comparable(curves) for label, curves in read_reference(reference).items()}
     ours = [comparable(over_tokens(run.curves, run.name)) for run in runs]
@@ -181,10 +185,11 @@ def comparison(runs: Sequence[Run], reference: Path) -> list[tuple[str, str]]:
     return [(title, draw_over(title, unit, theirs, ours)) for title, unit in shown.items()]
 
 
-def evaluation(found: dict[str, Any]) -> dict[str, Any]:
+def shown_evaluation(found: dict[str, Any]) -> dict[str, Any]:
     """What `condenser evaluate` found: attention as SVG, tables (the header first) by task, settings, an example."""
     by_task: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in [*found.get("rows", []), *(found.get("mteb") or [])]:
+    rows = [row | {"model": row["model"]} for row in found.get("rows", [])]  # all of them have one
+    for row in [*rows, *(found.get("mteb") or [])]:
         by_task[row.get("task", "retrieval")].append(row)
     attention = by_task.pop("attention", [])
     tables = []

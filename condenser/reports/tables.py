@@ -34,11 +34,11 @@ def table(
     return shown
 
 
-def check_figures(json: str | None) -> None:
-    """Raises ValueError or OSError before all is measured, not after, where `write_figures` could not write."""
+def check_figures(json: str | None, option: str = "--json") -> None:
+    """Raises ValueError or OSError before all is measured, not after, where a file could not be written."""
     if json:
         if Path(json).is_dir():
-            raise ValueError(f"--json {json} is a folder: give a file")
+            raise ValueError(f"{option} {json} is a folder: give a file")
         Path(json).parent.mkdir(parents=True, exist_ok=True)
         TemporaryFile(dir=Path(json).parent).close()
 

@@ -25,7 +25,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 
 from condenser.cluster import signals
 from condenser.data.datamodule import CondenserDataModule
-from condenser.recipes import HELP, ConfigFile, Parser, recipes, with_files
+from condenser.recipes import HELP, ConfigFile, Parser, recipes
 from condenser.runs import SUMMARY, step_of
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles
@@ -253,7 +253,7 @@ def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, he
     return cli(
         CondenserModule,
         CondenserDataModule,
-        args=[subcommand, *with_files(args)],
+        args=[subcommand, *args],
         held=held or ExitStack(),
         subclass_mode_model=True,
         seed_everything_default=0,
