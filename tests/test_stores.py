@@ -153,8 +153,9 @@ def test_a_store_that_lost_a_file_is_not_added_to_before_it_is_repaired(files, s
     out = tmp_path / "out"
     assert prepare(files[0], store / "tokenizer", out) == 0
     before = contents(out)
-    for lost in ("units/00000-00001.json", "train/data-00000-00001.arrow"):
-        (out / lost).unlink()
+    of_a_unit = "units/00000-00001.json", "units/00000-00001.npy", "train/data-00000-00001.arrow"
+    for lost in (*of_a_unit, "token_counts.npy", "validation/state.json", "tokenizer"):
+        shutil.rmtree(out / lost) if lost == "tokenizer" else (out / lost).unlink()
         error = refused(capsys, files[1], store / "tokenizer", out, "--append")
         assert f"{lost} is missing or damaged: first repair" in error
         assert prepare(files[0], store / "tokenizer", out) == 0
@@ -227,6 +228,24 @@ def test_a_tokenizer_that_has_changed_is_refused(files, store, small_units, tmp_
     shutil.copy(path, tmp_path / "out" / "tokenizer")
     with pytest.raises(ValueError, match="it has changed"):
         CondenserDataModule(str(tmp_path / "out")).tokenizer  # noqa: B018
+
+
+def test_no_other_tokenizer_is_trained_for_a_store_that_has_lost_its_own(files, tmp_path, capsys):
+    """Its rows would be of the old one, and the manifest would say that they are of the new one."""
+    out = tmp_path / "out"
+    for source in files:
+        assert prepare(source, "train:200", out, "--append") == 0
+    shutil.copytree(out / "tokenizer", tmp_path / "tokenizer")
+    shutil.rmtree(out / "tokenizer")
+    before = contents(out)
+    more = write_jsonl(tmp_path / "more.jsonl", make_documents(20, seed=4))
+    assert "tokenizer is missing" in refused(capsys, more, "train:200", out, "--append")
+    assert "has changed since" in refused(capsys, files, "train:200", out)  # it was trained on the first file
+    (tmp_path / "out/unfinished.json").unlink(missing_ok=True)
+    assert contents(out) == before
+    path = Path(shutil.copytree(tmp_path / "tokenizer", out / "tokenizer"), "tokenizer_config.json")
+    path.write_text(path.read_text().replace('"do_lower_case": true', '"do_lower_case": false'))
+    assert "has changed since" in refused(capsys, more, "train:200", out, "--append")
 
 
 # --- damage

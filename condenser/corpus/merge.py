@@ -9,7 +9,7 @@ import numpy as np
 from condenser.corpus.readers import place
 from condenser.corpus.repeats import ID, TEXT, repeated
 from condenser.corpus.shards import dataset_files
-from condenser.corpus.work import BAD_NAMED, UNFINISHED, at_work, keys_path, outcome_path
+from condenser.corpus.work import BAD_NAMED, UNFINISHED, at_work, keys_path, read_outcome
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -56,7 +56,7 @@ def put_together(folder: Path) -> None:
     first = state["first_source"]
     added = [name for name in shared_units(folder) if place(name) >= (first,)]
     names = sorted([*earlier_units(folder, first), *added], key=place)
-    outcomes = [read_json(outcome_path(folder, name)) for name in names]
+    outcomes = [read_outcome(folder, name) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
     splits = {split: totals([outcome[split] for outcome in outcomes]) for split in SPLITS}
     counts = {name: sum(outcome["counts"][name] for outcome in outcomes) for name in outcomes[0]["counts"]}

@@ -43,6 +43,7 @@ from condenser.corpus.work import (
     do_share,
     do_shares_on_ray,
     find_repeats,
+    keys_path,
     outcome_path,
     progress,
 )
@@ -202,7 +203,7 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
     first_source = state.get("first_source", len(existing["sources"]) if append else 0)
     done = existing["sources"][:first_source]
     sources = [*done, *(each for each in settings["sources"] if not append or each not in done)]
-    wanted = {"first_source": first_source, "settings": existing | {"sources": sources}}
+    wanted = {"first_source": first_source, "settings": settings | existing | {"sources": sources}}
     added_anew = append and (finished or (alone and first_source > 0))
     changed = [] if sources == existing["sources"] or added_anew else ["input"]
     changed += sorted(
@@ -245,8 +246,9 @@ def existing_state(folder: Path) -> dict[str, Any] | None:
 
 
 def lost_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    outcomes = [outcome_path(folder, unit) for unit in manifest["units"]]
-    return missing_files(folder, manifest["splits"]) + [path for path in outcomes if not path.is_file()]
+    others = [path(folder, unit) for unit in manifest["units"] for path in (outcome_path, keys_path)]
+    others += [folder / "tokenizer", folder / "token_counts.npy", *(folder / split / "state.json" for split in SPLITS)]
+    return missing_files(folder, manifest["splits"]) + [path for path in others if not path.exists()]
 
 
 @contextmanager

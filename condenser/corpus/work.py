@@ -249,11 +249,15 @@ def load_encoder(job: Job) -> Encoder:
 
 
 def is_done(folder: Path, unit: str) -> bool:
-    """Whether a unit has its outcome, and its shards are still there."""
-    if not outcome_path(folder, unit).is_file():
+    """Whether a unit has its outcome, and its shards and keys are still there."""
+    if not (outcome_path(folder, unit).is_file() and keys_path(folder, unit).is_file()):
         return False
-    outcome = read_json(outcome_path(folder, unit))
+    outcome = read_outcome(folder, unit)
     return not missing_files(folder, {split: outcome[split] for split in SPLITS})
+
+
+def read_outcome(folder: Path, unit: str) -> dict[str, Any]:
+    return read_json(outcome_path(folder, unit), "counts", "bad", *SPLITS)
 
 
 def at_work(folder: Path, shared: bool = False) -> AbstractContextManager[None]:
