@@ -169,17 +169,20 @@ def suffix_of(path: str | Path) -> str:
 
 def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
     """The columns that are needed of each record, and how far the source was read in bytes."""
-    if source.kind == "parquet":
-        yield from parquet_records(source)
-        return
-    dataset = saved_dataset(source) if source.kind == "folder" else hub_dataset(source)
-    dataset = dataset.with_format(None)  # which it may have been saved with
-    needed = needed_columns(source, list(dataset.features or next(iter(dataset))))
-    for record in dataset.select_columns(needed):
-        yield record, 0
+    try:
+        if source.kind == "parquet":
+            yield from parquet_records(source)
+            return
+        for dataset in saved_splits(source) if source.kind == "folder" else [hub_dataset(source)]:
+            dataset = dataset.with_format(None)  # which it may have been saved with
+            needed = needed_columns(source, list(dataset.features or next(iter(dataset), ())))
+            for record in dataset.select_columns(needed):
+                yield record, 0
+    except (pa.ArrowException, OSError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"{source.name} is damaged, or holds what cannot be read: {error}") from None
 
 
-def saved_dataset(source: Source) -> Any:
+def saved_splits(source: Source) -> list[Any]:
     import datasets
 
     check_dataset(Path(source.name))
@@ -196,7 +199,7 @@ def saved_dataset(source: Source) -> Any:
         )
     if twice := [split for split in wanted if wanted.count(split) > 1]:
         raise ValueError(f"--split {source.split} names {twice[0]!r} twice")
-    return datasets.concatenate_datasets([splits[split] for split in wanted])
+    return [splits[split] for split in wanted]
 
 
 def hub_dataset(source: Source) -> Any:
@@ -226,15 +229,12 @@ def parquet_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
     import pyarrow.parquet as pq
 
     with open(source.name, "rb") as file:
-        try:
-            table = pq.ParquetFile(file)
-            needed = needed_columns(source, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=256, columns=needed):
-                as_bytes = batch.cast(pa.schema([(each.name, bytes_type(each.type)) for each in batch.schema]))
-                for record in as_bytes.to_pylist():
-                    yield record, file.tell()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{source.name} is not a parquet file, or damaged: {error}") from None
+        table = pq.ParquetFile(file)
+        needed = needed_columns(source, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=256, columns=needed):
+            as_bytes = batch.cast(pa.schema([(each.name, bytes_type(each.type)) for each in batch.schema]))
+            for record in as_bytes.to_pylist():
+                yield record, file.tell()
 
 
 def bytes_type(kind: pa.DataType) -> pa.DataType:
