@@ -127,6 +127,13 @@ def test_a_segmenter_that_changes_texts_is_refused_before_any_work(change, own_m
         Blocks(word_segmenter="cutter:cut")
 
 
+@pytest.mark.parametrize(("code", "error"), [("1 / 0", "ZeroDivisionError"), ("def cut(", "was never closed")])
+def test_a_segmenter_that_fails_is_said_in_one_line(code, error, own_modules):
+    (own_modules / "cutter.py").write_text(code)
+    with pytest.raises(ValueError, match=rf"--word-segmenter cutter:cut: .*({error}|division by zero)"):
+        Blocks(word_segmenter="cutter:cut")
+
+
 def test_a_segmenter_that_changes_a_text_later_is_said_with_its_place(own_modules, store, small_units, capsys):
     (own_modules / "cutter.py").write_text("def cut(text):\n    return text.replace('odd', 'even').split()\n")
     source = write_jsonl(own_modules / "a.jsonl", [*make_documents(60), "What an odd text."])
@@ -251,6 +258,13 @@ def test_words_of_a_tokenizer_that_keeps_spaces_are_those_between_spaces(normali
     text = "Attending heads. Ranking masks."
     assert {*tokenizer.encode(text, add_special_tokens=False).word_ids} == {0}
     assert words_of(text, Encoder(tokenizer)) == text.split()
+
+
+def test_words_of_a_wordpiece_tokenizer_without_a_prefix_of_continuing_pieces_are_those_of_the_text(bert):
+    words = {piece: number for piece, number in bert.get_vocab().items() if not piece.startswith("##")}
+    tokenizer = Tokenizer.from_str(bert.to_str())
+    tokenizer.model = models.WordPiece(words, unk_token="[UNK]", continuing_subword_prefix="")
+    assert words_of("Attending heads.", Encoder(tokenizer)) == ["attending", "heads", "."]
 
 
 @pytest.mark.parametrize("text", ["The caf\u00e9 cat sat on the mat. ", "\u00e9 ", "\u65e5\u672c ", " \u00e9  \n "])

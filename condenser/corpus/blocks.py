@@ -51,6 +51,8 @@ class Blocks:
             raise ValueError(f"--max-length {self.max_length} must lie between 8 and 65535")
         if not 1 <= self.min_length <= self.room:
             raise ValueError(f"--min-length {self.min_length} must lie between 1 and {self.room}")
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise ValueError(f"--seed {self.seed} must be a number of 64 bits")
         for name in ("short_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 0 and below 1")

@@ -128,6 +128,7 @@ def is_bert(tokenizer: Any) -> bool:
 
     return (
         isinstance(tokenizer.model, models.WordPiece)
+        and bool(tokenizer.model.continuing_subword_prefix)  # else no token says whether it begins a word
         and isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
         and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
     )
