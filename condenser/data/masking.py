@@ -24,25 +24,6 @@ SPAN_LENGTHS = np.cumsum(0.8 ** np.arange(10)) / np.sum(0.8 ** np.arange(10))
 Unit = Literal["word", "token", "span"]
 
 
-def mask_tokens(
-    input_ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, **options
-) -> tuple[np.ndarray, np.ndarray]:
-    """`mask_flat` for rows ``[B, L]``, left-aligned, of which what comes after ``lengths`` ``[B]`` is never masked.
-
-    Returns:
-        inputs and labels, int64 ``[B, L]``; labels are the original ids where a token is to be predicted, else -100.
-    """
-    real = np.arange(input_ids.shape[1]) < lengths[:, None]
-    tokens = input_ids[real]
-    changed, masked = mask_flat(tokens, word_starts[real].astype(bool), lengths, **options)
-    inputs, labels = input_ids.astype(np.int64), np.full(input_ids.shape, IGNORED, np.int64)
-    inputs[real] = changed
-    flat_labels = np.full(len(tokens), IGNORED, np.int64)
-    flat_labels[masked] = tokens[masked]
-    labels[real] = flat_labels
-    return inputs, labels
-
-
 def mask_flat(
     tokens: np.ndarray,
     word_starts: np.ndarray,
