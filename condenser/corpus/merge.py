@@ -90,9 +90,13 @@ def put_together(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """What a store needed while it was in the making, and what those who were killed have left."""
-    for path in [*folder.glob("units/share-*.json"), *folder.glob("units/*.repeats.npy"), *partial_files(folder)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    needed = [*folder.glob("units/share-*.json"), *folder.glob("units/*.repeats.npy")]
+    remove([*needed, *partial_files(folder), folder / UNFINISHED])
+
+
+def remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def partial_files(folder: Path) -> list[Path]:
@@ -126,12 +130,9 @@ def shared_units(folder: Path) -> list[str]:
 def totals(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """A split, of what each unit gave to it."""
     shards = [shard for part in parts for shard in part["shards"]]
-    return {
-        "documents": sum(part["documents"] for part in parts),
-        "rows": sum(shard["rows"] for shard in shards),
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "shards": shards,
-    }
+    n_documents = sum(part["documents"] for part in parts)
+    rows, tokens = (sum(shard[what] for shard in shards) for what in ("rows", "tokens"))
+    return {"documents": n_documents, "rows": rows, "tokens": tokens, "shards": shards}
 
 
 def token_counts(folder: Path, shards: list[dict[str, Any]], n_ids: int) -> np.ndarray:
