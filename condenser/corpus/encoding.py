@@ -28,12 +28,7 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes texts with a tokenizer of the tokenizers library.
-
-    Args:
-        language: of the sentence splitter, as an ISO 639-1 code.
-        segment: a word segmenter, whose words count instead of the tokenizer's.
-    """
+    """Encodes texts with a tokenizer of the tokenizers library. The words of a segmenter count instead of its own."""
 
     def __init__(self, tokenizer: Any, language: str = "en", segment: Segmenter | None = None):
         self.tokenizer, self.special_tokens = without_special_tokens(tokenizer)

@@ -32,12 +32,8 @@ LeftOut = tuple[str, str]  # a path, and why it is not read
 
 
 def resolve(inputs: list[str], split: str = "train", **columns: Any) -> tuple[list[Source], list[LeftOut]]:
-    """Names -> sources in order, and what is left out. ``columns``: see `Source`.
-
-    Raises:
-        ValueError: no name, a path that is not there, a file that is empty or of no known format, one that is given
-            twice, a folder without any, or a split where there are no datasets.
-    """
+    """Names -> sources in order, and what is left out. ``columns``: see `Source`. Raises ValueError for no name, a path
+    that is not there, is empty, of no known format or given twice, a folder without any, or a split of no dataset."""
     if not inputs or not all(inputs):
         raise ValueError("--input names nothing: give files, folders, patterns or datasets")
     sources: list[Source] = []
@@ -69,7 +65,9 @@ def sources_of(name: str) -> tuple[list[Source], list[LeftOut]]:
     else:
         paths = sorted(glob.glob(name, recursive=True), key=lambda path: (path.count(os.sep), path))  # round no loop
     if not paths:
-        return [hub_source(name)], []
+        if glob.has_magic(name) or is_path(name) or suffix_of(name) in (*READERS, *COMPRESSED):
+            raise ValueError(f"no such file: {name}")
+        return [Source(name, "hub")], []
     seen: set[str] = set()
     found: dict[str, str] = {}  # by real path, as links and patterns may give the same several times
     for path in paths:
@@ -176,12 +174,6 @@ def file_source(path: str) -> Source:
     if path != printable(path):
         raise ValueError(f"{printable(path)} has {NO_UTF8}: rename it")
     return Source(path, kind)
-
-
-def hub_source(name: str) -> Source:
-    if glob.has_magic(name) or is_path(name) or suffix_of(name) in (*READERS, *COMPRESSED):
-        raise ValueError(f"no such file: {name}")
-    return Source(name, "hub")
 
 
 def texts_of(names: list[str]) -> Iterator[str]:

@@ -97,11 +97,8 @@ def place(name: str) -> tuple[int, ...]:
 
 
 def units(source: Source, size: int) -> Iterator[Unit]:
-    """A source's units of about ``size`` bytes (or characters of a table's text), in order.
-
-    Raises:
-        ValueError: a file that cannot be read to its end, a missing column, or a file where no record ends.
-    """
+    """A source's units of about ``size`` bytes (or characters of a table's text), in order. Raises ValueError for what
+    cannot be read to its end, a missing column, or a file where no record ends."""
     parts = parts_of_file(source, size) if source.kind in ("jsonl", "text") else parts_of_table(source, size)
     first = 1
     for number, (payload, position) in enumerate(parts):

@@ -16,14 +16,8 @@ SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def store_tokenizer(folder: Path, spec: str, texts: Callable[[], Iterator[str]]) -> None:
-    """Give a store its tokenizer, and see that it is still the same when the store grows, goes on or is repaired.
-
-    Args:
-        spec: a folder, a hub name, or ``train:SIZE`` (lower-casing WordPiece trained on ``texts()``).
-
-    Raises:
-        ValueError: none there, one without [MASK] or [CLS], a bad size, or one that has changed.
-    """
+    """Give a store its tokenizer, ``spec`` as in `prepare`, and see that it is the same when it goes on, grows or is
+    repaired. Raises ValueError for none there, one without [MASK] or [CLS], a bad size, or another."""
     from condenser.data.collate import Vocabulary
 
     place = folder / "tokenizer"

@@ -29,13 +29,8 @@ def unspaced(text: str) -> np.ndarray:
 
 
 def word_starts(text: str, words: np.ndarray, offsets: np.ndarray, segment: Segmenter | None) -> np.ndarray:
-    """True at each token that begins a word.
-
-    Args:
-        words: ``[n]`` the number of each token's word, by the tokenizer.
-        offsets: ``[n, 2]`` where each token begins and ends in the text, in characters.
-        segment: a word segmenter, whose words count instead of the tokenizer's.
-    """
+    """True at each token that begins a word, by the number ``[n]`` of each token's word to the tokenizer (or to a word
+    segmenter) and ``[n, 2]`` where it begins and ends in the text, in characters."""
     if segment is not None:
         words = np.searchsorted(words_of(segment, text), offsets[:, 0], side="right")
     starts = np.ones(len(words), bool)

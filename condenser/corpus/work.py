@@ -69,11 +69,8 @@ class Share:
 
 
 def do_share(job: Job, share: Share, workers: int) -> None:
-    """Do the units that have no outcome yet, and note down which units make up the share.
-
-    Raises:
-        ValueError: unreadable input, or a process that was killed.
-    """
+    """Do the units that have no outcome yet, and note down which units make up the share. Raises ValueError for
+    unreadable input, or a process that was killed."""
     for name in ("units", *SPLITS):
         (job.folder / name).mkdir(parents=True, exist_ok=True)
     names = each_unit(partial(do_unit, job), share, partial(is_done, job.folder), workers, "preparing")
@@ -81,13 +78,8 @@ def do_share(job: Job, share: Share, workers: int) -> None:
 
 
 def do_shares_on_ray(job: Job, everything: Share, count: int | None = None) -> None:
-    """Do ``count`` shares, each in one task of the cluster that Ray is connected to; by default as many as it has CPUs.
-
-    The input and the store must be reachable under the same path on every node.
-
-    Raises:
-        ValueError: Ray is not installed, or a share that failed.
-    """
+    """Do ``count`` shares, by default one for each CPU, in tasks of the cluster that Ray is connected to. The input and
+    the store must be reachable under the same path on every node."""
     try:
         import ray
     except ImportError:
@@ -109,10 +101,8 @@ def do_shares_on_ray(job: Job, everything: Share, count: int | None = None) -> N
 
 
 def find_repeats(job: Job, everything: Share, earlier: list[str], workers: int) -> None:
-    """Note down for each unit which of its documents repeat one before, in the units ``earlier`` too.
-
-    Every machine that does a share does this for all of them: to read and hash takes a small part of the time.
-    """
+    """Note down for each unit which of its documents repeat one before, in the units ``earlier`` too. Every machine
+    that does a share does this for all of them: to read and hash takes a small part of the time."""
     (job.folder / "units").mkdir(exist_ok=True)
 
     def has_keys(name: str) -> bool:

@@ -28,18 +28,9 @@ WINDOW = 8  # steps whose samples are shared out over them together; more makes 
 
 
 class BucketedBatches:
-    """The batches of all epochs over samples of these ``lengths``.
-
-    Args:
-        lengths: ``[n]`` length of each sample, in tokens; or what knows them by epoch, with several sequences a sample.
-        batch_size: sequences per optimizer step over all devices, on average.
-        micro_batches_per_step: micro-batches of a step over all devices.
-        seed: seed of the order.
-        added: tokens that each sequence gets when it is fed (special tokens).
-
-    Raises:
-        ValueError: fewer sequences, or a smaller ``batch_size``, than there are micro-batches in a step.
-    """
+    """The batches of all epochs over samples of these ``lengths``, ``[n]`` in tokens (to which ``added`` come when they
+    are fed), or over what knows them by epoch, with several sequences a sample. A step has ``batch_size`` sequences on
+    average, over all devices. Raises ValueError for fewer of them than micro-batches."""
 
     def __init__(
         self,

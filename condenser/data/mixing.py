@@ -34,17 +34,8 @@ class Samples(NamedTuple):
 
 
 class Mixture:
-    """The samples of all epochs over some stores.
-
-    Args:
-        stores: made with the same tokenizer.
-        weights: passes over each store in an epoch; 1 for each by default.
-        seed: seed of the order of the passes.
-        sizes: samples in each store; its rows by default.
-
-    Raises:
-        ValueError: a negative weight.
-    """
+    """The samples of all epochs over some stores of one tokenizer, of ``sizes`` samples each, by default its rows. The
+    ``weights``, 1 by default, are the passes over each in an epoch; ValueError if one is negative."""
 
     each = 1  # sequences of a sample
 
