@@ -215,14 +215,18 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_bytes(many, tmp_path
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
 
 
-def test_workers_end_when_the_one_who_started_them_is_killed_and_the_command_goes_on(many, tmp_path):
+@pytest.mark.parametrize("killed", ["the one who started the workers", "a worker"])
+def test_after_a_process_is_killed_no_other_stays_and_the_command_goes_on(killed, many, tmp_path):
     out = tmp_path / "out"
-    process = in_a_process(many("out"))
+    process = in_a_process(many("out"), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: list(out.glob("units/*.json")))
     children = psutil.Process(process.pid).children(recursive=True)
-    assert len(children) >= 2
-    process.kill()
-    process.wait()
+    workers = [child for child in children if "resource_tracker" not in " ".join(child.cmdline())]
+    assert len(workers) >= 2
+    (random.Random(0).choice(workers) if killed == "a worker" else process).kill()
+    _, errors = process.communicate(timeout=60)
+    assert ("a worker process was killed" in errors) is (killed == "a worker")
+    assert "Traceback" not in errors
     _, alive = psutil.wait_procs(children, timeout=20)
     assert not alive
     with pytest.raises(ValueError, match="unfinished"):
@@ -230,18 +234,7 @@ def test_workers_end_when_the_one_who_started_them_is_killed_and_the_command_goe
     kept = {path: path.stat().st_mtime_ns for path in out.glob("units/*.json")}
     assert main([*many("out"), "--workers", "1"]) == 0
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
-
-
-def test_a_worker_that_is_killed_is_one_clear_error_and_the_command_goes_on(many, tmp_path):
-    process = in_a_process(many("out"), stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: list((tmp_path / "out").glob("units/*.json")))
-    workers = [c for c in psutil.Process(process.pid).children() if "resource_tracker" not in " ".join(c.cmdline())]
-    random.Random(0).choice(workers).kill()
-    _, errors = process.communicate(timeout=60)
-    assert "a worker process was killed" in errors
-    assert "Traceback" not in errors
-    assert main([*many("out"), "--workers", "1"]) == 0
-    assert read_manifest(tmp_path / "out")["counts"]["kept"] == 2000
+    assert read_manifest(out)["counts"]["kept"] == 2000
 
 
 def wait_for(condition):

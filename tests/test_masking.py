@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from condenser.data.collate import Masking
 from condenser.data.hashing import hash_ints, permuted, uniform
 from condenser.data.masking import IGNORED, choose_words, mask_flat, span_of_word
 
@@ -107,6 +108,11 @@ def test_random_replacements_are_spread_over_the_ordinary_tokens_only():
     assert counts[:5].sum() == 0
     expected = len(drawn) / 20
     assert (abs(counts[5:] - expected) < 4.5 * np.sqrt(expected)).all()
+
+
+def test_a_unit_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="mask_unit=words must be one of word, token, span"):
+        Masking(0, unit="words")
 
 
 def test_span_lengths_are_spanberts_geometric_ones_cut_at_ten():

@@ -429,6 +429,12 @@ def test_stores_are_mixed_by_name_or_folder_and_their_shares_are_kept_in_the_che
     assert main(["export", "runs/mixed", "--output", "exported"]) == 0
 
 
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), 1e12])
+def test_a_weight_that_is_no_number_of_passes_is_refused(weight, two_stores):
+    with pytest.raises(ValueError, match="weights of stores must be numbers from 0 to 1,000,000"):
+        Mixture([TokenStore(two_stores[0], "train")], [weight], seed=1)
+
+
 def test_stores_of_different_tokenizers_do_not_mix(store, files, tmp_path):
     assert prepare(files[0], "train:150", tmp_path / "other") == 0
     with pytest.raises(ValueError, match="different tokenizers"):

@@ -25,7 +25,6 @@ ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "copying") 
 OF_DATASETS = {"dataset_dict.json": b'"splits"', "state.json": b'"_data_files"', "dataset_info.json": b""}
 FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
 OURS = {"a run folder": ("config.yaml", "metrics.csv"), "an export": ("config.json", "condenser.json")}  # what is there
-
 NO_UTF8 = "a name that is not UTF-8"
 
 LeftOut = tuple[str, str]  # a path, and why it is not read

@@ -110,9 +110,7 @@ class CondenserDataModule(L.LightningDataModule):
         made_with = read_manifest(folder)["tokenizer"]["hash"]
         tokenizer = load_tokenizer(folder / "tokenizer")
         if tokenizer_hash(tokenizer) != made_with:
-            raise ValueError(
-                f"{folder / 'tokenizer'} is not the tokenizer that the store was made with: it has changed"
-            )
+            raise ValueError(f"{folder / 'tokenizer'} is not the one that the store was made with: it has changed")
         return tokenizer
 
     @cached_property
