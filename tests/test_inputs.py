@@ -256,6 +256,23 @@ def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
     assert "none of the inputs is a dataset" in error
 
 
+def test_a_dataset_is_the_same_where_it_was_copied_to_or_looked_at(splits, store, tmp_path, capsys):
+    """`datasets` leaves files of its own beside it, and folders have other sizes on other disks."""
+    saved, _ = splits
+    arguments = saved, store / "tokenizer", tmp_path / "out", "--split", "a"
+    assert prepare(*arguments) == 0
+    datasets.load_from_disk(saved)["a"].filter(lambda record: len(record["text"]) > 9)
+    assert list(saved.glob("a/cache-*"))
+    saved.rename(tmp_path / "elsewhere")
+    shutil.copytree(tmp_path / "elsewhere", saved)
+    for number in range(500):
+        (saved / "a" / f".{number}{'x' * 200}").touch()  # the folder grows
+    for options in ([], ["--append"]):
+        capsys.readouterr()
+        assert prepare(*arguments, *options) == 0
+        assert "nothing to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("other", "message"),
     [

@@ -58,9 +58,11 @@ class Source:
         hash of what its folder says of its files."""
         digest = hashlib.blake2b(digest_size=8)
         if self.is_dataset:
-            for path in sorted(Path(self.name).rglob("[!.]*")) if self.kind == "folder" else ():
+            files = Path(self.name).rglob("[!.]*") if self.kind == "folder" else ()
+            for path in sorted(file for file in files if not file.match("cache-*")):  # which `datasets` leaves there
                 about = path.read_bytes() if path.suffix == ".json" else b""
-                digest.update(f"{path.relative_to(self.name)} {path.stat().st_size}".encode() + about)
+                size = 4096 if path.is_dir() else path.stat().st_size  # of a folder each file system has its own
+                digest.update(f"{path.relative_to(self.name)} {size}".encode() + about)
             name = Path(self.name).resolve().name if self.kind == "folder" else self.name
             return {"name": name, "split": self.split, "hash": digest.hexdigest()}
         with open(self.name, "rb") as file:
