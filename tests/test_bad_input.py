@@ -120,7 +120,7 @@ def test_a_damaged_table_is_named(store, tmp_path, capsys):
     content = bytearray(path.read_bytes())
     content[2000:4000] = os.urandom(2000)
     path.write_bytes(content)
-    assert f"{path} is damaged, or holds what" in refused(capsys, path, store / "tokenizer", tmp_path / "out")
+    assert f"{path} cannot be read to its end" in refused(capsys, path, store / "tokenizer", tmp_path / "out")
 
 
 def test_titles_are_put_before_the_text_and_the_manifest_says_so(store, tmp_path, capsys):

@@ -263,8 +263,6 @@ def test_a_dataset_is_the_same_where_it_was_copied_to_or_looked_at(splits, store
     assert prepare(*arguments) == 0
     datasets.load_from_disk(saved)["a"].filter(lambda record: len(record["text"]) > 9)
     assert list(saved.glob("a/cache-*"))
-    saved.rename(tmp_path / "elsewhere")
-    shutil.copytree(tmp_path / "elsewhere", saved)
     for number in range(500):
         (saved / "a" / f".{number}{'x' * 200}").touch()  # the folder grows
     for options in ([], ["--append"]):
@@ -276,7 +274,7 @@ def test_a_dataset_is_the_same_where_it_was_copied_to_or_looked_at(splits, store
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"text": pa.array([b"caf\xe9"]).view(pa.string())}, "saved is damaged, or holds what cannot be read"),
+        ({"text": pa.array([b"caf\xe9"]).view(pa.string())}, "saved cannot be read to its end"),
         ({"text": [3]}, "saved, row 2: 'text' is not a text but int"),
         ({"body": ["Text."]}, "saved: no column 'text'; there are 'body'"),
     ],

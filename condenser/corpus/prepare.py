@@ -249,15 +249,15 @@ def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[
     unless other machines may be at work there. Whatever else is in the folder stays, and all of a store that is
     repaired."""
     write_json(folder / UNFINISHED, state)
-    finished = (folder / MANIFEST).is_file()  # once
+    first = state["first_source"]
+    repairs = first == 0 and (folder / MANIFEST).is_file()
     try:
         yield
     except BaseException as error:
-        first = state["first_source"]
         begun = any(folder.glob(f"units/{first:05d}-*.json"))
-        if alone and (isinstance(error, EmptyStoreError) or not begun):
-            remove([*(files_of_units(folder, first) if first or not finished else ()), folder / UNFINISHED])
-            if not (first or finished):
+        if alone and (isinstance(error, EmptyStoreError) or repairs or not begun):
+            remove([*(() if repairs else files_of_units(folder, first)), folder / UNFINISHED])
+            if not (first or repairs):
                 remove([folder / name for name in ("units", "tokenizer", *SPLITS)])
         raise
 

@@ -167,7 +167,7 @@ def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
             for record in dataset.select_columns(needed):
                 yield record, 0
     except (pa.ArrowException, OSError, OverflowError, UnicodeError) as error:
-        raise ValueError(f"{source.name} is damaged, or holds what cannot be read: {error}") from None
+        raise ValueError(f"{source.name} cannot be read to its end: {error}") from None
 
 
 def saved_splits(source: Source) -> list[Any]:
