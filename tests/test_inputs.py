@@ -462,7 +462,7 @@ def test_one_process_makes_a_store_or_several_shares_of_it(store, corpus, tmp_pa
     assert not (out / ".lock").exists()
 
 
-def test_temporary_files_of_others_stay(store, corpus, tmp_path, capsys):
+def test_what_others_have_in_a_folder_stays_and_their_folders_are_refused(store, corpus, tmp_path, capsys):
     out = tmp_path / "train"  # which is also the name of a split
     (out / ".git").mkdir(parents=True)
     (out / ".git/z.partial").touch()
@@ -473,9 +473,9 @@ def test_temporary_files_of_others_stay(store, corpus, tmp_path, capsys):
     assert not ours.exists()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "video.partial").touch()
+    (other / "video.partial").write_text("precious")
     assert "holds no token store" in refused(capsys, corpus, store / "tokenizer", other)
-    assert [path.name for path in other.iterdir()] == ["video.partial"]
+    assert contents(other) == {"video.partial": b"precious"}
 
 
 def with_words(folder, words):

@@ -190,12 +190,6 @@ def test_unreadable_input_is_named_and_nothing_is_written(name, content, message
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_with_something_else_in_it_is_refused_untouched(corpus, store, tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("precious")
-    assert "holds no token store" in refused(capsys, corpus, store / "tokenizer", tmp_path)
-    assert contents(tmp_path) == {"thesis.txt": b"precious"}
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
