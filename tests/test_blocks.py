@@ -127,6 +127,13 @@ def test_a_segmenter_that_changes_texts_is_refused_before_any_work(change, own_m
         Blocks(word_segmenter="cutter:cut")
 
 
+@pytest.mark.parametrize(("code", "error"), [("1 / 0", "ZeroDivisionError"), ("def cut(", "was never closed")])
+def test_a_segmenter_that_fails_is_said_in_one_line(code, error, own_modules):
+    (own_modules / "cutter.py").write_text(code)
+    with pytest.raises(ValueError, match=rf"--word-segmenter cutter:cut: .*({error}|division by zero)"):
+        Blocks(word_segmenter="cutter:cut")
+
+
 def test_a_segmenter_that_changes_a_text_later_is_said_with_its_place(own_modules, store, small_units, capsys):
     (own_modules / "cutter.py").write_text("def cut(text):\n    return text.replace('odd', 'even').split()\n")
     source = write_jsonl(own_modules / "a.jsonl", [*make_documents(60), "What an odd text."])
@@ -253,6 +260,13 @@ def test_words_of_a_tokenizer_that_keeps_spaces_are_those_between_spaces(normali
     assert words_of(text, Encoder(tokenizer)) == text.split()
 
 
+def test_words_of_a_wordpiece_tokenizer_without_a_prefix_of_continuing_pieces_are_those_of_the_text(bert):
+    words = {piece: number for piece, number in bert.get_vocab().items() if not piece.startswith("##")}
+    tokenizer = Tokenizer.from_str(bert.to_str())
+    tokenizer.model = models.WordPiece(words, unk_token="[UNK]", continuing_subword_prefix="")
+    assert words_of("Attending heads.", Encoder(tokenizer)) == ["attending", "heads", "."]
+
+
 @pytest.mark.parametrize("text", ["The caf\u00e9 cat sat on the mat. ", "\u00e9 ", "\u65e5\u672c ", " \u00e9  \n "])
 def test_text_may_end_in_a_space(text, kinds):
     for tokenizer in kinds.values():
@@ -323,15 +337,6 @@ PARTS = [*make_documents(5), *LANGUAGES.values(), "\n\n", " ", "é", "e\u0301", 
 PROSE = st.lists(st.sampled_from(PARTS)).map("".join)
 
 
-@settings(max_examples=400, deadline=None)
-@given(TEXT | PROSE)
-@pytest.mark.slow
-def test_sentence_by_sentence_gives_what_the_whole_text_gives(bert, text):
-    encoder = Encoder(bert)
-    assert encoder.by_sentence
-    assert_same(encoder.sentence_by_sentence(text), encoder.as_a_whole(text))
-
-
 @settings(max_examples=200, deadline=None)
 @given(TEXT | PROSE)
 def test_rows_put_together_are_the_tokenizers_tokens_whatever_the_text(bert, sentencepiece, text):
@@ -339,22 +344,18 @@ def test_rows_put_together_are_the_tokenizers_tokens_whatever_the_text(bert, sen
         rows, counts = cut_documents([document(text)], Encoder(tokenizer), Blocks(max_length=12, validation_fraction=0))
         tokens = [number for part in rows["train"].tokens for number in part.tolist()]
         assert tokens == all_text(tokenizer).encode(text, add_special_tokens=False).ids
-        assert counts["tokens_kept"] == len(tokens) == sum(rows["train"].lengths)
-        assert all(0 < length <= 10 for length in rows["train"].lengths)
+        assert counts["tokens_kept"] == len(tokens) == sum(map(len, rows["train"].tokens))
+        assert all(0 < length <= 10 for length in map(len, rows["train"].tokens))
         assert counts["empty"] == (not tokens)
 
 
 def test_a_very_long_text_is_tokenized_in_pieces_with_the_same_tokens(bert, sentencepiece, monkeypatch):
     text = " ".join(make_documents(30))
     for tokenizer in (bert, sentencepiece):
-        whole = Encoder(tokenizer).as_a_whole(text)
+        whole = Encoder(tokenizer)(text)
         with monkeypatch.context() as patch:
             patch.setattr("condenser.corpus.encoding.PIECE", 100)
-            assert_same(Encoder(tokenizer).as_a_whole(text), whole)
-
-
-def assert_same(one, other):
-    assert [*map(list, one)] == [*map(list, other)]
+            assert [*map(list, Encoder(tokenizer)(text))] == [*map(list, whole)]
 
 
 def test_spans_come_from_documents_with_two_or_more_and_the_others_are_counted(bert):
@@ -372,6 +373,6 @@ def test_spans_come_from_documents_with_two_or_more_and_the_others_are_counted(b
 def test_rows_shorter_than_the_minimum_are_dropped_and_counted(bert):
     documents = [document(text) for text in make_documents(50)]
     rows, counts = cut_documents(documents, Encoder(bert), Blocks(max_length=20, min_length=6, validation_fraction=0.0))
-    assert min(rows["train"].lengths) >= 6
+    assert min(map(len, rows["train"].tokens)) >= 6
     assert counts["rows_dropped"] > 0
     assert len(np.concatenate(rows["train"].tokens)) == counts["tokens_kept"]

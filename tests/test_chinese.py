@@ -4,14 +4,11 @@
 import json
 import random
 
-import numpy as np
 import pytest
 import yaml
 from conftest import TINY_MODEL, write_jsonl
 
 from condenser.cli import main
-from condenser.data.store import TokenStore
-from condenser.data.tokenizers import load_tokenizer
 
 WORDS = ["语言", "模型", "检索", "文档", "向量", "训练", "掩码", "句子", "搜索", "学习", "图书", "城市", "天气", "历史"]
 VERBS = ["描述", "比较", "预测", "阅读", "编码", "研究"]
@@ -50,13 +47,6 @@ def test_chinese_text_becomes_an_encoder_that_tells_pairs_apart(tmp_path):
         tokenizer = ["--tokenizer", "train:300" if kind == "blocks" else str(stores["blocks"] / "tokenizer")]
         options = ["--language", "zh", "--kind", kind, "--max-length", "32", "--validation-fraction", "0.1"]
         assert main(["prepare", "--input", str(corpus), *tokenizer, *options, "--output", str(store)]) == 0
-    rows = TokenStore(stores["blocks"], "train")
-    tokenizer = load_tokenizer(stores["blocks"] / "tokenizer")
-    first = rows.rows(np.array([0]))
-    text = tokenizer.decode(first.tokens.tolist()).replace(" ", "")
-    assert text in "".join(documents(300))
-    assert text[-1] in "。！？"  # rows end with sentences
-    assert first.word_starts.all()  # characters are words
 
     settings = {
         "data": {"batch_size": 32, "micro_batches_per_step": 1, "num_workers": 0},

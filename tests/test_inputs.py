@@ -99,6 +99,7 @@ def test_links_are_followed_once_and_only_hidden_folders_are_left_out(tmp_path, 
     (root / "link").symlink_to(tmp_path / "real")
     (root / "loop").symlink_to(root)
     (root / "broken.jsonl").symlink_to(tmp_path / "nothing")
+    (root / "same.jsonl").symlink_to(root / "a.jsonl")
     expected = [root / name for name in ("a.jsonl", "__part/c.jsonl", "link/b.jsonl", "wiki2/e.jsonl")]
     found, left_out = read_from(root)
     assert found == [*map(str, expected)]
@@ -109,6 +110,16 @@ def test_links_are_followed_once_and_only_hidden_folders_are_left_out(tmp_path, 
             *map(os.path.realpath, expected[:3])
         }
     assert read_from(root / "**/wiki*")[0] == [str(expected[3])]
+
+
+def test_a_name_that_is_not_utf8_is_named_and_left_out(tmp_path, capsys, store):
+    """As archives of Windows give them: it can be neither noted down nor said."""
+    write_jsonl(tmp_path / "a.jsonl", ["Text."])
+    write_jsonl(tmp_path / "caf\udce9.jsonl", ["Text."])
+    assert prepared(tmp_path, store / "tokenizer", tmp_path / "out")["documents"] == 1
+    assert f"1 a name that is not UTF-8 (1 .jsonl; {tmp_path}/caf\\udce9.jsonl)" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="not UTF-8: rename it"):
+        resolve([str(tmp_path / "caf\udce9.jsonl")])
 
 
 def test_a_file_without_documents_is_named_and_stops_only_where_it_was_named(store, tmp_path, capsys):
@@ -243,6 +254,36 @@ def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
     assert "--split a+b+a names 'a' twice" in error
     error = refused(capsys, plain, store / "tokenizer", tmp_path / "no", "--split", "a")
     assert "none of the inputs is a dataset" in error
+
+
+def test_a_dataset_is_the_same_where_it_was_copied_to_or_looked_at(splits, store, tmp_path, capsys):
+    """`datasets` leaves files of its own beside it, and folders have other sizes on other disks."""
+    saved, _ = splits
+    arguments = saved, store / "tokenizer", tmp_path / "out", "--split", "a"
+    assert prepare(*arguments) == 0
+    datasets.load_from_disk(saved)["a"].filter(lambda record: len(record["text"]) > 9)
+    assert list(saved.glob("a/cache-*"))
+    for number in range(500):
+        (saved / "a" / f".{number}{'x' * 200}").touch()  # the folder grows
+    for options in ([], ["--append"]):
+        capsys.readouterr()
+        assert prepare(*arguments, *options) == 0
+        assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"text": pa.array([b"caf\xe9"]).view(pa.string())}, "saved cannot be read to its end"),
+        ({"text": [3]}, "saved, row 2: 'text' is not a text but int"),
+        ({"body": ["Text."]}, "saved: no column 'text'; there are 'body'"),
+    ],
+)
+def test_what_is_wrong_with_a_split_is_said_of_its_dataset(other, message, store, tmp_path, capsys):
+    splits = {"a": {"text": ["Text."]}, "b": other}
+    saved = {split: datasets.Dataset(pa.table(columns)) for split, columns in splits.items()}
+    datasets.DatasetDict(saved).save_to_disk(tmp_path / "saved")
+    assert message in refused(capsys, tmp_path / "saved", store / "tokenizer", tmp_path / "out", "--split", "a+b")
 
 
 def test_splits_are_added_one_after_the_other_and_other_data_under_the_same_name_are_other_data(
@@ -421,7 +462,7 @@ def test_one_process_makes_a_store_or_several_shares_of_it(store, corpus, tmp_pa
     assert not (out / ".lock").exists()
 
 
-def test_temporary_files_of_others_stay(store, corpus, tmp_path, capsys):
+def test_what_others_have_in_a_folder_stays_and_their_folders_are_refused(store, corpus, tmp_path, capsys):
     out = tmp_path / "train"  # which is also the name of a split
     (out / ".git").mkdir(parents=True)
     (out / ".git/z.partial").touch()
@@ -432,9 +473,9 @@ def test_temporary_files_of_others_stay(store, corpus, tmp_path, capsys):
     assert not ours.exists()
     other = tmp_path / "other"
     other.mkdir()
-    (other / "video.partial").touch()
+    (other / "video.partial").write_text("precious")
     assert "holds no token store" in refused(capsys, corpus, store / "tokenizer", other)
-    assert [path.name for path in other.iterdir()] == ["video.partial"]
+    assert contents(other) == {"video.partial": b"precious"}
 
 
 def with_words(folder, words):

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from condenser.data.collate import Masking
 from condenser.data.hashing import hash_ints, permuted, uniform
-from condenser.data.masking import IGNORED, choose_words, mask_flat, mask_tokens, span_of_word
+from condenser.data.masking import IGNORED, choose_words, mask_flat, span_of_word
 
 MASK = 4
 ORDINARY = np.arange(5, 1000)
@@ -25,8 +26,15 @@ def batch(rows=512, width=60, seed=0):
 
 
 def masked(input_ids, word_starts, lengths, **options):
+    """Inputs and labels of rows, in which what comes after their lengths is not looked at."""
     settings = {"seed": 7, "epoch": 0, "sample_ids": np.arange(len(lengths)), "mask_id": MASK, "random_ids": ORDINARY}
-    return mask_tokens(input_ids, word_starts, lengths, **{**settings, **options})
+    real = np.arange(input_ids.shape[1]) < lengths[:, None]
+    changed, chosen = mask_flat(input_ids[real], word_starts[real], lengths, **{**settings, **options})
+    inputs, labels = input_ids.copy(), np.full(input_ids.shape, IGNORED)
+    inputs[real] = changed
+    at = np.flatnonzero(real)[chosen]
+    labels.flat[at] = input_ids.flat[at]
+    return inputs, labels
 
 
 def test_over_a_million_tokens_the_rates_are_within_3_sigma():
@@ -100,6 +108,11 @@ def test_random_replacements_are_spread_over_the_ordinary_tokens_only():
     assert counts[:5].sum() == 0
     expected = len(drawn) / 20
     assert (abs(counts[5:] - expected) < 4.5 * np.sqrt(expected)).all()
+
+
+def test_a_unit_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="mask_unit=words must be one of word, token, span"):
+        Masking(0, unit="words")
 
 
 def test_span_lengths_are_spanberts_geometric_ones_cut_at_ten():

@@ -173,7 +173,8 @@ GOOD = json.dumps({"text": "One sentence. And another one."}) + "\n"
         ("column.jsonl", b'{"body": "x", "title": "y"}\n', "no column 'text'; there are 'body', 'title'"),
         ("number.jsonl", b'{"text": 3}\n', "line 1: 'text' is not a text but int"),
         ("latin.txt", b"caf\xe9\n", "latin.txt, line 1: not UTF-8"),
-        ("not.parquet", b"PAR0", "not a parquet file"),
+        ("not.parquet", b"PAR0", "not.parquet cannot be read to its end"),
+        ("dates.parquet", {"text": ["a"], "id": pa.array([1 << 62], pa.timestamp("us"))}, "dates.parquet cannot be"),
         ("list.parquet", {"text": [["a"]]}, "'text' is not a text but list"),
         ("number.parquet", {"text": [3]}, "'text' is not a text but int"),
         ("column.parquet", {"body": ["x"]}, "no column 'text'; there are 'body'"),
@@ -189,14 +190,14 @@ def test_unreadable_input_is_named_and_nothing_is_written(name, content, message
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_folder_with_something_else_in_it_is_refused_untouched(corpus, store, tmp_path, capsys):
-    (tmp_path / "thesis.txt").write_text("precious")
-    assert "holds no token store" in refused(capsys, corpus, store / "tokenizer", tmp_path)
-    assert contents(tmp_path) == {"thesis.txt": b"precious"}
-
-
 @pytest.mark.parametrize(
-    ("spec", "message"), [("train:x", "whole number"), ("./nowhere", "no tokenizer folder at ./nowhere")]
+    ("spec", "message"),
+    [
+        ("train:x", "whole number"),
+        ("train:\u00b2", "whole number"),
+        ("train:10000000000", "whole number"),
+        ("./nowhere", "no tokenizer folder at ./nowhere"),
+    ],
 )
 def test_an_unsuitable_tokenizer_is_refused(spec, message, corpus, tmp_path, capsys):
     assert message in refused(capsys, corpus, spec, tmp_path / "out")
@@ -215,7 +216,7 @@ def test_a_tokenizer_without_mask_or_cls_is_refused(token, corpus, store, tmp_pa
 
 IMPOSSIBLE = (
     "--max-length=4 --short-fraction=1.5 --validation-fraction=-1 --shard=3/3 --shard=1 --shard=a/b --shard=-1/2 "
-    "--shard= --tokenizer= --output= --input= --word-segmenter="
+    "--shard= --tokenizer= --output= --input= --word-segmenter= --seed=18446744073709551616"
 )
 
 

@@ -62,6 +62,21 @@ def test_shares_and_processes_give_the_bytes_of_one(
     assert len(list((tmp_path / "one").glob("units/*.json"))) > 7
 
 
+def test_shares_may_begin_at_one_moment(files, store, tmp_path, monkeypatch):
+    """As those of a job array do: one finds the folder empty, and then what another has made meanwhile."""
+    arguments = files, store / "tokenizer"
+    assert prepare(*arguments, tmp_path / "other", "--shard", "0/2") == 0
+    out = tmp_path / "out"
+
+    def another_begins(folder):
+        shutil.copytree(tmp_path / "other", out, dirs_exist_ok=True)
+        return []
+
+    monkeypatch.setattr("condenser.corpus.prepare.partial_files", another_begins)
+    assert prepare(*arguments, out, "--shard", "1/2") == 0
+    assert main(["prepare", "merge", str(out)]) == 0
+
+
 def test_a_share_of_whole_sources_reads_no_others(files, tmp_path):
     sources = [Source(str(files[0]), "jsonl"), Source(str(tmp_path / "not here"), "jsonl", number=1)]
     assert {unit.source for unit in Share(sources, 4000, index=0, count=2).units()} == {sources[0]}
@@ -149,16 +164,21 @@ def test_an_append_that_fails_leaves_the_store_usable(files, store, tmp_path, ca
     assert contents(tmp_path / "out") == before
 
 
-def test_a_store_that_lost_a_file_is_not_added_to_before_it_is_repaired(files, store, small_units, tmp_path, capsys):
-    out = tmp_path / "out"
-    assert prepare(files[0], store / "tokenizer", out) == 0
-    before = contents(out)
-    for lost in ("units/00000-00001.json", "train/data-00000-00001.arrow"):
-        (out / lost).unlink()
-        error = refused(capsys, files[1], store / "tokenizer", out, "--append")
-        assert f"{lost} is missing or damaged: first repair" in error
+def test_a_store_that_lost_a_file_is_not_added_to_before_its_command_has_made_that_anew(
+    files, store, small_units, tmp_path, capsys
+):
+    out, before = tmp_path / "out", {}
+    cut, of_a_unit = "train/data-00000-00002.arrow", ("units/00000-00001.json", "units/00000-00001.npy")
+    for lost in (None, cut, "train/data-00000-00001.arrow", *of_a_unit, "token_counts.npy", "train/state.json"):
+        if lost:
+            written = times(out, "*.arrow")
+            (out / lost).write_bytes(before[lost][:-1]) if lost == cut else (out / lost).unlink()
+            error = refused(capsys, files[1], store / "tokenizer", out, "--append")
+            assert f"{lost} is missing or damaged: first repair" in error
         assert prepare(files[0], store / "tokenizer", out) == 0
+        before = before or contents(out)
         assert contents(out) == before
+        assert not lost or len(set(times(out, "*.arrow").items()) - set(written.items())) <= 2  # of its unit
 
 
 @pytest.mark.parametrize("how", ["no tokenizer", "interrupted"])
@@ -229,6 +249,23 @@ def test_a_tokenizer_that_has_changed_is_refused(files, store, small_units, tmp_
         CondenserDataModule(str(tmp_path / "out")).tokenizer  # noqa: B018
 
 
+def test_no_other_tokenizer_is_trained_for_a_store_that_has_lost_its_own(files, tmp_path, capsys):
+    """Its rows would be of the old one, and the manifest would say that they are of the new one."""
+    out = tmp_path / "out"
+    for source in files:
+        assert prepare(source, "train:200", out, "--append") == 0
+    shutil.copytree(out / "tokenizer", tmp_path / "tokenizer")
+    shutil.rmtree(out / "tokenizer")
+    before = contents(out)
+    more = write_jsonl(tmp_path / "more.jsonl", make_documents(20, seed=4))
+    assert "tokenizer is missing" in refused(capsys, more, "train:200", out, "--append")
+    assert "has changed since" in refused(capsys, files, "train:200", out)  # it was trained on the first file
+    assert contents(out) == before
+    path = Path(shutil.copytree(tmp_path / "tokenizer", out / "tokenizer"), "tokenizer_config.json")
+    path.write_text(path.read_text().replace('"do_lower_case": true', '"do_lower_case": false'))
+    assert "has changed since" in refused(capsys, more, "train:200", out, "--append")
+
+
 # --- damage
 
 
@@ -286,17 +323,6 @@ def test_a_truncated_or_missing_shard_is_named_when_the_store_is_opened(copied, 
     shard.unlink()
     assert main(["inspect", str(copied)]) == 1
     assert f"{shard} is missing" in capsys.readouterr().err
-
-
-def test_damaged_files_that_are_removed_are_made_anew_by_the_same_command(files, store, small_units, tmp_path):
-    assert prepare(files, store / "tokenizer", tmp_path / "out") == 0
-    before, written = contents(tmp_path / "out"), times(tmp_path / "out", "*.arrow")
-    lost, cut = sorted(written)[1:3]
-    lost.unlink()
-    cut.write_bytes(cut.read_bytes()[:-1])
-    assert prepare(files, store / "tokenizer", tmp_path / "out") == 0
-    assert contents(tmp_path / "out") == before
-    assert {path for path, time in times(tmp_path / "out", "*.arrow").items() if time != written[path]} == {lost, cut}
 
 
 EMPTY_MANIFEST = {key: {} for key in ("settings", "tokenizer", "counts", "bad", "units", "splits")}
@@ -400,6 +426,12 @@ def test_stores_are_mixed_by_name_or_folder_and_their_shares_are_kept_in_the_che
     assert about["stores"] == {two_stores[0].name: 1.0, "books": 0.5}
     assert [source["name"] for source in about["settings"]["sources"]] == ["a.jsonl", "b.jsonl"]
     assert main(["export", "runs/mixed", "--output", "exported"]) == 0
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan"), 1e12])
+def test_a_weight_that_is_no_number_of_passes_is_refused(weight, two_stores):
+    with pytest.raises(ValueError, match="weights of stores must be numbers from 0 to 1,000,000"):
+        Mixture([TokenStore(two_stores[0], "train")], [weight], seed=1)
 
 
 def test_stores_of_different_tokenizers_do_not_mix(store, files, tmp_path):

@@ -51,6 +51,8 @@ class Blocks:
             raise ValueError(f"--max-length {self.max_length} must lie between 8 and 65535")
         if not 1 <= self.min_length <= self.room:
             raise ValueError(f"--min-length {self.min_length} must lie between 1 and {self.room}")
+        if not -(1 << 63) <= self.seed < 1 << 64:
+            raise ValueError(f"--seed {self.seed} must be a number of 64 bits")
         for name in ("short_fraction", "validation_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 0 and below 1")
@@ -67,7 +69,6 @@ class Cut:
 
     tokens: list[np.ndarray] = field(default_factory=list)  # of each row
     word_starts: list[np.ndarray] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)  # the number of each row's document in the split
     n_documents: int = 0
 
@@ -75,7 +76,6 @@ class Cut:
         """A document of these rows."""
         self.tokens += [ids[first:end] for first, end in spans]
         self.word_starts += [word_starts[first:end] for first, end in spans]
-        self.lengths += [end - first for first, end in spans]
         self.documents += [self.n_documents] * len(spans)
         self.n_documents += 1
 
@@ -106,19 +106,15 @@ def cut_documents(documents: list[Document], encode: Encoder, blocks: Blocks) ->
 
 
 def block_spans(ends: list[int], blocks: Blocks, key: np.ndarray) -> list[tuple[int, int]]:
-    """Pack whole sentences, greedily, into blocks of at most ``blocks.room`` tokens.
+    """Pack whole sentences, which end at these ``ends`` in tokens, greedily into blocks of at most ``blocks.room``: the
+    (first, end) of each, which together cover all tokens in order.
 
-    A block whose target is short still takes its first sentence whole. A sentence longer than the room is cut, and what
-    is left of it begins the next block.
-
-    Args:
-        ends: where each sentence ends, in tokens, ascending.
-        key: what the shorter targets are drawn from.
-
-    Returns:
-        (first, end) of each block; together they cover all tokens in order.
+    Now and then the target of a block is a random shorter one, drawn from ``key``; it still takes its first sentence
+    whole. A sentence longer than the room is cut, and what is left of it begins the next block.
     """
-    targets = block_targets(blocks, key, len(ends) + ends[-1] // blocks.room + 1)
+    numbers, room = np.arange(len(ends) + ends[-1] // blocks.room + 1), np.uint64(blocks.room)  # no more blocks
+    is_short = uniform(hash_ints(key, numbers, 0)) < blocks.short_fraction
+    targets = np.where(is_short, 1 + hash_ints(key, numbers, 1) % room, room).tolist()
     spans: list[tuple[int, int]] = []
     first = filled = 0
     for end in ends:
@@ -130,11 +126,3 @@ def block_spans(ends: list[int], blocks: Blocks, key: np.ndarray) -> list[tuple[
             first += blocks.room
         filled = end
     return [*spans, (first, filled)]
-
-
-def block_targets(blocks: Blocks, key: np.ndarray, n: int) -> list[int]:
-    """The target lengths of a document's first ``n`` rows: the full room, or now and then a random shorter one."""
-    numbers = np.arange(n)
-    short = uniform(hash_ints(key, numbers, 0)) < blocks.short_fraction
-    drawn = 1 + hash_ints(key, numbers, 1) % np.uint64(blocks.room)
-    return np.where(short, drawn, np.uint64(blocks.room)).tolist()

@@ -20,15 +20,9 @@ class Document(NamedTuple):
 
 
 def check(sources: list[Source], skip_bad_lines: bool) -> list[Source]:
-    """Read the beginning of every source, so that what cannot work stops before any work. Plain text that is one
-    document of many lines is named.
-
-    Returns:
-        those without any document that were not named themselves.
-
-    Raises:
-        ValueError: as `units` and `documents`, or a source that was named, or all, without any document.
-    """
+    """Read the beginning of every source, so that what cannot work stops before any work; gives those without any
+    document that were not named themselves. Plain text that is one document of many lines is named. Raises ValueError
+    as `units` and `documents`, or for a source that was named, or all, without any document."""
     empty, undivided = [], []
     for source in sources:
         found = (documents(unit, skip_bad_lines) for unit in units(source, 1 << 16))
@@ -48,11 +42,8 @@ def check(sources: list[Source], skip_bad_lines: bool) -> list[Source]:
 
 
 def documents(unit: Unit, skip_bad_lines: bool) -> tuple[list[Document], list[str]]:
-    """A unit's documents; and which of its records hold none that can be used, and why.
-
-    Raises:
-        ValueError: the first of these, unless they are skipped.
-    """
+    """A unit's documents; and which of its records hold none that can be used, and why. Raises ValueError with the
+    first of these, unless they are skipped."""
     good: list[Document] = []
     bad: list[str] = []
     for number, record in records(unit):

@@ -25,17 +25,14 @@ ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "copying") 
 OF_DATASETS = {"dataset_dict.json": b'"splits"', "state.json": b'"_data_files"', "dataset_info.json": b""}
 FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
 OURS = {"a run folder": ("config.yaml", "metrics.csv"), "an export": ("config.json", "condenser.json")}  # what is there
+NO_UTF8 = "a name that is not UTF-8"
 
 LeftOut = tuple[str, str]  # a path, and why it is not read
 
 
 def resolve(inputs: list[str], split: str = "train", **columns: Any) -> tuple[list[Source], list[LeftOut]]:
-    """Names -> sources in order, and what is left out. ``columns``: see `Source`.
-
-    Raises:
-        ValueError: no name, a path that is not there, a file that is empty or of no known format, one that is given
-            twice, a folder without any, or a split where there are no datasets.
-    """
+    """Names -> sources in order, and what is left out. ``columns``: see `Source`. Raises ValueError for no name, a path
+    that is not there, is empty, of no known format or given twice, a folder without any, or a split of no dataset."""
     if not inputs or not all(inputs):
         raise ValueError("--input names nothing: give files, folders, patterns or datasets")
     sources: list[Source] = []
@@ -61,19 +58,22 @@ def sources_of(name: str) -> tuple[list[Source], list[LeftOut]]:
         if ours or is_store(name):
             what = ours[0] if ours else "a token store"
             raise ValueError(f"{name} is {what}, not text: give what `condenser prepare` made stores of")
-        return chosen(within(name, set()))
-    if os.path.exists(name):
+        paths = [name]
+    elif os.path.exists(name):
         return [file_source(name)], []
-    seen: set[str] = set()
-    paths = sorted(glob.glob(name, recursive=True), key=lambda path: (path.count(os.sep), path))  # round no loop
+    else:
+        paths = sorted(glob.glob(name, recursive=True), key=lambda path: (path.count(os.sep), path))  # round no loop
     if not paths:
-        return [hub_source(name)], []
-    found: dict[str, str] = {}  # by real path, as a pattern may give what is in a folder that it gives too
+        if glob.has_magic(name) or is_path(name) or suffix_of(name) in (*READERS, *COMPRESSED):
+            raise ValueError(f"no such file: {name}")
+        return [Source(name, "hub")], []
+    seen: set[str] = set()
+    found: dict[str, str] = {}  # by real path, as links and patterns may give the same several times
     for path in paths:
-        for file in within(path, seen) if os.path.isdir(path) else [path]:
-            store = next(filter(is_store, map(str, Path(file).parents)), file)  # that it is in, which is left out
-            found.setdefault(os.path.realpath(store), store)
-    return chosen(sorted(found.values()))
+        path = next(filter(is_store, map(str, [*Path(path).parents, path])), path)  # left out with all that is in it
+        for file in within(path, seen) if os.path.isdir(path) and not is_store(path) else [path]:
+            found.setdefault(os.path.realpath(file), file)
+    return chosen(found.values() if paths == [name] else sorted(found.values()))
 
 
 def within(folder: str, seen: set[str]) -> Iterator[str]:
@@ -113,7 +113,7 @@ def chosen(paths: Iterable[str]) -> tuple[list[Source], list[LeftOut]]:
     for path in paths:
         kind = "folder" if os.path.isdir(path) else kind_of(path)
         if reason := why_not(path, kind):
-            left_out.append((path, reason))
+            left_out.append((printable(path), reason))
         else:
             sources.append(Source(path, str(kind), found=True))
     data = [source for source in sources if source.kind != "text"]
@@ -125,6 +125,8 @@ def chosen(paths: Iterable[str]) -> tuple[list[Source], list[LeftOut]]:
 def why_not(path: str, kind: str | None) -> str | None:
     """Why something is not read. None if it is."""
     name = Path(path).name.lower()
+    if path != printable(path):
+        return NO_UTF8
     if name.startswith((".", "#")) or name.endswith(LEFT_BEHIND) or Path(path).name in SYSTEMS_OWN:
         return "hidden, or left behind"
     if kind == "folder":
@@ -136,6 +138,11 @@ def why_not(path: str, kind: str | None) -> str | None:
     if os.path.getsize(path) == 0:
         return "empty"
     return "text beside data" if kind == "text" and name.startswith(ABOUT_DATA) else None
+
+
+def printable(path: str) -> str:
+    """With escapes where it is not UTF-8."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def in_short(left_out: list[LeftOut]) -> str:
@@ -163,13 +170,9 @@ def file_source(path: str) -> Source:
         raise ValueError(f"{path}: not a format that is read here: {FORMATS}")
     if os.path.getsize(path) == 0:
         raise ValueError(f"{path} is empty")
+    if path != printable(path):
+        raise ValueError(f"{printable(path)} has {NO_UTF8}: rename it")
     return Source(path, kind)
-
-
-def hub_source(name: str) -> Source:
-    if glob.has_magic(name) or is_path(name) or suffix_of(name) in (*READERS, *COMPRESSED):
-        raise ValueError(f"no such file: {name}")
-    return Source(name, "hub")
 
 
 def texts_of(names: list[str]) -> Iterator[str]:

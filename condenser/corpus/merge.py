@@ -9,7 +9,7 @@ import numpy as np
 from condenser.corpus.readers import place
 from condenser.corpus.repeats import ID, TEXT, repeated
 from condenser.corpus.shards import dataset_files
-from condenser.corpus.work import BAD_NAMED, UNFINISHED, at_work, keys_path, outcome_path
+from condenser.corpus.work import BAD_NAMED, UNFINISHED, at_work, keys_path, read_outcome
 from condenser.data.store import (
     MANIFEST,
     SPLITS,
@@ -56,7 +56,7 @@ def put_together(folder: Path) -> None:
     first = state["first_source"]
     added = [name for name in shared_units(folder) if place(name) >= (first,)]
     names = sorted([*earlier_units(folder, first), *added], key=place)
-    outcomes = [read_json(outcome_path(folder, name)) for name in names]
+    outcomes = [read_outcome(folder, name) for name in names]
     tokenizer = load_tokenizer(folder / "tokenizer")
     splits = {split: totals([outcome[split] for outcome in outcomes]) for split in SPLITS}
     counts = {name: sum(outcome["counts"][name] for outcome in outcomes) for name in outcomes[0]["counts"]}
@@ -90,9 +90,13 @@ def put_together(folder: Path) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """What a store needed while it was in the making, and what those who were killed have left."""
-    for path in [*folder.glob("units/share-*.json"), *folder.glob("units/*.repeats.npy"), *partial_files(folder)]:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    (folder / UNFINISHED).unlink(missing_ok=True)
+    needed = [*folder.glob("units/share-*.json"), *folder.glob("units/*.repeats.npy")]
+    remove([*needed, *partial_files(folder), folder / UNFINISHED])
+
+
+def remove(paths: list[Path]) -> None:
+    for path in paths:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def partial_files(folder: Path) -> list[Path]:
@@ -126,12 +130,9 @@ def shared_units(folder: Path) -> list[str]:
 def totals(parts: list[dict[str, Any]]) -> dict[str, Any]:
     """A split, of what each unit gave to it."""
     shards = [shard for part in parts for shard in part["shards"]]
-    return {
-        "documents": sum(part["documents"] for part in parts),
-        "rows": sum(shard["rows"] for shard in shards),
-        "tokens": sum(shard["tokens"] for shard in shards),
-        "shards": shards,
-    }
+    n_documents = sum(part["documents"] for part in parts)
+    rows, tokens = (sum(shard[what] for shard in shards) for what in ("rows", "tokens"))
+    return {"documents": n_documents, "rows": rows, "tokens": tokens, "shards": shards}
 
 
 def token_counts(folder: Path, shards: list[dict[str, Any]], n_ids: int) -> np.ndarray:

@@ -18,10 +18,10 @@ with, or added to.
 
 import itertools
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,9 +30,8 @@ import numpy as np
 from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
-from condenser.corpus.merge import EmptyStoreError, earlier_units, partial_files, put_together, remove_leftovers
+from condenser.corpus.merge import EmptyStoreError, earlier_units, partial_files, put_together, remove, remove_leftovers
 from condenser.corpus.readers import place
-from condenser.corpus.repeats import check_near
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
     UNFINISHED,
@@ -43,6 +42,7 @@ from condenser.corpus.work import (
     do_share,
     do_shares_on_ray,
     find_repeats,
+    keys_path,
     outcome_path,
     progress,
 )
@@ -121,7 +121,8 @@ def prepare(
         raise ValueError(f"--workers {workers} must be at least 1")
     if count > 1 and (tokenizer.startswith("train:") or engine == "ray"):
         raise ValueError(f"--shard {shard} needs a tokenizer that is there already, and --engine processes")
-    check_near(near_duplicates)
+    if near_duplicates and find_spec("rensa") is None:
+        raise ValueError("--near-duplicates needs rensa: pip install 'condenser[near]'")
     deduplicate = deduplicate or near_duplicates
     blocks = Blocks(kind, max_length, min_length, short_fraction, validation_fraction, language, word_segmenter, seed)
     inputs = [input] if isinstance(input, str | Path) else input
@@ -190,11 +191,8 @@ def share_of(shard: str | None) -> tuple[int, int]:
 def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool) -> dict[str, Any] | None:
     """What is kept of a store in the making: its settings, and which of its sources is the first to be done. None if
     nothing is to be done. Where another input is added than one that was not finished, what was done of that is
-    removed, unless other machines may be at work on it.
-
-    Raises:
-        ValueError: the folder holds something else, or a store of other settings or sources.
-    """
+    removed, unless other machines may be at work on it. Raises ValueError where the folder holds something else, or a
+    store of other settings or sources."""
     state = existing_state(folder)
     if state is None:
         return {"first_source": 0, "settings": settings}
@@ -202,7 +200,7 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
     first_source = state.get("first_source", len(existing["sources"]) if append else 0)
     done = existing["sources"][:first_source]
     sources = [*done, *(each for each in settings["sources"] if not append or each not in done)]
-    wanted = {"first_source": first_source, "settings": existing | {"sources": sources}}
+    wanted = {"first_source": first_source, "settings": settings | existing | {"sources": sources}}
     added_anew = append and (finished or (alone and first_source > 0))
     changed = [] if sources == existing["sources"] or added_anew else ["input"]
     changed += sorted(
@@ -226,27 +224,23 @@ def next_state(folder: Path, settings: dict[str, Any], append: bool, alone: bool
 
 
 def existing_state(folder: Path) -> dict[str, Any] | None:
-    """What a folder holds: a store in the making, or a finished one's manifest. None if nothing.
-
-    Raises:
-        ValueError: it holds something else.
-    """
-    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
-    if (folder / UNFINISHED).is_file():
+    """What a folder holds: a store in the making, or a finished one's manifest, or None. ValueError if it is else."""
+    others = {*folder.glob("[!.]*")} - {*partial_files(folder)}  # asked first: a share may begin, or end, meanwhile
+    state: dict[str, Any] | None = None
+    with suppress(FileNotFoundError):
         state = read_json(folder / UNFINISHED, "settings", "first_source")
-        if manifest is None or manifest["settings"] != state["settings"]:
-            return state
-    if manifest is not None:  # it says the same where whoever wrote it was killed at once
-        return manifest
-    own = partial_files(folder)
-    if folder.exists() and not all(path.name.startswith(".") or path in own for path in folder.iterdir()):
+    manifest = read_manifest(folder) if (folder / MANIFEST).is_file() else None
+    if state and (manifest is None or manifest["settings"] != state["settings"]):
+        return state
+    if others and manifest is None:
         raise ValueError(f"--output {folder} is not empty and holds no token store; choose another folder")
-    return None
+    return manifest  # it says the same as a state where whoever wrote it was killed at once
 
 
 def lost_files(folder: Path, manifest: dict[str, Any]) -> list[Path]:
-    outcomes = [outcome_path(folder, unit) for unit in manifest["units"]]
-    return missing_files(folder, manifest["splits"]) + [path for path in outcomes if not path.is_file()]
+    others = [path(folder, unit) for unit in manifest["units"] for path in (outcome_path, keys_path)]
+    others += [folder / "tokenizer", folder / "token_counts.npy", *(folder / split / "state.json" for split in SPLITS)]
+    return missing_files(folder, manifest["splits"]) + [path for path in others if not path.exists()]
 
 
 @contextmanager
@@ -255,17 +249,16 @@ def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[
     unless other machines may be at work there. Whatever else is in the folder stays, and all of a store that is
     repaired."""
     write_json(folder / UNFINISHED, state)
-    finished = (folder / MANIFEST).is_file()  # once
+    first = state["first_source"]
+    repairs = first == 0 and (folder / MANIFEST).is_file()
     try:
         yield
     except BaseException as error:
-        first = state["first_source"]
         begun = any(folder.glob(f"units/{first:05d}-*.json"))
-        if alone and (isinstance(error, EmptyStoreError) or not begun):
-            remove([*(files_of_units(folder, first) if first or not finished else ()), folder / UNFINISHED])
-            if not (first or finished):
-                for name in ("units", "tokenizer", *SPLITS):
-                    shutil.rmtree(folder / name, ignore_errors=True)
+        if alone and (isinstance(error, EmptyStoreError) or repairs or not begun):
+            remove([*(() if repairs else files_of_units(folder, first)), folder / UNFINISHED])
+            if not (first or repairs):
+                remove([folder / name for name in ("units", "tokenizer", *SPLITS)])
         raise
 
 
@@ -275,11 +268,6 @@ def files_of_units(folder: Path, first_source: int) -> list[Path]:
     found = itertools.chain.from_iterable(map(folder.glob, patterns))
     added = [path for path in found if place(path.name) >= (first_source,)]
     return [*added, *folder.glob("units/share-*")]
-
-
-def remove(files: list[Path]) -> None:
-    for path in files:
-        path.unlink(missing_ok=True)
 
 
 def texts(share: Share, skip_bad_lines: bool) -> Iterator[str]:

@@ -58,9 +58,11 @@ class Source:
         hash of what its folder says of its files."""
         digest = hashlib.blake2b(digest_size=8)
         if self.is_dataset:
-            for path in sorted(Path(self.name).rglob("[!.]*")) if self.kind == "folder" else ():
+            files = Path(self.name).rglob("[!.]*") if self.kind == "folder" else ()
+            for path in sorted(file for file in files if not file.match("cache-*")):  # which `datasets` leaves there
                 about = path.read_bytes() if path.suffix == ".json" else b""
-                digest.update(f"{path.relative_to(self.name)} {path.stat().st_size}".encode() + about)
+                size = 4096 if path.is_dir() else path.stat().st_size  # of a folder each file system has its own
+                digest.update(f"{path.relative_to(self.name)} {size}".encode() + about)
             name = Path(self.name).resolve().name if self.kind == "folder" else self.name
             return {"name": name, "split": self.split, "hash": digest.hexdigest()}
         with open(self.name, "rb") as file:
@@ -97,11 +99,8 @@ def place(name: str) -> tuple[int, ...]:
 
 
 def units(source: Source, size: int) -> Iterator[Unit]:
-    """A source's units of about ``size`` bytes (or characters of a table's text), in order.
-
-    Raises:
-        ValueError: a file that cannot be read to its end, a missing column, or a file where no record ends.
-    """
+    """A source's units of about ``size`` bytes (or characters of a table's text), in order. Raises ValueError for what
+    cannot be read to its end, a missing column, or a file where no record ends."""
     parts = parts_of_file(source, size) if source.kind in ("jsonl", "text") else parts_of_table(source, size)
     first = 1
     for number, (payload, position) in enumerate(parts):
@@ -129,27 +128,16 @@ def parts_of_file(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
 
 def parts_of_table(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
     """Records of at least ``size`` characters of text at a time, and the position after them."""
-
-    def characters(found: tuple[dict[str, Any], int]) -> int:
-        text = found[0][source.text_column]
-        return len(text) if isinstance(text, str | bytes) else 0
-
-    for group in groups(table_records(source), size, characters):
-        records, positions = zip(*group, strict=True)
-        yield list(records), positions[-1]
-
-
-def groups(items: Iterator[Any], size: int, size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
-    """Items in order, as many at a time as make up ``size``."""
-    group, filled = [], 0
-    for item in items:
-        group.append(item)
-        filled += size_of(item)
+    records, filled, position = [], 0, 0
+    for record, position in table_records(source):
+        records.append(record)
+        text = record[source.text_column]
+        filled += len(text) if isinstance(text, str | bytes) else 0
         if filled >= size:
-            yield group
-            group, filled = [], 0
-    if group:
-        yield group
+            yield records, position
+            records, filled = [], 0
+    if records:
+        yield records, position
 
 
 @contextmanager
@@ -169,17 +157,20 @@ def suffix_of(path: str | Path) -> str:
 
 def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
     """The columns that are needed of each record, and how far the source was read in bytes."""
-    if source.kind == "parquet":
-        yield from parquet_records(source)
-        return
-    dataset = saved_dataset(source) if source.kind == "folder" else hub_dataset(source)
-    dataset = dataset.with_format(None)  # which it may have been saved with
-    needed = needed_columns(source, list(dataset.features or next(iter(dataset))))
-    for record in dataset.select_columns(needed):
-        yield record, 0
+    try:
+        if source.kind == "parquet":
+            yield from parquet_records(source)
+            return
+        for dataset in saved_splits(source) if source.kind == "folder" else [hub_dataset(source)]:
+            dataset = dataset.with_format(None)  # which it may have been saved with
+            needed = needed_columns(source, list(dataset.features or next(iter(dataset), ())))
+            for record in dataset.select_columns(needed):
+                yield record, 0
+    except (pa.ArrowException, OSError, OverflowError, UnicodeError) as error:
+        raise ValueError(f"{source.name} cannot be read to its end: {error}") from None
 
 
-def saved_dataset(source: Source) -> Any:
+def saved_splits(source: Source) -> list[Any]:
     import datasets
 
     check_dataset(Path(source.name))
@@ -196,7 +187,7 @@ def saved_dataset(source: Source) -> Any:
         )
     if twice := [split for split in wanted if wanted.count(split) > 1]:
         raise ValueError(f"--split {source.split} names {twice[0]!r} twice")
-    return datasets.concatenate_datasets([splits[split] for split in wanted])
+    return [splits[split] for split in wanted]
 
 
 def hub_dataset(source: Source) -> Any:
@@ -226,15 +217,12 @@ def parquet_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
     import pyarrow.parquet as pq
 
     with open(source.name, "rb") as file:
-        try:
-            table = pq.ParquetFile(file)
-            needed = needed_columns(source, table.schema_arrow.names)
-            for batch in table.iter_batches(batch_size=256, columns=needed):
-                as_bytes = batch.cast(pa.schema([(each.name, bytes_type(each.type)) for each in batch.schema]))
-                for record in as_bytes.to_pylist():
-                    yield record, file.tell()
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{source.name} is not a parquet file, or damaged: {error}") from None
+        table = pq.ParquetFile(file)
+        needed = needed_columns(source, table.schema_arrow.names)
+        for batch in table.iter_batches(batch_size=256, columns=needed):
+            as_bytes = batch.cast(pa.schema([(each.name, bytes_type(each.type)) for each in batch.schema]))
+            for record in as_bytes.to_pylist():
+                yield record, file.tell()
 
 
 def bytes_type(kind: pa.DataType) -> pa.DataType:

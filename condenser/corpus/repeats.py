@@ -19,29 +19,17 @@ BANDS, VALUES, RUN = 14, 8, 5
 ID, TEXT = range(2)  # columns of keys; after them those of near-duplicates
 
 
-def check_near(near: bool) -> None:
-    if near:
-        try:
-            import rensa  # noqa: F401
-        except ImportError:
-            raise ValueError("--near-duplicates needs rensa: pip install 'condenser[near]'") from None
-
-
 def keys_of(documents: list[Document], near: bool) -> np.ndarray:
-    """``[n, 2]``, with those of near-duplicates ``[n, 16]``."""
+    """``[n, 2]``, with those of near-duplicates ``[n, 2 + BANDS]``."""
     keys = np.array([(document.key, document.content) for document in documents], np.uint64).reshape(-1, 2)
-    return np.hstack([keys, *([near_keys(documents)] if near else [])])
-
-
-def near_keys(documents: list[Document]) -> np.ndarray:
-    """``[n, BANDS]``"""
+    if not near:
+        return keys
     from rensa import RMinHash
 
     texts = (runs_of_words(document.text) for document in documents)
     values = np.array(RMinHash.digests_from_token_sets(texts, BANDS * VALUES, 42), np.uint64)
     values = values.reshape(len(documents), BANDS, VALUES)
-    keys: np.ndarray = hash_ints(np.arange(BANDS), *np.moveaxis(values, 2, 0))
-    return keys
+    return np.hstack([keys, hash_ints(np.arange(BANDS), *np.moveaxis(values, 2, 0))])
 
 
 def runs_of_words(text: str) -> list[str]:

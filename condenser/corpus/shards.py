@@ -14,7 +14,7 @@ from condenser.data.store import atomic_write, checksum, write_json
 
 def write_shard(path: Path, rows: Cut, token_type: str, with_documents: bool) -> dict[str, Any]:
     """Write rows to a file, if asked with the number of each one's document; gives what is known of the file."""
-    tokens, lengths = np.concatenate(rows.tokens), np.array(rows.lengths)
+    tokens, lengths = np.concatenate(rows.tokens), np.array([*map(len, rows.tokens)])
     columns = {
         "input_ids": list_array(tokens.astype(token_type), lengths),
         "word_starts": packed_bits(np.concatenate(rows.word_starts), lengths),

@@ -1,6 +1,7 @@
 """The tokenizer of a store: loaded from a folder or the hub, or trained on the corpus itself (``train:8192``)."""
 
 import itertools
+import re
 import shutil
 import uuid
 from collections import Counter
@@ -8,34 +9,31 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from condenser.data.store import tokenizer_hash
+from condenser.data.store import MANIFEST, read_manifest, tokenizer_hash
 from condenser.data.tokenizers import load_tokenizer
 
 SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def store_tokenizer(folder: Path, spec: str, texts: Callable[[], Iterator[str]]) -> None:
-    """Give a store its tokenizer, and see that it is still the same when the store grows or goes on.
-
-    Args:
-        spec: a folder, a hub name, or ``train:SIZE`` (lower-casing WordPiece trained on ``texts()``).
-
-    Raises:
-        ValueError: none there, one without [MASK] or [CLS], a bad size, or one that has changed.
-    """
+    """Give a store its tokenizer, ``spec`` as in `prepare`, and see that it is the same when it goes on, grows or is
+    repaired. Raises ValueError for none there, one without [MASK] or [CLS], a bad size, or another."""
     from condenser.data.collate import Vocabulary
 
-    place, to_train = folder / "tokenizer", spec.startswith("train:")
-    if place.exists() and to_train:
-        return
-    tokenizer = train_wordpiece(spec, texts) if to_train else load_tokenizer(spec)
+    place = folder / "tokenizer"
+    known = [load_tokenizer(place)] if place.exists() else []
+    if not spec.startswith("train:"):
+        known.append(load_tokenizer(spec))
+    elif not known:
+        known.append(train_wordpiece(spec, texts))
+    hashes = {*map(tokenizer_hash, known)}
+    if (folder / MANIFEST).is_file():
+        hashes.add(read_manifest(folder)["tokenizer"]["hash"])
+    if len(hashes) > 1:
+        raise ValueError(f"the tokenizer {spec}, or its copy in {folder}, has changed since the store was begun")
     if not place.exists():
-        Vocabulary.of(tokenizer)
-        save_tokenizer(tokenizer, place)
-    elif tokenizer_hash(tokenizer) != tokenizer_hash(load_tokenizer(place)):
-        raise ValueError(
-            f"the tokenizer {spec} has changed since {folder} was begun, which holds a copy of the old one"
-        )
+        Vocabulary.of(known[0])
+        save_tokenizer(known[0], place)
 
 
 def save_tokenizer(tokenizer: Any, place: Path) -> None:
@@ -59,7 +57,7 @@ def train_wordpiece(spec: str, texts: Callable[[], Iterator[str]]) -> Any:
     from transformers import BertTokenizer
 
     size = spec.removeprefix("train:")
-    if not size.isdigit() or int(size) < 100:
+    if not re.fullmatch("[0-9]{3,9}", size) or int(size) < 100:
         raise ValueError(f"--tokenizer {spec}: the vocabulary size after 'train:' must be a whole number, at least 100")
     wordpiece = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     wordpiece.normalizer = normalizers.BertNormalizer(lowercase=True)

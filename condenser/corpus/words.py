@@ -29,13 +29,8 @@ def unspaced(text: str) -> np.ndarray:
 
 
 def word_starts(text: str, words: np.ndarray, offsets: np.ndarray, segment: Segmenter | None) -> np.ndarray:
-    """True at each token that begins a word.
-
-    Args:
-        words: ``[n]`` the number of each token's word, by the tokenizer.
-        offsets: ``[n, 2]`` where each token begins and ends in the text, in characters.
-        segment: a word segmenter, whose words count instead of the tokenizer's.
-    """
+    """True at each token that begins a word, by the number ``[n]`` of each token's word to the tokenizer (or to a word
+    segmenter) and ``[n, 2]`` where it begins and ends in the text, in characters."""
     if segment is not None:
         words = np.searchsorted(words_of(segment, text), offsets[:, 0], side="right")
     starts = np.ones(len(words), bool)
@@ -60,8 +55,12 @@ def words_between_spaces(text: str, ends: np.ndarray) -> np.ndarray:
 def words_of(segment: Segmenter, text: str) -> list[int]:
     """Where the words that a segmenter finds begin, in characters."""
     begins, at = [], 0
-    for word in segment(text):
-        at = text.find(word, at)
+    try:
+        words = [*segment(text)]
+    except Exception as error:  # a user's function raises any
+        raise ValueError(f"the word segmenter failed on {textwrap.shorten(text, 80)!r}: {error!r}") from error
+    for word in words:
+        at = text.find(word, at) if isinstance(word, str) else -1
         if at < 0:
             raise ValueError(f"the word segmenter gave {word!r}, which is not next in {textwrap.shorten(text, 80)!r}")
         begins.append(at)
@@ -78,7 +77,7 @@ def load_segmenter(name: str | None) -> Segmenter | None:
         segment = getattr(importlib.import_module(module), function)
         words_of(segment, TRIAL)
         return segment
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
+    except Exception as error:  # a module may raise any
         raise ValueError(
             f"--word-segmenter {name}: give module:function of a function from a text to its words ({error})"
         ) from None

@@ -68,26 +68,18 @@ class Share:
                     yield unit
 
 
-def do_share(job: Job, share: Share, workers: int, show_progress: bool = True) -> None:
-    """Do the units that have no outcome yet, and note down which units make up the share.
-
-    Raises:
-        ValueError: unreadable input, or a process that was killed.
-    """
+def do_share(job: Job, share: Share, workers: int) -> None:
+    """Do the units that have no outcome yet, and note down which units make up the share. Raises ValueError for
+    unreadable input, or a process that was killed."""
     for name in ("units", *SPLITS):
         (job.folder / name).mkdir(parents=True, exist_ok=True)
-    names = each_unit(partial(do_unit, job), share, partial(is_done, job.folder), workers, "preparing", show_progress)
+    names = each_unit(partial(do_unit, job), share, partial(is_done, job.folder), workers, "preparing")
     write_json(job.folder / "units" / f"share-{share.index}-of-{share.count}.json", names)
 
 
 def do_shares_on_ray(job: Job, everything: Share, count: int | None = None) -> None:
-    """Do ``count`` shares, each in one task of the cluster that Ray is connected to; by default as many as it has CPUs.
-
-    The input and the store must be reachable under the same path on every node.
-
-    Raises:
-        ValueError: Ray is not installed, or a share that failed.
-    """
+    """Do ``count`` shares, by default one for each CPU, in tasks of the cluster that Ray is connected to. The input and
+    the store must be reachable under the same path on every node."""
     try:
         import ray
     except ImportError:
@@ -103,16 +95,14 @@ def do_shares_on_ray(job: Job, everything: Share, count: int | None = None) -> N
     shares = [replace(everything, sources=sources, index=index, count=count) for index in range(count)]
     task = ray.remote(do_share)
     try:
-        ray.get([task.remote(job, share, workers=1, show_progress=False) for share in shares])
+        ray.get([task.remote(job, share, workers=1) for share in shares])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
 
 
 def find_repeats(job: Job, everything: Share, earlier: list[str], workers: int) -> None:
-    """Note down for each unit which of its documents repeat one before, in the units ``earlier`` too.
-
-    Every machine that does a share does this for all of them: to read and hash takes a small part of the time.
-    """
+    """Note down for each unit which of its documents repeat one before, in the units ``earlier`` too. Every machine
+    that does a share does this for all of them: to read and hash takes a small part of the time."""
     (job.folder / "units").mkdir(exist_ok=True)
 
     def has_keys(name: str) -> bool:
@@ -129,16 +119,11 @@ def write_keys(job: Job, unit: Unit) -> None:
 
 
 def each_unit(
-    work: Callable[[Unit], None],
-    share: Share,
-    is_done: Callable[[str], bool],
-    workers: int,
-    doing: str,
-    shown: bool = True,
+    work: Callable[[Unit], None], share: Share, is_done: Callable[[str], bool], workers: int, doing: str
 ) -> list[str]:
     """Do the units of a share that are not done; gives the names of all."""
     names = []
-    with pool(work, workers) as submit, progress(share, doing, shown) as show:
+    with pool(work, workers) as submit, progress(share, doing) as show:
         for unit in share.units():
             names.append(unit.name)
             if not is_done(unit.name):
@@ -199,14 +184,14 @@ def prepare_worker() -> None:
 
 
 @contextmanager
-def progress(share: Share, doing: str, shown: bool = True) -> Iterator[Callable[[Unit], None]]:
+def progress(share: Share, doing: str) -> Iterator[Callable[[Unit], None]]:
     """A bar over the bytes of all sources; gives the function that moves it to the end of a unit."""
     from rich.progress import Progress, TextColumn
 
     sizes = [source.size() for source in share.sources]
     before = dict(zip(share.sources, itertools.accumulate(sizes, initial=0), strict=False))
     text = TextColumn("{task.description}", markup=False)  # names of files are no markup
-    with Progress(text, *Progress.get_default_columns()[1:], disable=not shown) as bar:
+    with Progress(text, *Progress.get_default_columns()[1:]) as bar:
         task = bar.add_task(doing, total=sum(sizes) or None)
 
         def show(unit: Unit) -> None:
@@ -249,11 +234,15 @@ def load_encoder(job: Job) -> Encoder:
 
 
 def is_done(folder: Path, unit: str) -> bool:
-    """Whether a unit has its outcome, and its shards are still there."""
-    if not outcome_path(folder, unit).is_file():
+    """Whether a unit has its outcome, and its shards and keys are still there."""
+    if not (outcome_path(folder, unit).is_file() and keys_path(folder, unit).is_file()):
         return False
-    outcome = read_json(outcome_path(folder, unit))
+    outcome = read_outcome(folder, unit)
     return not missing_files(folder, {split: outcome[split] for split in SPLITS})
+
+
+def read_outcome(folder: Path, unit: str) -> dict[str, Any]:
+    return read_json(outcome_path(folder, unit), "counts", "bad", *SPLITS)
 
 
 def at_work(folder: Path, shared: bool = False) -> AbstractContextManager[None]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 import numpy as np
 import torch
@@ -57,6 +57,8 @@ class Masking:
     unit: Unit = "word"
 
     def __post_init__(self):
+        if self.unit not in get_args(Unit):
+            raise ValueError(f"mask_unit={self.unit} must be one of {', '.join(get_args(Unit))}")
         if not 0 < self.probability < 1:
             raise ValueError(f"mask_probability={self.probability} must lie between 0 and 1")
         if not (len(self.rates) == 3 and min(self.rates) >= 0 and abs(sum(self.rates) - 1) <= 1e-6):

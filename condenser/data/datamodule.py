@@ -110,9 +110,7 @@ class CondenserDataModule(L.LightningDataModule):
         made_with = read_manifest(folder)["tokenizer"]["hash"]
         tokenizer = load_tokenizer(folder / "tokenizer")
         if tokenizer_hash(tokenizer) != made_with:
-            raise ValueError(
-                f"{folder / 'tokenizer'} is not the tokenizer that the store was made with: it has changed"
-            )
+            raise ValueError(f"{folder / 'tokenizer'} is not the one that the store was made with: it has changed")
         return tokenizer
 
     @cached_property
@@ -184,11 +182,8 @@ class CondenserDataModule(L.LightningDataModule):
         return max(int(split.typical_lengths().max()) for split in splits if len(split)) + SPECIAL_TOKENS
 
     def provide_for(self, objective: Any) -> None:
-        """Give passes what an objective (or its class) asks for.
-
-        Raises:
-            ValueError: what there is not, or pairs where ``pairs`` is false.
-        """
+        """Give passes what an objective (or its class) asks for. ValueError if there is none of it, or ``pairs`` is
+        false."""
         if unknown := set(objective.asks).difference(EXTRAS):
             raise ValueError(f"the objective asks for {', '.join(sorted(unknown))}; there are {', '.join(EXTRAS)}")
         contrasts, self.extras = objective.contrast is not None, objective.asks

@@ -32,11 +32,8 @@ def uniform(hashes: np.ndarray) -> np.ndarray:
 
 
 def permuted(index: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """Where a random permutation of 0..n-1, chosen by ``key``, sends each ``index``; O(len(index)) whatever ``n`` is.
-
-    A Feistel network over the next power of four; values past ``n`` are sent through again until they fall inside
-    (fewer than four times on average).
-    """
+    """Where a random permutation of 0..n-1, chosen by ``key``, sends each ``index``, in O(len(index)). It is a Feistel
+    network over the next power of four; values past ``n`` are sent again, fewer than four times on average."""
     half = max(1, ((n - 1).bit_length() + 1) // 2)
     half_bits, low = np.uint64(half), np.uint64((1 << half) - 1)
 

@@ -11,15 +11,9 @@ from typing import Any
 
 @contextmanager
 def locked(path: Path, busy: str, shared: bool = False) -> Iterator[None]:
-    """Holds the lock ``path``. The file says who does; one that was killed has left its name there.
-
-    Args:
-        busy: what is said where another process holds it, of "{holder}".
-        shared: with others that share it, whom nobody names.
-
-    Raises:
-        ValueError: another process, here or on another host with the same disk, holds it.
-    """
+    """Holds the lock ``path``, alone or ``shared`` with others, whom nobody names. The file says who does; one that was
+    killed has left its name there. Raises ValueError, which says ``busy`` of "{holder}", where another process, here or
+    on another host with the same disk, holds it."""
     with opened(path, busy, fcntl.LOCK_SH if shared else fcntl.LOCK_EX) as file:
         if shared:
             yield

@@ -13,7 +13,6 @@ is computed where it is asked for.
 Legend: n samples of an epoch, N rows of all stores, B samples asked for.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,17 +34,8 @@ class Samples(NamedTuple):
 
 
 class Mixture:
-    """The samples of all epochs over some stores.
-
-    Args:
-        stores: made with the same tokenizer.
-        weights: passes over each store in an epoch; 1 for each by default.
-        seed: seed of the order of the passes.
-        sizes: samples in each store; its rows by default.
-
-    Raises:
-        ValueError: a negative weight.
-    """
+    """The samples of all epochs over some stores of one tokenizer, of ``sizes`` samples each, by default its rows. The
+    ``weights``, 1 by default, are the passes over each in an epoch; ValueError if one is negative."""
 
     each = 1  # sequences of a sample
 
@@ -60,8 +50,8 @@ class Mixture:
         self.stores, self.seed = list(stores), seed
         weights = [1.0] * len(self.stores) if weights is None else weights
         self.sizes = np.array([len(store) for store in self.stores] if sizes is None else sizes)
-        if not all(0 <= weight < math.inf for weight in weights):
-            raise ValueError(f"the weights of stores must be numbers from 0 on: {list(weights)}")
+        if not all(0 <= weight <= 1e6 for weight in weights):
+            raise ValueError(f"the weights of stores must be numbers from 0 to 1,000,000: {list(weights)}")
         self.quotas = np.rint(np.array(weights) * self.sizes).astype(np.int64)
         alone = len(self.stores) == 1
         self.lengths = stores[0].lengths if alone else np.concatenate([store.lengths for store in self.stores])  # [N]

@@ -21,15 +21,8 @@ TYPICAL = 1 << 16  # documents whose spans stand for all
 
 
 class Pairs(Mixture):
-    """The samples of all epochs over the documents of some stores.
-
-    Args:
-        stores, weights, seed: see `Mixture`.
-        span_length: cut spans of so many tokens; by default they are the rows that are stored.
-
-    Raises:
-        ValueError: as `Mixture`, or a store of blocks.
-    """
+    """The samples of all epochs over the documents of some stores: spans of ``span_length`` tokens, by default the rows
+    that are stored. Raises ValueError as `Mixture`, or for a store of blocks."""
 
     each = 2
 
@@ -108,11 +101,8 @@ def two_of(n: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 def cut_pairs(n_tokens: np.ndarray, length: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Cut documents of so many tokens ``[B]`` into spans of ``length``, the first shorter by chance, and take two of
-    them. Where there are not two that are long enough, the document is cut once, in its middle third.
-
-    Returns:
-        where each of the two begins, and its length: ``[B, 2]``.
-    """
+    them: where each begins, and its length, ``[B, 2]``. Where there are not two that are long enough, the document is
+    cut once, in its middle third."""
     least = min(SHORT, -(-length // 4))
     offset = 1 + (hash_ints(keys, OFFSET) % np.uint64(length)).astype(np.int64)  # tokens of the first span
     n_spans = 1 + -(-np.maximum(n_tokens - offset, 0) // length)
@@ -121,7 +111,6 @@ def cut_pairs(n_tokens: np.ndarray, length: int, keys: np.ndarray) -> tuple[np.n
     n_usable = n_spans - first - last_is_short
     number = first[:, None] + two_of(np.maximum(n_usable, 2), keys)
     begins = np.maximum(offset[:, None] + (number - 1) * length, 0)
-    begins[number == 0] = 0
     ends = np.minimum(offset[:, None] + number * length, n_tokens[:, None])
     third = n_tokens // 3
     middle = np.maximum(1, third + (hash_ints(keys, MIDDLE) % (third + 1).astype(np.uint64)).astype(np.int64))

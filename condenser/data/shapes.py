@@ -29,16 +29,11 @@ class Shape(NamedTuple):
 @dataclass(frozen=True)
 class Shapes:
     """The few shapes that passes are filled up to, for compilers: T grows in steps of at most 1/32 (or of two
-    sequences, by which small passes differ), and all else goes with it, by what the corpus holds of it on average.
+    sequences, by which small passes differ), and all else goes with it, by what the corpus holds of it on average."""
 
-    Args:
-        tokens: special ones included; masked: tokens to predict; both of a sequence, on average.
-        longest: tokens of the longest sequence.
-    """
-
-    tokens: float
-    masked: float
-    longest: int
+    tokens: float  # of a sequence on average, special ones included
+    masked: float  # of these to be predicted
+    longest: int  # tokens of the longest sequence
 
     @classmethod
     def of(cls, lengths: np.ndarray, probability: float) -> "Shapes":

@@ -29,11 +29,8 @@ SPECIAL_TOKENS = 2  # [CLS] and [SEP], which a row gets when it is fed
 
 
 class TokenStore:
-    """One split of a store, memory-mapped. Rows are numbered over all shards in order.
-
-    Raises:
-        ValueError: no such store, one without a manifest, or a shard that is missing or has another size than it had.
-    """
+    """One split of a store, memory-mapped. Rows are numbered over all shards in order. Raises ValueError for no store,
+    an unfinished one, or a shard that is missing or has another size than it had."""
 
     def __init__(self, folder: str | Path, split: str):
         self.folder, self.split = Path(folder), split
@@ -50,11 +47,7 @@ class TokenStore:
         return TokenStore, (self.folder, self.split)  # a spawned loader worker maps the files again
 
     def document_bounds(self) -> np.ndarray:
-        """Where the documents of a store of spans begin, in rows, and the number of rows ``[D + 1]``.
-
-        Raises:
-            ValueError: a store of blocks.
-        """
+        """Where the documents begin, in rows, and the number of rows ``[D + 1]``. ValueError for a store of blocks."""
         if self.manifest["settings"]["kind"] != "spans":
             raise ValueError(f"{self.folder} holds blocks; pairs of spans need a store of `prepare --kind spans`")
         in_order = zip(self.first_rows, self.shards, strict=True)
@@ -197,11 +190,7 @@ def check_file_name(name: str, where: str | Path) -> None:
 
 
 def shard_files(folder: Path, splits: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
-    """The shards' paths, and what is known of each.
-
-    Raises:
-        ValueError: a shard outside of the folder.
-    """
+    """The shards' paths, and what is known of each. Raises ValueError for a shard outside of the folder."""
     files = [(folder / split / shard["file"], shard) for split, about in splits.items() for shard in about["shards"]]
     for _, shard in files:
         check_file_name(shard["file"], folder)
@@ -215,11 +204,7 @@ def missing_files(folder: Path, splits: dict[str, Any]) -> list[Path]:
 
 
 def verify(folder: Path, splits: dict[str, Any]) -> None:
-    """Compare every shard with its checksum.
-
-    Raises:
-        ValueError: files that are missing or damaged, all of them named.
-    """
+    """Compare every shard with its checksum. ValueError names all that are missing or damaged."""
     from rich.progress import track
 
     damaged = [
@@ -235,11 +220,7 @@ def verify(folder: Path, splits: dict[str, Any]) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """The manifest of a finished store.
-
-    Raises:
-        ValueError: the folder is missing, is no store, or is one that `condenser prepare` has not finished.
-    """
+    """The manifest of a store. ValueError if there is none, or one that `condenser prepare` has not finished."""
     path = Path(folder) / MANIFEST
     if not Path(folder).is_dir():
         raise ValueError(f"no token store at {folder}: make one with `condenser prepare --output {folder}`")

@@ -12,10 +12,8 @@ VOCABULARY = Vocabulary(cls_id=101, sep_id=102, pad_id=0, mask_id=103, random_id
 
 
 class SyntheticStore:
-    """Reads like one split of a `TokenStore`: ``n`` rows of up to ``max_length`` tokens, special tokens included.
-
-    Tokens are hashes of (row, position); every eleventh id goes on with a word, as in English WordPiece.
-    """
+    """Reads like a split of a `TokenStore`: ``n`` rows of up to ``max_length`` tokens, special tokens included. Tokens
+    are hashes of (row, position); every eleventh id goes on with a word, as in English WordPiece."""
 
     def __init__(self, n: int, max_length: int = 128):
         quantile = permuted(np.arange(n), n, 1) / n * sum(LENGTHS_OF_REAL_ROWS)

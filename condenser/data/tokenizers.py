@@ -31,7 +31,7 @@ def load_tokenizer(name: str | Path) -> Any:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any(path.is_file() for pattern in ("*token*", "vocab*", "*.model") for path in folder.glob(pattern))
+    return any(path.is_file() for pattern in ("*token*.json", "vocab*", "*.model") for path in folder.glob(pattern))
 
 
 def vocabulary_size(tokenizer: Any) -> int:
