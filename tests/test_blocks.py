@@ -337,6 +337,15 @@ PARTS = [*make_documents(5), *LANGUAGES.values(), "\n\n", " ", "é", "e\u0301", 
 PROSE = st.lists(st.sampled_from(PARTS)).map("".join)
 
 
+@settings(max_examples=400, deadline=None)
+@given(TEXT | PROSE)
+@pytest.mark.slow
+def test_sentence_by_sentence_gives_what_the_whole_text_gives(bert, text):
+    encoder = Encoder(bert)
+    assert encoder.by_sentence
+    assert_same(encoder.sentence_by_sentence(text), encoder.as_a_whole(text))
+
+
 @settings(max_examples=200, deadline=None)
 @given(TEXT | PROSE)
 def test_rows_put_together_are_the_tokenizers_tokens_whatever_the_text(bert, sentencepiece, text):
@@ -352,10 +361,14 @@ def test_rows_put_together_are_the_tokenizers_tokens_whatever_the_text(bert, sen
 def test_a_very_long_text_is_tokenized_in_pieces_with_the_same_tokens(bert, sentencepiece, monkeypatch):
     text = " ".join(make_documents(30))
     for tokenizer in (bert, sentencepiece):
-        whole = Encoder(tokenizer)(text)
+        whole = Encoder(tokenizer).as_a_whole(text)
         with monkeypatch.context() as patch:
             patch.setattr("condenser.corpus.encoding.PIECE", 100)
-            assert [*map(list, Encoder(tokenizer)(text))] == [*map(list, whole)]
+            assert_same(Encoder(tokenizer).as_a_whole(text), whole)
+
+
+def assert_same(one, other):
+    assert [*map(list, one)] == [*map(list, other)]
 
 
 def test_spans_come_from_documents_with_two_or_more_and_the_others_are_counted(bert):

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from condenser.data.collate import Masking
 from condenser.data.hashing import hash_ints, permuted, uniform
-from condenser.data.masking import IGNORED, choose_words, mask_flat, span_of_word
+from condenser.data.masking import IGNORED, choose_words, mask_flat, mask_tokens, span_of_word
 
 MASK = 4
 ORDINARY = np.arange(5, 1000)
@@ -26,15 +26,8 @@ def batch(rows=512, width=60, seed=0):
 
 
 def masked(input_ids, word_starts, lengths, **options):
-    """Inputs and labels of rows, in which what comes after their lengths is not looked at."""
     settings = {"seed": 7, "epoch": 0, "sample_ids": np.arange(len(lengths)), "mask_id": MASK, "random_ids": ORDINARY}
-    real = np.arange(input_ids.shape[1]) < lengths[:, None]
-    changed, chosen = mask_flat(input_ids[real], word_starts[real], lengths, **{**settings, **options})
-    inputs, labels = input_ids.copy(), np.full(input_ids.shape, IGNORED)
-    inputs[real] = changed
-    at = np.flatnonzero(real)[chosen]
-    labels.flat[at] = input_ids.flat[at]
-    return inputs, labels
+    return mask_tokens(input_ids, word_starts, lengths, **{**settings, **options})
 
 
 def test_over_a_million_tokens_the_rates_are_within_3_sigma():

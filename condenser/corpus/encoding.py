@@ -4,6 +4,10 @@ Sentences are found by sentencex: compiled (50 MB/s; the next best reached 25, t
 languages inside the wheel, and it knows the sentence ends of Chinese and Japanese, which no space follows.
 
 What a text spells out as special tokens ([MASK], </s>) is text like any other.
+
+The general way tokenizes a text as a whole and asks the tokenizer where each token is. BERT's own tokenizers never join
+characters across white space or punctuation, so for them sentences can be tokenized one by one, which gives the same
+tokens without asking: a quarter quicker.
 """
 
 import itertools
@@ -14,7 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from condenser.corpus.words import Segmenter, word_starts, words_between_spaces
+from condenser.corpus.readers import groups
+from condenser.corpus.words import Segmenter, unspaced, word_starts, words_between_spaces
 from condenser.data.tokenizers import vocabulary_size
 
 OTHER_SPACES = re.compile("[\\x85\\xa0\\u1680\\u2000-\\u200a\\u2028\\u2029\\u202f\\u205f\\u3000]")
@@ -28,7 +33,12 @@ class Encoded(NamedTuple):
 
 
 class Encoder:
-    """Encodes texts with a tokenizer of the tokenizers library. The words of a segmenter count instead of its own."""
+    """Encodes texts with a tokenizer of the tokenizers library.
+
+    Args:
+        language: of the sentence splitter, as an ISO 639-1 code.
+        segment: a word segmenter, whose words count instead of the tokenizer's.
+    """
 
     def __init__(self, tokenizer: Any, language: str = "en", segment: Segmenter | None = None):
         self.tokenizer, self.special_tokens = without_special_tokens(tokenizer)
@@ -36,8 +46,34 @@ class Encoder:
         self.n_ids = vocabulary_size(tokenizer)
         # to tokenizers of Llama's and Gemma's kind a text is one word
         self.keeps_spaces = len({*self.tokenizer.encode("a b a b", add_special_tokens=False).word_ids}) == 1
+        added = [token.content for token in tokenizer.get_added_tokens_decoder().values() if not token.special]
+        self.by_sentence = segment is None and is_bert(tokenizer) and all(map(str.isalnum, added))
+        if self.by_sentence:
+            pieces = [self.tokenizer.id_to_token(token_id) or "" for token_id in range(self.n_ids)]
+            goes_on = tokenizer.model.continuing_subword_prefix
+            bare = [piece.removeprefix(goes_on) or " " for piece in pieces]
+            self.alone_from = unspaced("".join(piece[0] for piece in bare))  # by token id
+            self.alone_until = unspaced("".join(piece[-1] for piece in bare))
+            self.starts = np.array([not piece.startswith(goes_on) for piece in pieces]) | self.alone_from
 
     def __call__(self, text: str) -> Encoded:
+        return self.sentence_by_sentence(text) if self.by_sentence else self.as_a_whole(text)
+
+    def sentence_by_sentence(self, text: str) -> Encoded:
+        bounds = itertools.pairwise([0, *sentence_bounds(text, self.language)])
+        parts = (piece for begin, end in bounds for piece in pieces_of(text[begin:end]))
+        sizes: list[int] = []
+        ids = [np.empty(0, np.int32)]
+        for group in groups(parts, PIECE, len):
+            encodings = self.tokenizer.encode_batch_fast(group, add_special_tokens=False)
+            sizes += map(len, encodings)
+            ids.append(np.fromiter(itertools.chain.from_iterable([e.ids for e in encodings]), np.int32))
+        together = np.concatenate(ids)
+        starts = self.starts[together]
+        starts[1:] |= self.alone_until[together[:-1]]
+        return Encoded(together, starts, sorted({*itertools.accumulate(sizes)} - {0}))
+
+    def as_a_whole(self, text: str) -> Encoded:
         ids, words, offsets, base = [], [], [], 0
         for piece in pieces_of(text):
             encoding = self.tokenizer.encode(piece, add_special_tokens=False)
@@ -85,6 +121,17 @@ def without_special_tokens(tokenizer: Any) -> tuple[Any, list[str]]:
     ids = {names.get(piece, piece): token_id for piece, token_id in tokenizer.get_vocab().items()}
     assert same.get_vocab() == ids, "a token has another id"
     return same, sorted(special)
+
+
+def is_bert(tokenizer: Any) -> bool:
+    from tokenizers import models, normalizers, pre_tokenizers
+
+    return (
+        isinstance(tokenizer.model, models.WordPiece)
+        and bool(tokenizer.model.continuing_subword_prefix)  # else no token says whether it begins a word
+        and isinstance(tokenizer.normalizer, normalizers.BertNormalizer)
+        and isinstance(tokenizer.pre_tokenizer, pre_tokenizers.BertPreTokenizer)
+    )
 
 
 def sentence_bounds(text: str, language: str) -> list[int]:

@@ -128,16 +128,27 @@ def parts_of_file(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
 
 def parts_of_table(source: Source, size: int) -> Iterator[tuple[Payload, int]]:
     """Records of at least ``size`` characters of text at a time, and the position after them."""
-    records, filled, position = [], 0, 0
-    for record, position in table_records(source):
-        records.append(record)
-        text = record[source.text_column]
-        filled += len(text) if isinstance(text, str | bytes) else 0
+
+    def characters(found: tuple[dict[str, Any], int]) -> int:
+        text = found[0][source.text_column]
+        return len(text) if isinstance(text, str | bytes) else 0
+
+    for group in groups(table_records(source), size, characters):
+        records, positions = zip(*group, strict=True)
+        yield list(records), positions[-1]
+
+
+def groups(items: Iterator[Any], size: int, size_of: Callable[[Any], int]) -> Iterator[list[Any]]:
+    """Items in order, as many at a time as make up ``size``."""
+    group, filled = [], 0
+    for item in items:
+        group.append(item)
+        filled += size_of(item)
         if filled >= size:
-            yield records, position
-            records, filled = [], 0
-    if records:
-        yield records, position
+            yield group
+            group, filled = [], 0
+    if group:
+        yield group
 
 
 @contextmanager

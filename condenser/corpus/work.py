@@ -68,12 +68,12 @@ class Share:
                     yield unit
 
 
-def do_share(job: Job, share: Share, workers: int) -> None:
+def do_share(job: Job, share: Share, workers: int, show_progress: bool = True) -> None:
     """Do the units that have no outcome yet, and note down which units make up the share. Raises ValueError for
     unreadable input, or a process that was killed."""
     for name in ("units", *SPLITS):
         (job.folder / name).mkdir(parents=True, exist_ok=True)
-    names = each_unit(partial(do_unit, job), share, partial(is_done, job.folder), workers, "preparing")
+    names = each_unit(partial(do_unit, job), share, partial(is_done, job.folder), workers, "preparing", show_progress)
     write_json(job.folder / "units" / f"share-{share.index}-of-{share.count}.json", names)
 
 
@@ -95,7 +95,7 @@ def do_shares_on_ray(job: Job, everything: Share, count: int | None = None) -> N
     shares = [replace(everything, sources=sources, index=index, count=count) for index in range(count)]
     task = ray.remote(do_share)
     try:
-        ray.get([task.remote(job, share, workers=1) for share in shares])
+        ray.get([task.remote(job, share, workers=1, show_progress=False) for share in shares])
     except ray.exceptions.RayTaskError as error:
         raise error.cause from None
 
@@ -119,11 +119,16 @@ def write_keys(job: Job, unit: Unit) -> None:
 
 
 def each_unit(
-    work: Callable[[Unit], None], share: Share, is_done: Callable[[str], bool], workers: int, doing: str
+    work: Callable[[Unit], None],
+    share: Share,
+    is_done: Callable[[str], bool],
+    workers: int,
+    doing: str,
+    shown: bool = True,
 ) -> list[str]:
     """Do the units of a share that are not done; gives the names of all."""
     names = []
-    with pool(work, workers) as submit, progress(share, doing) as show:
+    with pool(work, workers) as submit, progress(share, doing, shown) as show:
         for unit in share.units():
             names.append(unit.name)
             if not is_done(unit.name):
@@ -184,14 +189,14 @@ def prepare_worker() -> None:
 
 
 @contextmanager
-def progress(share: Share, doing: str) -> Iterator[Callable[[Unit], None]]:
+def progress(share: Share, doing: str, shown: bool = True) -> Iterator[Callable[[Unit], None]]:
     """A bar over the bytes of all sources; gives the function that moves it to the end of a unit."""
     from rich.progress import Progress, TextColumn
 
     sizes = [source.size() for source in share.sources]
     before = dict(zip(share.sources, itertools.accumulate(sizes, initial=0), strict=False))
     text = TextColumn("{task.description}", markup=False)  # names of files are no markup
-    with Progress(text, *Progress.get_default_columns()[1:]) as bar:
+    with Progress(text, *Progress.get_default_columns()[1:], disable=not shown) as bar:
         task = bar.add_task(doing, total=sum(sizes) or None)
 
         def show(unit: Unit) -> None:

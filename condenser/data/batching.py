@@ -1,6 +1,6 @@
 """Which samples make up which micro-batch of which optimizer step: a pure function of (lengths, settings, seed).
 
-An epoch is a random permutation of the samples. `WINDOW` steps at a time, its samples are cut into steps of equal
+An epoch is a random permutation of the samples. ``window`` steps at a time, its samples are cut into steps of equal
 numbers of tokens; a step is a random sample of the corpus, whatever its number of micro-batches, and since its loss is
 a mean over its tokens, equal steps weigh every token alike. A step's samples are sorted by length and cut into
 micro-batches, again of equal numbers of tokens, so that all cost alike, and rows that attention lays out side by side
@@ -24,13 +24,22 @@ from condenser.data.mixing import Mixture
 from condenser.data.pairs import Pairs
 
 ORDER = 0  # tells this draw from those of mixing.py
-WINDOW = 8  # steps whose samples are shared out over them together; more makes their numbers of tokens more equal
 
 
 class BucketedBatches:
-    """The batches of all epochs over samples of these ``lengths``, ``[n]`` in tokens (to which ``added`` come when they
-    are fed), or over what knows them by epoch, with several sequences a sample. A step has ``batch_size`` sequences on
-    average, over all devices. Raises ValueError for fewer of them than micro-batches."""
+    """The batches of all epochs over samples of these ``lengths``.
+
+    Args:
+        lengths: ``[n]`` length of each sample, in tokens; or what knows them by epoch, with several sequences a sample.
+        batch_size: sequences per optimizer step over all devices, on average.
+        micro_batches_per_step: micro-batches of a step over all devices.
+        window: steps whose samples are shared out over them together; more makes their numbers of tokens more equal.
+        seed: seed of the order.
+        added: tokens that each sequence gets when it is fed (special tokens).
+
+    Raises:
+        ValueError: fewer sequences, or a smaller ``batch_size``, than there are micro-batches in a step.
+    """
 
     def __init__(
         self,
@@ -38,14 +47,19 @@ class BucketedBatches:
         *,
         batch_size: int,
         micro_batches_per_step: int,
+        window: int = 8,
         seed: int,
         added: int = 0,
     ):
         self.samples = OneEach(np.asarray(lengths)) if isinstance(lengths, np.ndarray | list) else lengths
-        self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step
-        self.n, self.seed, self.added = len(self.samples), seed, added
-        if min(batch_size, micro_batches_per_step) < 1:
-            raise ValueError(f"{batch_size=} and {micro_batches_per_step=} must be at least 1")
+        self.batch_size, self.window, self.seed, self.added = batch_size, window, seed, added
+        self.micro_batches_per_step = micro_batches_per_step
+        self.n = len(self.samples)
+        if min(batch_size, micro_batches_per_step, window) < 1:
+            raise ValueError(
+                f"batch_size={batch_size}, micro_batches_per_step={micro_batches_per_step} and window={window} "
+                "must be at least 1"
+            )
         each = self.samples.each
         if min(batch_size, self.n * each) < micro_batches_per_step:
             raise ValueError(
@@ -55,7 +69,7 @@ class BucketedBatches:
         # samples of a step: two documents, where there are as many
         self.least = least = max(min(each, self.n), -(-micro_batches_per_step // each))
         self.steps_per_epoch = min(max(1, round(self.n * each / batch_size)), self.n // least)
-        self.n_windows = -(-self.steps_per_epoch // WINDOW)
+        self.n_windows = -(-self.steps_per_epoch // window)
         self._cached: tuple[Any, list[list[np.ndarray]]] = None, []  # the last window, as steps are asked for in order
 
     def step(self, i: int, rank: int = 0, world_size: int = 1) -> list[np.ndarray]:

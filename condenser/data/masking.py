@@ -24,6 +24,25 @@ SPAN_LENGTHS = np.cumsum(0.8 ** np.arange(10)) / np.sum(0.8 ** np.arange(10))
 Unit = Literal["word", "token", "span"]
 
 
+def mask_tokens(
+    input_ids: np.ndarray, word_starts: np.ndarray, lengths: np.ndarray, **options
+) -> tuple[np.ndarray, np.ndarray]:
+    """`mask_flat` for rows ``[B, L]``, left-aligned, of which what comes after ``lengths`` ``[B]`` is never masked.
+
+    Returns:
+        inputs and labels, int64 ``[B, L]``; labels are the original ids where a token is to be predicted, else -100.
+    """
+    real = np.arange(input_ids.shape[1]) < lengths[:, None]
+    tokens = input_ids[real]
+    changed, masked = mask_flat(tokens, word_starts[real].astype(bool), lengths, **options)
+    inputs, labels = input_ids.astype(np.int64), np.full(input_ids.shape, IGNORED, np.int64)
+    inputs[real] = changed
+    flat_labels = np.full(len(tokens), IGNORED, np.int64)
+    flat_labels[masked] = tokens[masked]
+    labels[real] = flat_labels
+    return inputs, labels
+
+
 def mask_flat(
     tokens: np.ndarray,
     word_starts: np.ndarray,
@@ -38,13 +57,14 @@ def mask_flat(
     rates: Sequence[float] = (0.8, 0.1, 0.1),
     unit: Unit = "word",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Mask samples that hold no special tokens: the changed tokens, int64 ``[T]``, and which of them are to be
-    predicted, ascending ``[M]``.
+    """Mask samples that hold no special tokens.
 
     Args:
-        tokens: ``[T]`` of all samples, one after the other, of ``lengths`` ``[B]``.
+        tokens: ``[T]`` token ids of all samples, one after the other.
         word_starts: ``[T]`` true where a word begins; the first token of a sample always counts as one.
+        lengths: ``[B]`` tokens of each sample.
         seed, epoch, sample_ids: what the masks are a function of; ``sample_ids`` ``[B]``, ``epoch`` one or ``[B]``.
+        mask_id: id of the mask token.
         random_ids: the ids that a token may be replaced by at random (no special tokens).
         probability: share of the tokens to predict, one or ``[B]``: ``max(1, round(probability * length))`` in each
             sample, or fewer where no word is short enough for what is left (none of a single word that is longer).
@@ -52,6 +72,9 @@ def mask_flat(
         unit: "word" masks all tokens of a word or none; "token" chooses tokens one by one; "span" masks runs of whole
             words, which become mask tokens, random tokens or stay as they are together (SpanBERT); where a sample
             begins, so does a span, and as the budget cuts off ends its first word is masked more often: 0.20 for 0.15.
+
+    Returns:
+        the changed tokens, int64 ``[T]``, and which of them are to be predicted, ascending ``[M]``.
     """
     first = np.cumsum(lengths) - lengths  # [B]
     sample_of_token = np.repeat(np.arange(len(lengths)), lengths)
@@ -84,10 +107,16 @@ def draw(keys: np.ndarray, purpose: int, sample: np.ndarray, number: np.ndarray)
     return mix(hash_ints(keys, purpose)[sample] ^ number.astype(np.uint64))
 
 
+def ordinals(groups: np.ndarray) -> np.ndarray:
+    """The place of each element in its group, of ``groups`` in ascending order: [0, 0, 3] -> [0, 1, 0]."""
+    changes = np.flatnonzero(np.diff(groups, prepend=-1))  # where each group begins
+    return np.arange(len(groups)) - np.repeat(changes, np.diff(changes, append=len(groups)))
+
+
 def span_of_word(sample_of_word: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Cut each sample's words into consecutive spans of random lengths; the number of each word's span ``[W]``."""
-    before = np.searchsorted(sample_of_word, sample_of_word)  # words of earlier samples
-    number = np.arange(len(before)) - before  # of a word in its sample
+    number = ordinals(sample_of_word)
+    before = np.arange(len(number)) - number  # words of earlier samples
     drawn = uniform(draw(keys, SPAN, sample_of_word, number))  # of a sample's span 0, 1, ...: it has no more than words
     reach = np.cumsum(1 + np.searchsorted(SPAN_LENGTHS, drawn, side="right"))
     ends = before + reach - np.append(0, reach)[before]  # where each span would end, in words of all samples
@@ -99,8 +128,13 @@ def span_of_word(sample_of_word: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def choose_words(sizes: np.ndarray, sample_of_word: np.ndarray, keys: np.ndarray, budget: np.ndarray) -> np.ndarray:
-    """Which words ``[W]``, of so many tokens each, are masked: taken by ascending key (uint64 ``[W]``, of which the
-    upper 47 bits count), skipping any that would exceed what is left of the sample's ``budget [B]`` in tokens.
+    """Which words are masked: taken by ascending key, skipping any that would exceed what is left of the budget.
+
+    Args:
+        sizes: ``[W]`` tokens of each word.
+        sample_of_word: ``[W]`` ascending.
+        keys: ``[W]`` random uint64, the order of a sample's words; words with the same upper 47 bits go by position.
+        budget: ``[B]`` tokens to choose.
 
     Each round takes the words up to the first one that does not fit, then drops all that are larger than the rest of
     the budget. The first misfit is among those, so the largest remaining size shrinks: few rounds, whatever W is.

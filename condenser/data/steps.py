@@ -19,8 +19,14 @@ from condenser.data.shapes import Shapes, filled
 
 
 class Steps(Dataset):
-    """Item i: the passes of optimizer step i on a ``device`` (its rank, and how many there are). A pass is of as many
-    micro-batches as have ``tokens_per_pass`` on average, and at least one; ``few_shapes`` fills it up."""
+    """Item i: the passes of optimizer step i on this rank.
+
+    Args:
+        device: rank and world size.
+        tokens_per_pass: as many micro-batches as have so many tokens on average, and at least one, make up a pass.
+        few_shapes: fill passes up.
+        extras: see `collate`.
+    """
 
     def __init__(
         self,
@@ -93,10 +99,18 @@ class Upcoming(SequentialSampler, DistributedSampler):
 
 
 class StepLoader(DataLoader):
-    """Loads the steps of an epoch, which may be limited, in order. Where an iteration begins, ``begin`` says how many
-    were taken; without it epochs follow one another in ``training``. ``waited`` are seconds that somebody waited."""
+    """Loads the steps of an epoch in order.
 
-    PATIENCE = 1800.0  # seconds, after which workers that give no step are an error
+    ``waited`` are the seconds that somebody waited for a step. Workers that give none for ``PATIENCE`` seconds are an
+    error.
+
+    Args:
+        training: else each iteration begins at step 0.
+        begin: the number of steps that were taken, where an iteration begins. Without it epochs follow one another.
+        steps_per_epoch: of a limited epoch.
+    """
+
+    PATIENCE = 1800.0
 
     def __init__(
         self,
