@@ -250,11 +250,12 @@ def bench(settings, max_length, sequences, n_steps, rounds):
         median = {key: float(np.median(values)) for key, values in figures.items()}
         print(
             f"  {name:18} {median['tokens_per_second']:12,.0f} tokens/s, "
-            f"MFU {median['needed_flops_per_second'] / rate:.1%}, wait {median['data_wait']:.1%}, "
+            f"MFU {median['needed_flops_per_second'] / rate:.1%}, {median['launches']:,.0f} launches, "
+            f"{median['host_ms']:.1f} ms of the host, wait {median['data_wait']:.1%}, "
             f"{median['peak_memory_gb']:.1f} GB",
             flush=True,
         )
-    return {"matmul_flops_per_second": rate, "recipes": found}
+    return {"matmul_flops_per_second": rate, "recipes": found, "kernels_ms": trial.kernels}
 
 
 def parts_of(toy):

@@ -723,11 +723,13 @@ def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, cap
     authors, ours = found.values()
     assert np.median(authors["flops_per_token"]) > 1.5 * np.median(ours["flops_per_token"])
     for figures in (authors, ours):
-        assert len(figures["tokens_per_second"]) == len(figures["data_wait"]) == 2
+        assert len(figures["tokens_per_second"]) == len(figures["host_ms"]) == 2
+        assert figures["launches"][0] > 100
     assert authors["peak_memory_gb"][0] > 1.2 * ours["peak_memory_gb"][0] > 0
     shown = capsys.readouterr().out
-    assert re.search(r"MFU +GB +data wait", shown), shown
-    for wrong, message in ((["--steps", "100"], "Lower --steps"), ([], "of up to 40 tokens; the rows need 128")):
+    assert re.search(r"MFU +GB +wait +ches +ms", shown), shown
+    too_long = "a backbone that takes 40"
+    for wrong, message in ((["--steps", "100"], "Lower --steps"), ([], too_long)):
         assert main(["bench", *options, *wrong]) == 1
         assert message in capsys.readouterr().err
 

@@ -20,11 +20,12 @@ from condenser.models.condenser import Condenser
 from condenser.models.flops import TOKENS_AT_ONCE
 from condenser.models.objective import Objective
 from condenser.recipes import WRONG, Parser, file_of
-from condenser.reports.rehearsal import check_positions, untrained
+from condenser.reports.rehearsal import untrained
 from condenser.reports.rows import open_rows, steps_over
 from condenser.reports.tables import check_figures, table, write_figures
-from condenser.reports.trial import FASTER, FIRST, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
+from condenser.reports.trial import FASTER, FIRST, KINDS, RECIPES, Figures, Precision, Recipe, Trial, matmul_rate
 from condenser.runs import at_least, read_mapping
+from condenser.training.device import check_rows
 from condenser.training.module import CondenserModule
 
 
@@ -47,7 +48,8 @@ def bench(
 
     Shown are medians over the rounds, with half the range, and the ratio to the first row. GFLOP of a token are
     those done, padding included; MFU counts only those that the real tokens need, against the rate of large matrix
-    products. `condenser bench data` measures what comes before training.
+    products. The host's time is what a step takes it until it can begin the next, launches are kernels on a GPU and
+    operations, also within others, on a CPU. `condenser bench data` measures what comes before training.
 
     Args:
         config: recipe (a file or a name) whose model is built, with random weights; BERT-base with the paper's head by
@@ -108,7 +110,10 @@ def bench(
     rate = matmul_rate(trial.device, trial.dtype)
     console.print(table_of_speed(found, rate))
     console.print(f"MFU is of {rate / 1e12:.3g} TFLOP/s, measured with large matrix products")
-    write_figures(json, {"setting": setting(trial), "recipes": found, "matmul_flops_per_second": rate})
+    if trial.kernels:
+        console.print(table_of_kernels(trial.kernels))
+    figures = {"recipes": found, "kernels": trial.kernels, "matmul_flops_per_second": rate}
+    write_figures(json, {"setting": setting(trial), **figures})
 
 
 def module_of(config: str | None, objective: str | None) -> CondenserModule:
@@ -140,7 +145,7 @@ def build_model(module: CondenserModule, n_tokens: int, longest: int) -> Objecti
     model = untrained(module, vocab_size=n_tokens)
     if model.lm.config.vocab_size < n_tokens:
         raise ValueError(f"the model has vocab_size={model.lm.config.vocab_size}; the rows need {n_tokens}")
-    check_positions(model, longest)
+    check_rows(model, longest)
     return model
 
 
@@ -158,7 +163,7 @@ def setting(trial: Trial) -> str:
 
 
 def table_of_speed(found: dict[str, Figures], rate: float) -> Table:
-    header = ("", "tokens/s", "ratio", "GFLOP", "MFU", "GB", "data wait")
+    header = ("", "tokens/s", "ratio", "GFLOP", "MFU", "GB", "data\nwait", "laun-\nches", "host\nms")
     base = next(iter(found.values()))["tokens_per_second"]
     rows = []
     for name, figures in found.items():
@@ -171,6 +176,15 @@ def table_of_speed(found: dict[str, Figures], rate: float) -> Table:
             f"{typical['needed_flops_per_second'] / rate:.0%}",
             f"{typical['peak_memory_gb']:.1f}",
             f"{typical['data_wait']:.1%}",
+            f"{typical['launches']:,.0f}",
+            f"{typical['host_ms']:,.0f}",
         )
         rows.append((name, *cells))
     return table(header, rows)
+
+
+def table_of_kernels(kernels: dict[str, dict[str, float]]) -> Table:
+    """``kernels``: milliseconds by kind, of each recipe."""
+    rows = [(kind, *(f"{times.get(kind, 0.0):.1f}" for times in kernels.values())) for kind in KINDS]
+    rows.append(("all", *(f"{sum(times.values()):.1f}" for times in kernels.values())))
+    return table(("ms of kernels in a step", *kernels), rows)

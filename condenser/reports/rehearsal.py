@@ -22,10 +22,11 @@ from condenser.data.datamodule import CondenserDataModule
 from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.data.tokenizers import vocabulary_size
 from condenser.models import attention
-from condenser.models.backbones.base import build_masked_lm, config_of, longest_text, prepare_layers, with_settings
+from condenser.models.backbones.base import build_masked_lm, config_of, prepare_layers, with_settings
 from condenser.models.initial import fill_vocabulary
 from condenser.models.objective import COUNTS, Objective
 from condenser.models.positions import with_positions
+from condenser.training.device import check_rows
 from condenser.training.module import CondenserModule
 from condenser.training.optim import build_optimizer
 from condenser.training.step import TrainingStep
@@ -55,7 +56,7 @@ class Rehearsal:
             module.model = self.model = untrained(module, **defaults)
             prepare_layers(self.model.lm, **module.layers)
             if has_store:
-                check_positions(self.model, datamodule.longest)
+                check_rows(self.model, datamodule.longest)
             self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
             self.start: dict[str, Tensor] = {}
             if module.optimization.decay_to_start:
@@ -118,13 +119,6 @@ def untrained(module: CondenserModule, **defaults: Any) -> Objective:
         lm = with_positions(lm, module.beginning["max_positions"])
     fill_vocabulary(lm, module.beginning["vocabulary_multiple"])
     return module.objective.from_masked_lm(lm, **module.options).train()
-
-
-def check_positions(model: Objective, needed: int) -> None:
-    """Raises ValueError for a model that takes fewer tokens than the longest row has."""
-    positions = longest_text(model.lm.config)
-    if positions and positions < needed:
-        raise ValueError(f"the model takes texts of up to {positions} tokens; the rows need {needed}")
 
 
 def one_pass(lengths: np.ndarray, datamodule: CondenserDataModule) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -26,6 +27,14 @@ from condenser.training.step import TrainingStep
 FIRST = 4  # steps that do not count
 Precision = Literal["32-true", "bf16-mixed"]
 Figures = dict[str, list[float]]  # of each round
+LAUNCHES = {"cuda": ("cudaLaunch", "cuLaunch", "cudaGraphLaunch"), "cpu": "aten::"}  # how their names begin
+KINDS = {  # of GPU kernels, by what their names contain; the first match counts
+    "matrix products": ("nvjet", "gemm", "cutlass", "splitK", "xmma", "cublas"),
+    "attention": ("flash", "fmha", "attention"),
+    "optimizer": ("FusedAdam", "fused_adam", "multi_tensor", "foreach"),
+    "copies": ("Memcpy", "Memset", "copy_kernel"),
+    "element-wise": ("",),
+}
 
 
 @dataclass(frozen=True)
@@ -98,6 +107,7 @@ class Trial:
     def __post_init__(self) -> None:
         self.device = next(self.model.parameters()).device
         self.dtype = torch.bfloat16 if self.precision == "bf16-mixed" else torch.float32
+        self.kernels: dict[str, dict[str, float]] = {}  # milliseconds a step by kind, of each recipe, on a GPU
         self.longest = int(self.rows.mixture.typical_lengths().max()) + SPECIAL_TOKENS  # row, in tokens
 
     def run(self, recipes: list[Recipe], rounds: int, say: Callable[[str], Any] = print) -> dict[str, Figures]:
@@ -106,8 +116,7 @@ class Trial:
         for recipe in recipes:
             say(f"first steps: {recipe.name}")
             steps[recipe.name] = self.step_of(recipe)
-            peak = self.peak_memory(recipe, steps[recipe.name], FIRST + rounds * self.steps)
-            found[recipe.name] = {"peak_memory_gb": [peak / 1e9]}
+            found[recipe.name] = self.profile(recipe, steps[recipe.name], FIRST + rounds * self.steps)
         for number in range(rounds):
             for recipe in recipes:
                 say(f"round {number + 1} of {rounds}: {recipe.name}")
@@ -145,13 +154,15 @@ class Trial:
 
     def measure(self, recipe: Recipe, step: TrainingStep, first: int) -> dict[str, float]:
         loader = self.loader(recipe, first - 1)
-        items, batches = iter(loader), []
+        items, batches, host = iter(loader), [], 0.0
         next(items)
         if self.workers:
             time.sleep(1.0)  # until they are ahead, as they are in training
         loader.waited, start = 0.0, time.perf_counter()
         for batch in islice(items, self.steps):
+            began = time.perf_counter()
             self.take(step, batch)
+            host += time.perf_counter() - began
             batches.append(batch)
         torch.get_device_module(self.device).synchronize()
         seconds = time.perf_counter() - start
@@ -159,13 +170,14 @@ class Trial:
         return {
             "tokens_per_second": tokens / seconds,
             "data_wait": loader.waited / seconds,
+            "host_ms": 1e3 * host / self.steps,
             "flops_per_token": sum(flops(self.work_done(recipe, batch)) for batch in batches) / tokens,
             "needed_flops_per_second": sum(flops(Work.of_real_tokens(batch)) for batch in batches) / seconds,
         }
 
-    def peak_memory(self, recipe: Recipe, step: TrainingStep, n_steps: int) -> int:
-        """Bytes at the most in a step: weights, gradients, optimizer states and whatever it needs. Before it, passes of
-        all shapes that come in ``n_steps`` are computed once."""
+    def profile(self, recipe: Recipe, step: TrainingStep, n_steps: int) -> Figures:
+        """Of a step: bytes at the most (weights, gradients, optimizer states and whatever it needs), launches, and on a
+        GPU the time of kernels by kind. Before it, passes of all shapes that come in ``n_steps`` are computed once."""
         on_gpu, seen = self.device.type == "cuda", set[tuple[torch.Size, ...]]()
         if on_gpu:  # of the first steps too, as a replay keeps what it was captured in
             torch.cuda.empty_cache()
@@ -175,11 +187,15 @@ class Trial:
             if not shapes <= seen:
                 self.take(step, batch)
                 seen |= shapes
+        with without_stderr(), torch.profiler.profile(profile_memory=not on_gpu) as profiler:
+            self.take(step, batch)
+            torch.get_device_module(self.device).synchronize()
+        events = profiler.events()
         if on_gpu:
-            return torch.cuda.max_memory_allocated()
-        states = [state for each in step.optimizer.state.values() for state in each.values() if torch.is_tensor(state)]
-        kept = sum(each.nbytes for each in [*step.weights, *step.gradients, *states])
-        return kept + allocated_at_most(self.take, step, batch)
+            self.kernels[recipe.name] = times_by_kind(events)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else kept(step) + allocated_at_most(profiler)
+        launches = sum(event.name.startswith(LAUNCHES[self.device.type]) for event in events)
+        return {"peak_memory_gb": [peak / 1e9], "launches": [launches]}
 
     def work_done(self, recipe: Recipe, batch: StepBatch) -> Work:
         """What a recipe computes, padding, dummies and whole layers included."""
@@ -191,13 +207,16 @@ class Trial:
         return Work(*(round(more * each) for each in Work.of_real_tokens(batch)))
 
 
-def allocated_at_most(function: Callable[..., Any], *args: Any) -> int:
-    """Bytes on the CPU, beside what there was before."""
-    with without_stderr(), torch.profiler.profile(profile_memory=True) as profiler:
-        function(*args)
-    events: Any = profiler.profiler
-    found = [event for event in events.kineto_results.events() if event.name() == "[memory]"]
-    return int(np.cumsum([event.nbytes() for event in sorted(found, key=lambda event: event.start_ns())]).max())
+def kept(step: TrainingStep) -> int:
+    """Bytes of weights, gradients and optimizer states."""
+    states = [state for each in step.optimizer.state.values() for state in each.values() if torch.is_tensor(state)]
+    return sum(each.nbytes for each in [*step.weights, *step.gradients, *states])
+
+
+def allocated_at_most(profiler: Any) -> int:
+    """Bytes, beside what there was before."""
+    events = profiler.profiler.kineto_results.events()
+    return int(np.cumsum([event.nbytes() for event in events if event.name() == "[memory]"]).max())
 
 
 @contextlib.contextmanager
@@ -211,6 +230,16 @@ def without_stderr() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def times_by_kind(events: Any) -> dict[str, float]:
+    """Milliseconds of GPU kernels."""
+    times: Counter[str] = Counter()
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            kind = next(kind for kind, parts in KINDS.items() if any(part in event.name for part in parts))
+            times[kind] += event.device_time_total / 1e3
+    return dict(times)
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

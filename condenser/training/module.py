@@ -222,6 +222,7 @@ class CondenserModule(L.LightningModule):
             callback.setup(self.trainer, self, stage)
 
     def configure_optimizers(self) -> Any:
+        self.optimization.try_out(self.device)
         optimizer = build_optimizer(self, self.optimization, self.start)
         return {"optimizer": optimizer, "lr_scheduler": build_schedule(optimizer, self.optimization, self.length)}
 

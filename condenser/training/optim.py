@@ -117,7 +117,6 @@ def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, 
         {"params": parameters, "lr": rate, "weight_decay": decay, "waits": waits}
         for (waits, rate, decay), parameters in groups.items()
     ]
-    settings.try_out(next(module.parameters()).device)
     optimizer = settings.made(of_groups)
     if settings.decay_to_start:
         assert start is not None
