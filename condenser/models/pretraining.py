@@ -26,7 +26,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
-from condenser.models.backbones.base import build_masked_lm, check_complete, config_of, with_settings
+from condenser.models.backbones.base import REPORTED, build_masked_lm, check_complete, config_of, with_settings
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.files import reading
@@ -220,13 +220,13 @@ def as_dtype(given: Any) -> torch.dtype:
     """Of Hugging Face's argument: "auto" is fp32, as this is what is trained.
 
     Raises:
-        ValueError: no type of torch's.
+        ValueError: no type of torch's for weights.
     """
     if given in (None, "auto"):
         return torch.float32
     found = getattr(torch, given, None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={given!r} is no type of torch's")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={given!r} is no type of torch's for weights")
     return found
 
 
@@ -299,10 +299,10 @@ def opened(name: str, settings: dict[str, Any], hub: Mapping[str, Any] = {}) -> 
     """
     config = config_of(name, hub)
     if isinstance(config, CondenserConfig):
-        config.backbone_config = with_settings(config.backbone_config, settings)
+        config.backbone_config = with_settings(config.backbone_config, settings, name)
         with reading(name):
             whole, report = PreTrainedModel.from_pretrained.__func__(  # type: ignore[attr-defined]
-                CondenserForPreTraining, name, config=config, dtype="float32", output_loading_info=True, **hub
+                CondenserForPreTraining, name, config=config, **REPORTED, **hub
             )
         check_complete(name, report)
         return Found(whole.model.lm, whole.model.head_state(), config.objective, config.settings)

@@ -23,6 +23,9 @@ from condenser.models.attention import Bounds, Sequences
 from condenser.models.files import is_run, reading
 from condenser.online import ask_hub
 
+# how weights are loaded, so that `check_complete` can tell what they lack
+REPORTED: dict[str, Any] = {"dtype": "float32", "output_loading_info": True, "ignore_mismatched_sizes": True}
+
 
 class Backbone(ABC):
     """A masked LM, taken apart; the parts are its own modules, not copies."""
@@ -131,6 +134,8 @@ def backbone_of(lm: PreTrainedModel) -> Backbone:
         )
     if getattr(lm.config, "is_decoder", False):
         raise ValueError("the backbone is a decoder, which sees a text from one side: set is_decoder to false")
+    if lm.config.num_hidden_layers < 1:
+        raise ValueError(f"num_hidden_layers={lm.config.num_hidden_layers}: the backbone has no layer")
     return known[model_type](lm)
 
 
@@ -187,16 +192,11 @@ def build_masked_lm(
             weights that are damaged or would run code.
     """
     if backbone is None:
-        check_settings(settings, BertConfig())
-        try:
-            return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
-        except (KeyError, TypeError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"backbone_config makes no model: {type(error).__name__}: {reason}") from error
-    config = with_settings(config_of(backbone, hub), settings)
+        return AutoModelForMaskedLM.from_config(with_settings(BertConfig(**defaults), settings))
+    config = with_settings(config_of(backbone, hub), settings, backbone)
     with reading(backbone):
         lm, report = AutoModelForMaskedLM.from_pretrained(
-            backbone, config=config, dtype="float32", output_loading_info=True, trust_remote_code=False, **hub
+            backbone, config=config, trust_remote_code=False, **REPORTED, **hub
         )
     check_complete(backbone, report)
     return lm
@@ -204,11 +204,13 @@ def build_masked_lm(
 
 def check_complete(name: str, report: Mapping[str, Any]) -> None:
     """Raises ValueError where files lack weights, by Hugging Face's report of loading them."""
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"the weights in {name!r} do not make a masked LM of this configuration: {len(missing)} are missing, "
-            f"{missing[0]} for one"
-        )
+    other = [f"{key} is {[*there]} there and {[*here]} here" for key, there, here in report["mismatched_keys"]]
+    for lost, what in ((report["missing_keys"], "missing"), (other, "of another shape")):
+        if lost:
+            raise ValueError(
+                f"the weights in {name!r} do not make a masked LM of this configuration: {len(lost)} are {what}, "
+                f"{min(lost)} for one"
+            )
 
 
 def config_of(name: str, hub: Mapping[str, Any] = {}) -> PretrainedConfig:
@@ -230,21 +232,23 @@ def config_of(name: str, hub: Mapping[str, Any] = {}) -> PretrainedConfig:
         raise ValueError(f"no configuration could be loaded from {name!r}: {line}") from None
 
 
-def with_settings(config: PretrainedConfig, settings: dict[str, Any]) -> PretrainedConfig:
-    """A backbone's configuration with ``settings`` in it. Raises ValueError for one that it does not know."""
+def with_settings(config: PretrainedConfig, settings: dict[str, Any], name: str | None = None) -> PretrainedConfig:
+    """The configuration of ``name`` with ``settings`` in it. Raises ValueError for one that it does not know, and where
+    they make no model."""
+    kind = type(config).__name__
     family = families().get(config.model_type, Backbone)
     names = {**config.attribute_map, **family.other_names}
     settings = {names.get(key, key): value for key, value in settings.items()}
-    check_settings(settings, config)
+    if unknown := sorted(settings.keys() - (config.to_dict().keys() - {"model_type", "dtype"})):
+        raise ValueError(f"backbone_config: {kind} has no setting {', '.join(map(repr, unknown))}")
     try:
         for key, value in settings.items():
             setattr(config, key, value)
-    except StrictDataclassError as error:
-        raise ValueError(f"backbone_config: {' '.join(str(error).split())}") from None
+        with torch.device("meta"):
+            AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of any module that is made of them
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"backbone_config makes no model of {name or kind}: {type(error).__name__}: {reason}"
+        ) from None
     return config
-
-
-def check_settings(settings: dict[str, Any], config: PretrainedConfig) -> None:
-    unknown = sorted(set(settings) - set(config.to_dict()))
-    if unknown:
-        raise ValueError(f"backbone_config: {type(config).__name__} has no setting {', '.join(map(repr, unknown))}")
