@@ -155,8 +155,8 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
         raise ValueError(f"--output {target} exists, of a model that was read as {there['objective']}; remove it first")
     if (there.get("sha256"), there.get("options", {})) != (source["sha256"], source["options"]):
         raise ValueError(
-            f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "
-            "another folder"
+            f"--output {target} exists and is not this checkpoint's export with these options (and texts to whiten by);"
+            " remove it, or choose another folder"
         )
     for name, digest in content.get("files", {}).items():
         if not (target / name).is_file() or sha256(target / name) != digest:

@@ -69,6 +69,18 @@ def test_vectors_are_whitened_by_the_texts_given(run, corpus, tmp_path):
     np.testing.assert_allclose(vectors.mean(0), 0, atol=0.01)
 
 
+def test_an_export_that_was_whitened_by_other_texts_is_not_taken_for_this_one(run, corpus, tmp_path, capsys):
+    texts = tmp_path / "texts.jsonl"
+    options = ["--whitening", str(texts), "--dimensions", "8"]
+    shutil.copy(corpus, texts)
+    for message in ("reloaded and compared", "nothing to do"):
+        assert export(run, tmp_path / "out", *options) == 0
+        assert message in capsys.readouterr().out
+    texts.write_text("".join(corpus.read_text().splitlines(keepends=True)[:100]))
+    assert export(run, tmp_path / "out", *options) == 1
+    assert "with these options (and texts to whiten by); remove it" in capsys.readouterr().err
+
+
 def test_layers_are_averaged_where_asked(run, states, tmp_path):
     assert export(run, tmp_path / "out", "--pooling", "last2-cls") == 0
     with torch.inference_mode():
