@@ -123,7 +123,7 @@ class Objective(nn.Module):
             last states ``[T, H]``, or ``[Q, H]`` where ``pruned``; early ones ``[T, H]``; the sequences.
         """
         early = late = self.backbone.embed(batch["input_ids"], batch["position_ids"], batch.get("token_type_ids"))
-        as_they_lie = self.backbone.has_kernel and not (self.training and self.backbone.attention_dropout)
+        as_they_lie = self.backbone.has_kernel and not self.backbone.dropped(self.backbone.layers[0])
         sequences = sequences_of(batch, late, as_they_lie)
         layers = self.backbone.layers
         for depth, layer in enumerate(layers, start=1):

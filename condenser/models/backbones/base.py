@@ -4,7 +4,8 @@ A family joins by a file in this folder with a subclass of `Backbone` (or by one
 docs/backbones.md. Its own modules are used as they are, so that state dicts, initialisation and export stay Hugging
 Face's.
 
-Legend: T tokens, Q positions read in the last layers, M masked tokens, H hidden size, V vocabulary.
+Legend: T tokens, Q positions read in the last layers, M masked tokens, H hidden size, A attention heads, D their size,
+V vocabulary.
 """
 
 import importlib
@@ -19,10 +20,12 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
-from condenser.models.attention import Bounds, Sequences
+from condenser.models.attention import PLAIN, Bounds, Scores, Sequences, attend, self_attend, take
 from condenser.models.files import is_run, reading
 from condenser.online import ask_hub
 
+Placed = tuple[Tensor, Tensor, Bounds]  # states [T, H], their positions [T], and where sequences lie
+ALL, QUERY, KEY_VALUE = slice(0, 3), slice(0, 1), slice(1, 3)  # of a layer's projections
 # how weights are loaded, so that `check_complete` can tell what they lack
 REPORTED: dict[str, Any] = {"dtype": "float32", "output_loading_info": True, "ignore_mismatched_sizes": True}
 
@@ -53,11 +56,6 @@ class Backbone(ABC):
 
     @property
     @abstractmethod
-    def attention_dropout(self) -> float:
-        """Of what each position sees, in training."""
-
-    @property
-    @abstractmethod
     def decoder(self) -> nn.Linear:
         """``[M, H]`` -> logits ``[M, V]``, tied to the word embeddings."""
 
@@ -66,17 +64,46 @@ class Backbone(ABC):
         """States ``[T, H]`` of tokens ``[T]``; ``position_ids`` begin at 0 with a sequence, or behind its padding."""
 
     @abstractmethod
+    def projected(self, layer: Any, hidden: Tensor, which: slice, position_ids: Tensor) -> Tensor:
+        """Those of a layer's queries, keys and values that ``which`` says, side by side, of states ``[T, H]`` at these
+        positions: ``[T, 1 to 3, A, D]``."""
+
+    @abstractmethod
+    def finished(self, layer: Any, own: Tensor, attended: Tensor) -> Tensor:
+        """A layer's output ``[Q, H]`` for states ``own`` ``[Q, H]`` and what they saw, ``[Q, A, D]``."""
+
+    @abstractmethod
+    def dropped(self, layer: Any) -> float:
+        """Share of what a position sees that a layer drops now."""
+
+    def scores(self, layer: Any) -> Scores:
+        return PLAIN
+
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
         """A layer's output ``[T, H]``, or at the queries alone ``[Q, H]``, equal to the whole output there."""
+        position_ids, keys, index = sequences.position_ids, sequences.keys, sequences.query_index
+        if at_queries:
+            own = take(hidden, index), take(position_ids, index), sequences.queries
+            return self.cross(layer, own, (hidden, position_ids, keys), index)
+        states = self.projected(layer, hidden, ALL, position_ids)
+        return self.finished(layer, hidden, self_attend(states, keys, self.dropped(layer), self.scores(layer)))
+
+    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
+        """A layer's output ``[T, H]`` where its queries are other states than its keys and values, ``[T, H]`` each, and
+        the ``rows`` say by their mask which of these each query sees."""
+        return self.cross(layer, (query, position_ids, rows), (context, position_ids, rows))
+
+    def cross(self, layer: Any, own: Placed, context: Placed, query_index: Tensor | None = None) -> Tensor:
+        """Where queries are of ``own`` states, keys and values of the ``context``."""
+        (states, at, queries), (others, position_ids, keys) = own, context
+        query = self.projected(layer, states, QUERY, at).squeeze(1)
+        key_value = self.projected(layer, others, KEY_VALUE, position_ids)
+        attended = attend(query, key_value, queries, keys, self.dropped(layer), self.scores(layer), query_index)
+        return self.finished(layer, states, attended)
 
     @abstractmethod
     def position_states(self, position_ids: Tensor) -> Tensor:
         """What stands for positions ``[T]`` in the embeddings: ``[T, H]``."""
-
-    @abstractmethod
-    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
-        """A layer's output ``[T, H]`` where its queries are other states than its keys and values, ``[T, H]`` each, and
-        the ``rows`` say by their mask which of these each query sees."""
 
     def last(self, hidden: Tensor) -> Tensor:
         """``[Q, H]`` -> ``[Q, H]``: what comes after the last layer, and after those of a head."""
