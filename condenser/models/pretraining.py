@@ -31,6 +31,7 @@ from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.files import reading
 from condenser.models.heads import HEAD_FILE, head_beside, load_head, parts
+from condenser.models.initial import part_biases
 from condenser.models.objective import (
     Objective,
     class_of,
@@ -185,7 +186,9 @@ class CondenserForPreTraining(PreTrainedModel):
         self.model.lm._init_weights(module)
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> Any:
-        return self.model.lm.resize_token_embeddings(*args, **options)
+        embeddings = self.model.lm.resize_token_embeddings(*args, **options)
+        part_biases(self.model.lm)
+        return embeddings
 
     def get_input_embeddings(self) -> Any:
         return self.model.lm.get_input_embeddings()
