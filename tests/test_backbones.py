@@ -124,11 +124,8 @@ HEADS = {  # Hugging Face's MLM head, states to logits
     "bert": lambda lm, h: lm.cls(h),
     "roberta": lambda lm, h: lm.lm_head(h),
 }
-LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1, 1, L] is true
-    "distilbert": lambda lm, layer, h, mask: layer(h, mask),
-    "electra": lambda lm, layer, h, mask: layer(h, mask),
+LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1, 1, L] is true, if it is not just that
     "modernbert": lambda lm, layer, h, mask: layer(h, mask, turns_of(lm, h)),
-    "albert": lambda lm, layer, h, mask: layer(h, mask),
     "mpnet": lambda lm, layer, h, mask: layer(h, bias_of(mask), lm.mpnet.encoder.compute_position_bias(h))[0],
     "deberta-v2": lambda lm, layer, h, mask: layer(
         h,
@@ -136,8 +133,6 @@ LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1,
         relative_pos=lm.deberta.encoder.get_rel_pos(h),
         rel_embeddings=lm.deberta.encoder.get_rel_embedding(),
     )[0],
-    "bert": lambda lm, layer, h, mask: layer(h, mask),
-    "roberta": lambda lm, layer, h, mask: layer(h, mask),
 }
 
 
@@ -178,8 +173,9 @@ def dense_condenser(model, batch):
     """Late and head losses, every position of every row computed, and the late states."""
     early, late = theirs_of(model.lm, batch, model.skip_from)
     head = torch.cat([late[:, :1], early[:, 1:]], dim=1)
+    run = LAYERS.get(kind(model.lm), lambda lm, layer, h, mask: layer(h, mask))
     for layer in model.c_head:
-        head = LAYERS[kind(model.lm)](model.lm, layer, head, batch["attention_mask"][:, None, None].bool())
+        head = run(model.lm, layer, head, batch["attention_mask"][:, None, None].bool())
     logits = (HEADS[kind(model.lm)](model.lm, states) for states in (late, normed(model.lm, head)))
     losses = [F.cross_entropy(each.flatten(0, 1), batch["labels"].flatten()) for each in logits]
     return losses, late

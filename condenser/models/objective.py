@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from condenser.models.attention import Bounds, Sequences, sequences_of, take
-from condenser.models.backbones.base import backbone_of, longest_text
+from condenser.models.backbones.base import backbone_of, longest_text, with_subclasses
 from condenser.models.flops import Work
 from condenser.models.losses import IGNORED, token_losses
 
@@ -190,17 +190,17 @@ class Objective(nn.Module):
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool = False) -> Tensor:
         """A layer's output ``[T, H]``, or ``[Q, H]`` at the queries alone."""
         run = getattr(layer, "run", None)  # where weights are sharded, a method that gathers them: see sharding.py
-        run = run or partial(self.backbone.run, layer)
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(run, hidden, sequences, at_queries, use_reentrant=False)
-        return run(hidden, sequences, at_queries)
+        return self.recomputed(run or partial(self.backbone.run, layer), hidden, sequences, at_queries)
 
     def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         """A layer whose queries are those states ``[T, H]`` and whose keys and values are these."""
-        arguments = (layer, query, context, rows, position_ids)
+        return self.recomputed(self.backbone.run_cross, layer, query, context, rows, position_ids)
+
+    def recomputed(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A layer's output, whose parts are computed again in the backward pass where that is asked for."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(self.backbone.run_cross, *arguments, use_reentrant=False)
-        return self.backbone.run_cross(*arguments)
+            return checkpoint(run, *arguments, use_reentrant=False)
+        return run(*arguments)
 
 
 def identity(cls: Tensor) -> Tensor:
@@ -244,13 +244,7 @@ def class_of(model: Objective) -> type[Objective]:
 def known_class(path: str) -> type[Objective] | None:
     """The class of this path if it is one of ours or was imported. (A path that a file holds is not imported: it could
     run anything.)"""
-    waiting: list[type[Objective]] = [Objective]
-    while waiting:
-        known = waiting.pop()
-        if class_path(known) == path:
-            return known
-        waiting += known.__subclasses__()
-    return None
+    return next((known for known in with_subclasses(Objective) if class_path(known) == path), None)
 
 
 def known_options(objective: type[Objective], usual: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -285,6 +279,7 @@ def flattened(
     token_type_ids: Tensor | None = None,
 ) -> dict[str, Any]:
     """Padded rows ``[B, L]`` (``labels`` -100 where nothing is scored) as a flat pass. On a GPU this waits for it.
+    Padding within a text is left out: where distances count, those on both its sides are neighbours.
 
     Raises:
         ValueError: no labels, no rows, one without a token, or one of more than the backbone takes.

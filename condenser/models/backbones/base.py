@@ -11,7 +11,7 @@ V vocabulary.
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,8 +42,8 @@ class Backbone(ABC):
         self.lm: Any = lm
 
     @property
-    @abstractmethod
-    def embeddings(self) -> nn.Module: ...
+    def embeddings(self) -> Any:
+        return self.lm.base_model.embeddings
 
     @property
     def below(self) -> list[nn.Module]:
@@ -55,9 +55,9 @@ class Backbone(ABC):
     def layers(self) -> nn.ModuleList: ...
 
     @property
-    @abstractmethod
     def decoder(self) -> nn.Linear:
         """``[M, H]`` -> logits ``[M, V]``, tied to the word embeddings."""
+        return self.lm.get_output_embeddings()
 
     @abstractmethod
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -134,13 +134,14 @@ def families() -> dict[str, type[Backbone]]:
     """By Hugging Face's name of the model type."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
-    waiting: list[Any] = [Backbone]
-    found: dict[str, type[Backbone]] = {}
-    while waiting:
-        family = waiting.pop()
-        waiting += family.__subclasses__()
-        found |= dict.fromkeys(family.model_types, family)
-    return found
+    return {name: family for family in with_subclasses(Backbone) for name in family.model_types}
+
+
+def with_subclasses(each: Any) -> Iterator[Any]:
+    """A class and all that are derived from it, each after its bases."""
+    yield each
+    for derived in each.__subclasses__():
+        yield from with_subclasses(derived)
 
 
 def longest_text(config: Any) -> int | None:

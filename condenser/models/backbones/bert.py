@@ -38,10 +38,7 @@ class Parts(NamedTuple):
 class Bert(Backbone):
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
     projections: ClassVar[tuple[str, ...]] = ("query", "key", "value")  # their names in Hugging Face's attention
-
-    @property
-    def embeddings(self) -> Any:
-        return self.lm.base_model.embeddings
+    widens_first = False  # whether embeddings are made wide before they are normed
 
     @property
     def widening(self) -> nn.Linear | None:
@@ -55,10 +52,6 @@ class Bert(Backbone):
     @property
     def layers(self) -> nn.ModuleList:
         return self.lm.base_model.encoder.layer
-
-    @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.cls.predictions.decoder
 
     def parts(self, layer: Any) -> Parts:
         attention, out = layer.attention.self, layer.attention.output
@@ -77,18 +70,24 @@ class Bert(Backbone):
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         parts = self.embeddings
-        hidden = embedded(input_ids, parts.word_embeddings) + self.of_positions(position_ids)
+        hidden = embedded(input_ids, parts.word_embeddings)
+        if parts.position_embeddings is not None:
+            hidden = hidden + self.of_positions(position_ids)
         if (types := getattr(parts, "token_type_embeddings", None)) is not None:
             hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
-        elif token_type_ids is not None:
+        elif token_type_ids is not None and not hasattr(parts, "token_type_embeddings"):
             raise ValueError(f"token_type_ids are nothing that a {self.lm.config.model_type} takes")
+        if self.widening is not None and self.widens_first:
+            hidden = linear(hidden, self.widening)
         hidden = drop(norm(hidden, parts.LayerNorm).to(state_type(hidden)), parts.dropout)
-        return hidden if self.widening is None else linear(hidden, self.widening)
+        return hidden if self.widening is None or self.widens_first else linear(hidden, self.widening)
 
     def of_positions(self, position_ids: Tensor) -> Tensor:
         return embedded(position_ids, self.embeddings.position_embeddings)
 
     def position_states(self, position_ids: Tensor) -> Tensor:
+        if self.embeddings.position_embeddings is None:  # positions are in the scores alone
+            return self.embeddings.word_embeddings.weight.new_zeros(len(position_ids), self.lm.config.hidden_size)
         states = self.of_positions(position_ids)
         return states if self.widening is None else F.linear(states, self.widening.weight)
 
@@ -126,10 +125,6 @@ def feed_forward(layer: Any) -> dict[str, Any]:
 
 class Roberta(Bert):
     model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
-
-    @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.lm_head.decoder
 
     def of_positions(self, position_ids: Tensor) -> Tensor:
         return super().of_positions(position_ids + self.first_position(self.lm.config))

@@ -25,16 +25,8 @@ class ModernBert(Backbone):
     }
 
     @property
-    def embeddings(self) -> Any:
-        return self.lm.model.embeddings
-
-    @property
     def layers(self) -> nn.ModuleList:
         return self.lm.model.layers
-
-    @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.decoder
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         if token_type_ids is not None:
