@@ -18,11 +18,6 @@ PAPERS = {
 }
 
 
-def named(files: list[str]) -> str:
-    left = len(files) - FILES_NAMED
-    return ", ".join(files[:FILES_NAMED]) + (f" and {left:,} more" if left > 0 else "")
-
-
 def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> str:
     """The page that the hub shows; its first part is the hub's metadata."""
     config, data, numbers = model.lm.config, card["data"], card["measured"]
@@ -31,7 +26,9 @@ def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> 
     about |= {"tags": ["condenser", "dense-retrieval", "masked-lm"]}
     if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
         about["base_model"] = backbone  # of the hub
-    files = named([source["name"] for source in data["settings"]["sources"]])
+    names = [source["name"] for source in data["settings"]["sources"]]
+    files = ", ".join(names[:FILES_NAMED])
+    files += f" and {len(names) - FILES_NAMED:,} more" if len(names) > FILES_NAMED else ""
     name = type(model).__name__
     control = name == "Condenser" and not model.head_state()
     objective = "plain MLM" if control else name

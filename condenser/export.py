@@ -62,10 +62,10 @@ def export(
     cut_vocabulary(model.lm)
     with whole_folder(target) as folder:
         source["step"] = content["global_step"]
-        write_export(folder, model, content["condenser"], source, measured(path.parent.parent, source["step"]))
+        about = write_export(folder, model, content["condenser"], source, measured(path.parent.parent, source["step"]))
         compare_with_live(folder, model)
         finish(folder, model)
-        note_files(folder)
+        note_files(folder, about)
     print(f"{target}: step {content['global_step']:,} of {path}, reloaded and compared")
 
 
@@ -155,8 +155,8 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
         raise ValueError(f"--output {target} exists, of a model that was read as {there['objective']}; remove it first")
     if (there.get("sha256"), there.get("options", {})) != (source["sha256"], source["options"]):
         raise ValueError(
-            f"--output {target} exists and is not this checkpoint's export with these options; remove it, or choose "
-            "another folder"
+            f"--output {target} exists and is not this checkpoint's export with these options (and texts to whiten by);"
+            " remove it, or choose another folder"
         )
     for name, digest in content.get("files", {}).items():
         if not (target / name).is_file() or sha256(target / name) != digest:
@@ -164,15 +164,13 @@ def already_exported(target: Path, source: dict[str, Any]) -> bool:
     return True
 
 
-def note_files(folder: Path) -> None:
+def note_files(folder: Path, about: dict[str, Any]) -> None:
     """By their checksums, so that the same command later sees whether they are still what was written."""
-    about = json.loads((folder / ABOUT_FILE).read_text(encoding="utf-8"))
-    mode = (folder / ABOUT_FILE).stat().st_mode
-    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody else read
-        path.chmod(mode)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != ABOUT_FILE)
-    about["files"] = {str(path.relative_to(folder)): sha256(path) for path in files}
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    about = about | {"files": {str(path.relative_to(folder)): sha256(path) for path in files}}
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody else read
+        path.chmod((folder / ABOUT_FILE).stat().st_mode)
 
 
 def check_finite(model: Objective, path: Path) -> None:
@@ -194,7 +192,8 @@ def measured(run: Path, step: int) -> dict[str, Any]:
 
 def write_export(
     folder: Path, model: Objective, about: dict[str, Any], source: dict[str, Any], numbers: dict[str, Any]
-) -> None:
+) -> dict[str, Any]:
+    """All but `ABOUT_FILE`, whose content is returned."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()  # AutoModel will report the MLM head that it leaves out
@@ -210,9 +209,9 @@ def write_export(
     if about["run_config"]:
         (folder / "training_config.yaml").write_text(about["run_config"], encoding="utf-8")
     card = {"source": source, "head": model.settings, "measured": numbers, "data": manifest}
-    (folder / ABOUT_FILE).write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
     config = dict(flatten(yaml.safe_load(about["run_config"]) or {}))
     (folder / "README.md").write_text(model_card(model, card, config.get("model.backbone")), encoding="utf-8")
+    return card
 
 
 def write_sentence_transformers_files(folder: Path, hidden_size: int, max_length: int) -> None:

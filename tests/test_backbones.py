@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import tiny_batch, tiny_config
+from test_model import states_of, tiny_batch, tiny_config
 from test_objectives import close
 from torch import nn
 from transformers import (
@@ -124,11 +124,8 @@ HEADS = {  # Hugging Face's MLM head, states to logits
     "bert": lambda lm, h: lm.cls(h),
     "roberta": lambda lm, h: lm.lm_head(h),
 }
-LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1, 1, L] is true
-    "distilbert": lambda lm, layer, h, mask: layer(h, mask),
-    "electra": lambda lm, layer, h, mask: layer(h, mask),
+LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1, 1, L] is true, if it is not just that
     "modernbert": lambda lm, layer, h, mask: layer(h, mask, turns_of(lm, h)),
-    "albert": lambda lm, layer, h, mask: layer(h, mask),
     "mpnet": lambda lm, layer, h, mask: layer(h, bias_of(mask), lm.mpnet.encoder.compute_position_bias(h))[0],
     "deberta-v2": lambda lm, layer, h, mask: layer(
         h,
@@ -136,8 +133,6 @@ LAYERS = {  # Hugging Face's layer over padded rows [B, L, H], where mask [B, 1,
         relative_pos=lm.deberta.encoder.get_rel_pos(h),
         rel_embeddings=lm.deberta.encoder.get_rel_embedding(),
     )[0],
-    "bert": lambda lm, layer, h, mask: layer(h, mask),
-    "roberta": lambda lm, layer, h, mask: layer(h, mask),
 }
 
 
@@ -167,7 +162,7 @@ def kind(lm):
     return lm.config.model_type
 
 
-def states_of(lm, batch, skip_from):
+def theirs_of(lm, batch, skip_from):
     """Embeddings, early and late states by Hugging Face's forward pass."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     every = lm.base_model(**inputs, output_hidden_states=True).hidden_states
@@ -176,10 +171,11 @@ def states_of(lm, batch, skip_from):
 
 def dense_condenser(model, batch):
     """Late and head losses, every position of every row computed, and the late states."""
-    early, late = states_of(model.lm, batch, model.skip_from)
+    early, late = theirs_of(model.lm, batch, model.skip_from)
     head = torch.cat([late[:, :1], early[:, 1:]], dim=1)
+    run = LAYERS.get(kind(model.lm), lambda lm, layer, h, mask: layer(h, mask))
     for layer in model.c_head:
-        head = LAYERS[kind(model.lm)](model.lm, layer, head, batch["attention_mask"][:, None, None].bool())
+        head = run(model.lm, layer, head, batch["attention_mask"][:, None, None].bool())
     logits = (HEADS[kind(model.lm)](model.lm, states) for states in (late, normed(model.lm, head)))
     losses = [F.cross_entropy(each.flatten(0, 1), batch["labels"].flatten()) for each in logits]
     return losses, late
@@ -207,7 +203,7 @@ def test_condensers_losses_and_gradients_are_those_of_whole_padded_rows(family, 
     assert late.item() == pytest.approx(lm(**batch).loss.item(), rel=1e-6)  # theirs, of which some are in fp32
     if not pruned:
         real = batch["attention_mask"].bool()
-        torch.testing.assert_close(out.last_hidden_state[real], states[real])
+        torch.testing.assert_close(states_of(model, **batch)[0], states[real])
     found, expected = gradients_of(out.loss, model), gradients_of(late + head, model)
     assert all(gradient.any() for gradient in expected[:3])
     close(found, expected, rounding(family))
@@ -370,10 +366,10 @@ def test_dropout_is_where_hugging_face_has_it(family):
     batch["input_ids"].clamp_(min=5)  # no padding
     model = Condenser(lm, n_head_layers=0, pruned=False).double().train()
     torch.manual_seed(5)
-    ours = model(**batch).last_hidden_state
+    ours = states_of(model, **batch)[0]
     torch.manual_seed(5)
     theirs = lm.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs[0])
     assert model.has_dropout
 
 

@@ -60,13 +60,21 @@ def test_vectors_are_pooled_normalised_and_prompted_as_asked(run, states, tmp_pa
     assert load_export(tmp_path / "out").skip_from == 1
 
 
-def test_vectors_are_whitened_by_the_texts_given(run, corpus, tmp_path):
-    assert export(run, tmp_path / "out", "--whitening", str(corpus), "--dimensions", "8") == 0
+def test_vectors_are_whitened_by_the_texts_given_and_not_by_what_their_file_held_before(run, corpus, tmp_path, capsys):
+    file = tmp_path / "texts.jsonl"
+    shutil.copy(corpus, file)
+    options = ["--whitening", str(file), "--dimensions", "8"]
+    assert export(run, tmp_path / "out", *options) == 0
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     vectors = encoder_of(tmp_path / "out").encode(texts)
     assert vectors.shape == (len(texts), 8)
     np.testing.assert_allclose(np.cov(vectors, rowvar=False), np.eye(8), atol=0.02)
     np.testing.assert_allclose(vectors.mean(0), 0, atol=0.01)
+    assert export(run, tmp_path / "out", *options) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    file.write_text("".join(corpus.read_text().splitlines(keepends=True)[:100]))
+    assert export(run, tmp_path / "out", *options) == 1
+    assert "with these options (and texts to whiten by); remove it" in capsys.readouterr().err
 
 
 def test_layers_are_averaged_where_asked(run, states, tmp_path):

@@ -12,6 +12,7 @@ from transformers import AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from condenser.cli import main
 from condenser.hub import load_export
+from condenser.models.backbones.base import build_masked_lm
 from condenser.models.condenser import Condenser
 from condenser.models.initial import cut_vocabulary, draw_truncated, fill_vocabulary
 from condenser.runs import checkpoints
@@ -44,9 +45,12 @@ def test_truncated_weights_have_nothing_beyond_two_deviations(family):
             assert torch.equal(weight, before[name])
 
 
+@pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", MODELS)
-def test_a_vocabulary_that_is_filled_up_and_cut_back_is_what_it_was(family):
-    lm = MODELS[family](0.0).eval()
+def test_a_vocabulary_that_is_filled_up_and_cut_back_is_what_it_was(family, tied, tmp_path):
+    config = MODELS[family](0.0).config
+    config.tie_word_embeddings = tied
+    lm = AutoModelForMaskedLM.from_config(config).eval()
     before, config = {name: weight.clone() for name, weight in lm.state_dict().items()}, lm.config.to_dict()
     fill_vocabulary(lm, 64)
     assert lm.config.vocab_size == 128
@@ -58,8 +62,10 @@ def test_a_vocabulary_that_is_filled_up_and_cut_back_is_what_it_was(family):
     after = lm.state_dict()
     assert after.keys() == before.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    tied = lm.get_input_embeddings().weight is lm.get_output_embeddings().weight
-    assert tied == lm.config.tie_word_embeddings
+    assert tied == (lm.get_input_embeddings().weight is lm.get_output_embeddings().weight)
+    lm.save_pretrained(tmp_path)
+    again = build_masked_lm(str(tmp_path), {}).state_dict()
+    assert all(torch.equal(again[name], before[name]) for name in before)
 
 
 @pytest.mark.slow

@@ -23,10 +23,10 @@ from condenser import CondenserForPreTraining
 from condenser.cli import main
 from condenser.export import find_checkpoint
 from condenser.hub import load_export
+from condenser.models.backbones.base import backbone_of, build_masked_lm
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
-from condenser.models.objective import COUNTS, Objective, flattened
-from condenser.models.pretraining import before_masking
+from condenser.models.objective import COUNTS, Objective, before_masking, flattened
 from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.passes import pass_loss
@@ -219,6 +219,7 @@ def test_a_vocabulary_is_resized_in_the_whole_model(tmp_path):
     [
         ({"objective": "Nothing"}, "objective='Nothing' is not known: Condenser, CoCondenser"),
         ({"dtype": "float7"}, "dtype='float7' is no type of torch's"),
+        ({"dtype": "int8"}, "dtype='int8' is no type of torch's for weights"),
         ({"device_map": "auto"}, "Condenser has no setting device_map"),
     ],
 )
@@ -286,6 +287,34 @@ def test_gradients_are_the_same_with_hugging_faces_gradient_checkpointing(tiny_e
         gradients.append({name: weight.grad for name, weight in model.named_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name])
+
+
+OTHER_SHAPE = r"9 are of another shape, bert\.\S+ is \[64\] there and \[65\] here"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"intermediate_size": 65}, OTHER_SHAPE),
+        ({"hidden_act": "foo"}, "backbone_config makes no model of .*export: KeyError: 'foo'"),
+        ({"num_attention_heads": 0}, "backbone_config makes no model of .*export: ZeroDivisionError"),
+        ({"pad_token_id": 10_000}, "backbone_config makes no model of .*export: AssertionError: Padding_idx"),
+        ({"model_type": "roberta"}, "BertConfig has no setting 'model_type'"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers=0: the backbone has no layer"),
+    ],
+)
+def test_settings_that_make_no_model_are_named_and_no_file_is_blamed(settings, message, tiny_export):
+    with pytest.raises(ValueError, match=message) as caught:
+        backbone_of(build_masked_lm(str(tiny_export), settings))
+    assert "cannot be read" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["x", "[]", '{"weight_map": 3}'])
+def test_a_damaged_index_of_weights_is_named(content, tiny_export, tmp_path):
+    CondenserForPreTraining.from_pretrained(tiny_export).save_pretrained(tmp_path, max_shard_size="40KB")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json is damaged"):
+        CondenserForPreTraining.from_pretrained(tmp_path)
 
 
 class OnesOwn(Condenser):

@@ -5,6 +5,8 @@ condenser export runs/my-condenser --output my-condenser --normalize --query-pro
 condenser export runs/my-condenser --output steps --all-steps --push me/my-condenser --dry-run
 """
 
+import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -15,10 +17,10 @@ import huggingface_hub
 import torch
 
 from condenser import export as one
-from condenser.corpus.inputs import resolve
+from condenser.corpus.inputs import resolve, texts_of
 from condenser.evaluation.pooling import check_name
 from condenser.exports.onnx import check_installed, write_onnx
-from condenser.exports.vectors import write_vectors
+from condenser.exports.vectors import ENOUGH, write_vectors
 from condenser.hub import load_authors_checkpoint
 from condenser.models.condenser import Condenser
 from condenser.models.heads import AUTHORS_FILE, HEAD_FILE
@@ -97,8 +99,13 @@ def export(
         folders = {branch: Path(output) / branch for branch in exports}
     else:
         exports, folders = {"main": one.find_checkpoint(checkpoint, best, step)}, {"main": Path(output)}
+    texts = None
+    if whitening is not None:
+        texts = [*itertools.islice(texts_of(whitening), ENOUGH)]
+        digest = hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()
+        changed["whitening"] = {"inputs": whitening, "sha256": digest}
     for branch, path in exports.items():
-        one.export(path, folders[branch], changed, lambda folder, model: finish(folder, model, changed))
+        one.export(path, folders[branch], changed, lambda folder, model: finish(folder, model, changed, texts))
     if push is not None:
         upload(push, {"main": next(iter(folders.values()))} | folders, dry_run)
 
@@ -140,13 +147,13 @@ def all_checkpoints(name: str) -> list[Path]:
     return [*by_step.values()]
 
 
-def finish(folder: Path, model: Objective, changed: dict[str, Any]) -> None:
-    """Add to a plain export what else was asked for."""
+def finish(folder: Path, model: Objective, changed: dict[str, Any], texts: list[str] | None) -> None:
+    """Add to a plain export what else was asked for; ``texts`` to whiten by."""
     if changed.get("layout") == "authors":
         write_authors_layout(folder, model)
-    of_vectors = {key: value for key, value in changed.items() if key not in ("layout", "onnx")}
-    if of_vectors:
-        write_vectors(folder, **of_vectors)
+    of_vectors = {key: changed[key] for key in ("pooling", "normalize", "prompts", "dimensions") if key in changed}
+    if of_vectors or texts is not None:
+        write_vectors(folder, texts=texts, **of_vectors)
     if "onnx" in changed:
         longest = json.loads((folder / "sentence_bert_config.json").read_text(encoding="utf-8"))["max_seq_length"]
         for name, numbers in write_onnx(folder, longest).items():

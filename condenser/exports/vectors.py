@@ -1,6 +1,5 @@
 """How sentence-transformers is to make a vector of an export: pooling, length, prompts, whitening."""
 
-import itertools
 import json
 import shutil
 import sys
@@ -10,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from condenser.corpus.inputs import texts_of
 from condenser.evaluation.encoders import backbone
 from condenser.evaluation.pooling import whitened, with_pooling
 
@@ -23,7 +21,7 @@ def write_vectors(
     pooling: str = "cls",
     normalize: bool = False,
     prompts: dict[str, str] | None = None,
-    whitening: list[str] | None = None,
+    texts: list[str] | None = None,
     dimensions: int | None = None,
 ) -> None:
     """Change an export's files for sentence-transformers; those for transformers stay as they are.
@@ -32,7 +30,7 @@ def write_vectors(
         pooling: see `condenser.evaluation.pooling`.
         normalize: make vectors one long, and compare them by cosine.
         prompts: what is put before a text, by name (query, document).
-        whitening: inputs, as those of `condenser prepare`, by whose first 20,000 texts vectors are whitened.
+        texts: by which vectors are whitened.
         dimensions: that whitening leaves; by default all.
 
     Raises:
@@ -42,10 +40,8 @@ def write_vectors(
     from sentence_transformers.base.modules import Normalize
 
     encoder = with_pooling(SentenceTransformer(str(folder), device="cpu"), pooling)
-    if whitening is not None:
-        vectors = encoder.encode(
-            [*itertools.islice(texts_of(whitening), ENOUGH)], show_progress_bar=sys.stderr.isatty()
-        )
+    if texts is not None:
+        vectors = encoder.encode(texts, show_progress_bar=sys.stderr.isatty())
         encoder = whitened(encoder, vectors, dimensions)
         print(f"whitened by {len(vectors):,} texts, to {encoder.get_embedding_dimension()} dimensions")
     if normalize:

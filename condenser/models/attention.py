@@ -147,20 +147,15 @@ def attend(
     scores = without_idle_window(scores, keys)
     in_order = query_index is None  # the kernel counts queries to know what is in the window
     if queries.slots is None and keys.slots is None and scores.bias is None and (scores.window is None or in_order):
-        return attend_as_they_lie(query, key_value, queries, keys, scores)
+        from torch.nn.attention.varlen import varlen_attn
+
+        key, value = key_value.unbind(1)
+        bounds: Any = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
+        window: Any = {} if scores.window is None else {"window_size": (scores.window, scores.window)}
+        attended: Any = varlen_attn(query, key, value, *bounds, scale=scores.scale, **window)
+        return attended
     queries, keys = with_slots(queries, len(query)), with_slots(keys, len(key_value))
     return attend_laid_out(query, key_value, queries, keys, dropout, scores, query_index)
-
-
-def attend_as_they_lie(query: Tensor, key_value: Tensor, queries: Bounds, keys: Bounds, scores: Scores) -> Tensor:
-    """`attend` by the kernel that takes bounds."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    key, value = key_value.unbind(1)
-    bounds: Any = queries.cu_seqlens, keys.cu_seqlens, queries.longest, keys.longest
-    window: Any = {} if scores.window is None else {"window_size": (scores.window, scores.window)}
-    attended: Any = varlen_attn(query, key, value, *bounds, scale=scores.scale, **window)
-    return attended
 
 
 def attend_laid_out(

@@ -47,8 +47,12 @@ def reading(source: str | Path) -> Iterator[None]:
 def check_index(folder: Path) -> None:
     """Raises ValueError where weights in several files are not all in their folder."""
     for index in folder.glob("[!.]*.index.json"):
-        for name in set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()):
-            if Path(name).name != name:
+        try:
+            names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise ValueError(f"{index.name} is damaged") from None
+        for name in names:
+            if Path(str(name)).name != name:
                 raise ValueError(f"{index.name} names a file {name!r} outside of its folder; do not trust its origin")
 
 

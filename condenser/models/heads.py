@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
 from condenser.models.condenser import Condenser
-from condenser.models.files import load_file
+from condenser.models.files import load_file, reading
 from condenser.models.objective import Objective, class_path
 
 HEAD_FILE = "condenser_head.safetensors"  # of an export
@@ -26,7 +26,8 @@ def head_beside(name: str, hub: Mapping[str, Any]) -> tuple[dict[str, Tensor] | 
         ValueError: a damaged file, one that would run code, or one without a head.
     """
     if path := file_of(name, HEAD_FILE, hub):
-        head, about = read_safetensors(path)
+        with reading(path), safe_open(path, "pt") as file:
+            head, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
         try:
             settings = json.loads(about["head"])
         except (KeyError, ValueError):
@@ -78,12 +79,3 @@ def load_head(model: Objective, weights: dict[str, Tensor], origin: str) -> list
 
 def parts(head: dict[str, Tensor]) -> set[str]:
     return {name.split(".")[0] for name in head}
-
-
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a file. Raises ValueError if it is damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from None

@@ -27,6 +27,7 @@ def fill_vocabulary(lm: PreTrainedModel, multiple: int) -> None:
     size = lm.config.vocab_size
     if size % multiple:
         lm.resize_token_embeddings(size + -size % multiple, mean_resizing=False)
+        part_biases(lm)
         setattr(lm.config, SIZE_BEFORE, size)
 
 
@@ -34,4 +35,13 @@ def cut_vocabulary(lm: PreTrainedModel) -> None:
     """Take such rows off again."""
     if (size := getattr(lm.config, SIZE_BEFORE, None)) is not None:
         lm.resize_token_embeddings(size)
+        part_biases(lm)
         delattr(lm.config, SIZE_BEFORE)
+
+
+def part_biases(lm: PreTrainedModel) -> None:
+    """Give an untied decoder a bias of its own: as Hugging Face resizes it, it shares one that nothing reads, and would
+    be saved without."""
+    decoder = lm.get_output_embeddings()
+    if not lm.config.tie_word_embeddings and decoder.bias is not None:
+        decoder.bias = nn.Parameter(decoder.bias.detach().clone())

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from condenser.models.attention import Bounds, Sequences, sequences_of, take
-from condenser.models.backbones.base import backbone_of, longest_text
+from condenser.models.backbones.base import backbone_of, longest_text, with_subclasses
 from condenser.models.flops import Work
 from condenser.models.losses import IGNORED, token_losses
 
@@ -92,6 +93,31 @@ class Objective(nn.Module):
     def from_masked_lm(cls, lm: PreTrainedModel, **settings: Any) -> Self:
         return cls(lm, **settings).train(lm.training)
 
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> ModelOutput:
+        """Losses of padded rows ``[B, L]``: ``loss``, which is minimised, and ``<term>_loss`` of each summand, means.
+
+        ``labels`` are -100 where nothing is predicted. What an objective asks for beside them is made of the rows: the
+        text before it was masked of ``labels``; for a contrast rows 2i and 2i + 1 are spans of one document.
+        """
+        batch = flattened(self.backbone, input_ids, attention_mask, labels, token_type_ids)
+        batch |= before_masking(batch, drawn_anew=self.training)
+        if self.contrast is not None and len(input_ids) % 2:
+            raise ValueError(f"{len(input_ids)} rows: a contrast takes pairs, rows 2i and 2i + 1 of one document")
+        if self.contrast is None:
+            terms = self.losses(batch)
+        else:
+            cls, terms = self.cls_and_losses(batch)
+            terms = terms | {"contrast": self.contrast(cls)}
+        means = {f"{name}_loss": term.sum / max(batch[term.over], 1) for name, term in terms.items()}
+        loss = torch.stack([term.weight * means[f"{name}_loss"] for name, term in terms.items()]).sum()
+        return ModelOutput(loss=loss, **means)
+
     def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
         """The terms of a flat pass (`condenser.data.collate.collate` says what is in it).
 
@@ -123,7 +149,7 @@ class Objective(nn.Module):
             last states ``[T, H]``, or ``[Q, H]`` where ``pruned``; early ones ``[T, H]``; the sequences.
         """
         early = late = self.backbone.embed(batch["input_ids"], batch["position_ids"], batch.get("token_type_ids"))
-        as_they_lie = self.backbone.has_kernel and not (self.training and self.backbone.attention_dropout)
+        as_they_lie = self.backbone.has_kernel and not self.backbone.dropped(self.backbone.layers[0])
         sequences = sequences_of(batch, late, as_they_lie)
         layers = self.backbone.layers
         for depth, layer in enumerate(layers, start=1):
@@ -164,17 +190,17 @@ class Objective(nn.Module):
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool = False) -> Tensor:
         """A layer's output ``[T, H]``, or ``[Q, H]`` at the queries alone."""
         run = getattr(layer, "run", None)  # where weights are sharded, a method that gathers them: see sharding.py
-        run = run or partial(self.backbone.run, layer)
-        if self.gradient_checkpointing and self.training:
-            return checkpoint(run, hidden, sequences, at_queries, use_reentrant=False)
-        return run(hidden, sequences, at_queries)
+        return self.recomputed(run or partial(self.backbone.run, layer), hidden, sequences, at_queries)
 
     def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
         """A layer whose queries are those states ``[T, H]`` and whose keys and values are these."""
-        arguments = (layer, query, context, rows, position_ids)
+        return self.recomputed(self.backbone.run_cross, layer, query, context, rows, position_ids)
+
+    def recomputed(self, run: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        """A layer's output, whose parts are computed again in the backward pass where that is asked for."""
         if self.gradient_checkpointing and self.training:
-            return checkpoint(self.backbone.run_cross, *arguments, use_reentrant=False)
-        return self.backbone.run_cross(*arguments)
+            return checkpoint(run, *arguments, use_reentrant=False)
+        return run(*arguments)
 
 
 def identity(cls: Tensor) -> Tensor:
@@ -218,13 +244,7 @@ def class_of(model: Objective) -> type[Objective]:
 def known_class(path: str) -> type[Objective] | None:
     """The class of this path if it is one of ours or was imported. (A path that a file holds is not imported: it could
     run anything.)"""
-    waiting: list[type[Objective]] = [Objective]
-    while waiting:
-        known = waiting.pop()
-        if class_path(known) == path:
-            return known
-        waiting += known.__subclasses__()
-    return None
+    return next((known for known in with_subclasses(Objective) if class_path(known) == path), None)
 
 
 def known_options(objective: type[Objective], usual: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
@@ -259,6 +279,7 @@ def flattened(
     token_type_ids: Tensor | None = None,
 ) -> dict[str, Any]:
     """Padded rows ``[B, L]`` (``labels`` -100 where nothing is scored) as a flat pass. On a GPU this waits for it.
+    Padding within a text is left out: where distances count, those on both its sides are neighbours.
 
     Raises:
         ValueError: no labels, no rows, one without a token, or one of more than the backbone takes.
@@ -300,8 +321,13 @@ def flattened(
     }
 
 
-def padded(flat: Tensor, attention_mask: Tensor) -> Tensor:
-    """``[T, ...]`` -> ``[B, L, ...]``, 0 at padding."""
-    rows = flat.new_zeros(*attention_mask.shape, *flat.shape[1:])
-    rows[attention_mask.bool()] = flat
-    return rows
+def before_masking(batch: dict[str, Any], drawn_anew: bool = False) -> dict[str, Any]:
+    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``, by
+    which a decoder draws what it sees: others in each batch, or always the same."""
+    original = batch["input_ids"].index_copy(0, batch["masked_index"], batch["labels"].to(batch["input_ids"].dtype))
+    bounds = batch["cu_seqlens"]
+    original = original.index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), IGNORED)
+    keys = torch.arange(len(bounds) - 1, device=bounds.device)
+    if drawn_anew:
+        keys = torch.randint(2**31, keys.shape, device=bounds.device)
+    return {"original_ids": original, "keys": keys, "n_ordinary": int((original != IGNORED).sum())}

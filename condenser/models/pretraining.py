@@ -26,17 +26,16 @@ from transformers import (
 )
 from transformers.utils import ModelOutput, logging
 
-from condenser.models.backbones.base import build_masked_lm, check_complete, config_of, with_settings
+from condenser.models.backbones.base import REPORTED, build_masked_lm, check_complete, config_of, with_settings
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.files import reading
 from condenser.models.heads import HEAD_FILE, head_beside, load_head, parts
-from condenser.models.losses import IGNORED
+from condenser.models.initial import part_biases
 from condenser.models.objective import (
     Objective,
     class_of,
     class_path,
-    flattened,
     known_class,
     known_options,
     setting_names,
@@ -181,29 +180,15 @@ class CondenserForPreTraining(PreTrainedModel):
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> ModelOutput:
-        """Losses of padded rows ``[B, L]``: ``loss``, which is minimised, and ``<term>_loss`` of each summand, means.
-
-        ``labels`` are -100 where nothing is predicted. What an objective asks for beside them is made of the rows: the
-        text before it was masked of ``labels``; for a contrast rows 2i and 2i + 1 are spans of one document.
-        """
-        batch = flattened(self.model.backbone, input_ids, attention_mask, labels, token_type_ids)
-        batch |= before_masking(batch, drawn_anew=self.training)
-        if self.model.contrast is not None and len(input_ids) % 2:
-            raise ValueError(f"{len(input_ids)} rows: a contrast takes pairs, rows 2i and 2i + 1 of one document")
-        if self.model.contrast is None:
-            terms = self.model.losses(batch)
-        else:
-            cls, terms = self.model.cls_and_losses(batch)
-            terms = terms | {"contrast": self.model.contrast(cls)}
-        means = {f"{name}_loss": term.sum / max(batch[term.over], 1) for name, term in terms.items()}
-        loss = torch.stack([term.weight * means[f"{name}_loss"] for name, term in terms.items()]).sum()
-        return ModelOutput(loss=loss, **means)
+        return self.model(input_ids, attention_mask, labels, token_type_ids)
 
     def _init_weights(self, module: Any) -> None:
         self.model.lm._init_weights(module)
 
     def resize_token_embeddings(self, *args: Any, **options: Any) -> Any:
-        return self.model.lm.resize_token_embeddings(*args, **options)
+        embeddings = self.model.lm.resize_token_embeddings(*args, **options)
+        part_biases(self.model.lm)
+        return embeddings
 
     def get_input_embeddings(self) -> Any:
         return self.model.lm.get_input_embeddings()
@@ -220,13 +205,13 @@ def as_dtype(given: Any) -> torch.dtype:
     """Of Hugging Face's argument: "auto" is fp32, as this is what is trained.
 
     Raises:
-        ValueError: no type of torch's.
+        ValueError: no type of torch's for weights.
     """
     if given in (None, "auto"):
         return torch.float32
     found = getattr(torch, given, None) if isinstance(given, str) else given
-    if not isinstance(found, torch.dtype):
-        raise ValueError(f"dtype={given!r} is no type of torch's")
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype={given!r} is no type of torch's for weights")
     return found
 
 
@@ -247,18 +232,6 @@ def class_of_name(given: Any) -> type[Objective] | None:
 
 def warn(message: str) -> None:
     logging.get_logger(__name__).warning(message)
-
-
-def before_masking(batch: dict[str, Any], drawn_anew: bool = False) -> dict[str, Any]:
-    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``, by
-    which a decoder draws what it sees: others in each batch, or always the same."""
-    original = batch["input_ids"].index_copy(0, batch["masked_index"], batch["labels"].to(batch["input_ids"].dtype))
-    bounds = batch["cu_seqlens"]
-    original = original.index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), IGNORED)
-    keys = torch.arange(len(bounds) - 1, device=bounds.device)
-    if drawn_anew:
-        keys = torch.randint(2**31, keys.shape, device=bounds.device)
-    return {"original_ids": original, "keys": keys, "n_ordinary": int((original != IGNORED).sum())}
 
 
 def objective_on(lm: PreTrainedModel, path: str, settings: dict[str, Any]) -> Objective:
@@ -299,10 +272,10 @@ def opened(name: str, settings: dict[str, Any], hub: Mapping[str, Any] = {}) -> 
     """
     config = config_of(name, hub)
     if isinstance(config, CondenserConfig):
-        config.backbone_config = with_settings(config.backbone_config, settings)
+        config.backbone_config = with_settings(config.backbone_config, settings, name)
         with reading(name):
             whole, report = PreTrainedModel.from_pretrained.__func__(  # type: ignore[attr-defined]
-                CondenserForPreTraining, name, config=config, dtype="float32", output_loading_info=True, **hub
+                CondenserForPreTraining, name, config=config, **REPORTED, **hub
             )
         check_complete(name, report)
         return Found(whole.model.lm, whole.model.head_state(), config.objective, config.settings)

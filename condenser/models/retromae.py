@@ -36,7 +36,6 @@ class RetroMAE(Objective):
     """An encoder and its enhanced decoder.
 
     Args:
-        lm: a Hugging Face masked LM, kept, not copied.
         decoder_mask_rate: share of the other positions that a position does not see, 50 to 70 % in the paper.
         pruned: run the encoder's last layer only at [CLS] and the masked tokens; same loss, same gradients.
 
@@ -111,8 +110,6 @@ class DupMAE(RetroMAE):
     """RetroMAE whose other tokens must tell which words a text has.
 
     Args:
-        lm: a Hugging Face masked LM, kept, not copied.
-        decoder_mask_rate: as RetroMAE's.
         bag_of_words_weight: of the third loss.
 
     Raises:

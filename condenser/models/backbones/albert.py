@@ -21,10 +21,6 @@ class Albert(Bert):
         return nn.ModuleList(layer for depth in range(n) for layer in of_groups[depth * len(groups) // n])
 
     @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.predictions.decoder
-
-    @property
     def widening(self) -> nn.Linear:
         return self.lm.albert.encoder.embedding_hidden_mapping_in
 

@@ -4,13 +4,14 @@ A family joins by a file in this folder with a subclass of `Backbone` (or by one
 docs/backbones.md. Its own modules are used as they are, so that state dicts, initialisation and export stay Hugging
 Face's.
 
-Legend: T tokens, Q positions read in the last layers, M masked tokens, H hidden size, V vocabulary.
+Legend: T tokens, Q positions read in the last layers, M masked tokens, H hidden size, A attention heads, D their size,
+V vocabulary.
 """
 
 import importlib
 import pkgutil
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,9 +20,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForMaskedLM, BertConfig, PretrainedConfig, PreTrainedModel
 
-from condenser.models.attention import Bounds, Sequences
+from condenser.models.attention import PLAIN, Bounds, Scores, Sequences, attend, self_attend, take
 from condenser.models.files import is_run, reading
 from condenser.online import ask_hub
+
+Placed = tuple[Tensor, Tensor, Bounds]  # states [T, H], their positions [T], and where sequences lie
+ALL, QUERY, KEY_VALUE = slice(0, 3), slice(0, 1), slice(1, 3)  # of a layer's projections
+# how weights are loaded, so that `check_complete` can tell what they lack
+REPORTED: dict[str, Any] = {"dtype": "float32", "output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 class Backbone(ABC):
@@ -36,8 +42,8 @@ class Backbone(ABC):
         self.lm: Any = lm
 
     @property
-    @abstractmethod
-    def embeddings(self) -> nn.Module: ...
+    def embeddings(self) -> Any:
+        return self.lm.base_model.embeddings
 
     @property
     def below(self) -> list[nn.Module]:
@@ -49,31 +55,55 @@ class Backbone(ABC):
     def layers(self) -> nn.ModuleList: ...
 
     @property
-    @abstractmethod
-    def attention_dropout(self) -> float:
-        """Of what each position sees, in training."""
-
-    @property
-    @abstractmethod
     def decoder(self) -> nn.Linear:
         """``[M, H]`` -> logits ``[M, V]``, tied to the word embeddings."""
+        return self.lm.get_output_embeddings()
 
     @abstractmethod
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         """States ``[T, H]`` of tokens ``[T]``; ``position_ids`` begin at 0 with a sequence, or behind its padding."""
 
     @abstractmethod
+    def projected(self, layer: Any, hidden: Tensor, which: slice, position_ids: Tensor) -> Tensor:
+        """Those of a layer's queries, keys and values that ``which`` says, side by side, of states ``[T, H]`` at these
+        positions: ``[T, 1 to 3, A, D]``."""
+
+    @abstractmethod
+    def finished(self, layer: Any, own: Tensor, attended: Tensor) -> Tensor:
+        """A layer's output ``[Q, H]`` for states ``own`` ``[Q, H]`` and what they saw, ``[Q, A, D]``."""
+
+    @abstractmethod
+    def dropped(self, layer: Any) -> float:
+        """Share of what a position sees that a layer drops now."""
+
+    def scores(self, layer: Any) -> Scores:
+        return PLAIN
+
     def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
         """A layer's output ``[T, H]``, or at the queries alone ``[Q, H]``, equal to the whole output there."""
+        position_ids, keys, index = sequences.position_ids, sequences.keys, sequences.query_index
+        if at_queries:
+            own = take(hidden, index), take(position_ids, index), sequences.queries
+            return self.cross(layer, own, (hidden, position_ids, keys), index)
+        states = self.projected(layer, hidden, ALL, position_ids)
+        return self.finished(layer, hidden, self_attend(states, keys, self.dropped(layer), self.scores(layer)))
+
+    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
+        """A layer's output ``[T, H]`` where its queries are other states than its keys and values, ``[T, H]`` each, and
+        the ``rows`` say by their mask which of these each query sees."""
+        return self.cross(layer, (query, position_ids, rows), (context, position_ids, rows))
+
+    def cross(self, layer: Any, own: Placed, context: Placed, query_index: Tensor | None = None) -> Tensor:
+        """Where queries are of ``own`` states, keys and values of the ``context``."""
+        (states, at, queries), (others, position_ids, keys) = own, context
+        query = self.projected(layer, states, QUERY, at).squeeze(1)
+        key_value = self.projected(layer, others, KEY_VALUE, position_ids)
+        attended = attend(query, key_value, queries, keys, self.dropped(layer), self.scores(layer), query_index)
+        return self.finished(layer, states, attended)
 
     @abstractmethod
     def position_states(self, position_ids: Tensor) -> Tensor:
         """What stands for positions ``[T]`` in the embeddings: ``[T, H]``."""
-
-    @abstractmethod
-    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
-        """A layer's output ``[T, H]`` where its queries are other states than its keys and values, ``[T, H]`` each, and
-        the ``rows`` say by their mask which of these each query sees."""
 
     def last(self, hidden: Tensor) -> Tensor:
         """``[Q, H]`` -> ``[Q, H]``: what comes after the last layer, and after those of a head."""
@@ -104,13 +134,14 @@ def families() -> dict[str, type[Backbone]]:
     """By Hugging Face's name of the model type."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
-    waiting: list[Any] = [Backbone]
-    found: dict[str, type[Backbone]] = {}
-    while waiting:
-        family = waiting.pop()
-        waiting += family.__subclasses__()
-        found |= dict.fromkeys(family.model_types, family)
-    return found
+    return {name: family for family in with_subclasses(Backbone) for name in family.model_types}
+
+
+def with_subclasses(each: Any) -> Iterator[Any]:
+    """A class and all that are derived from it, each after its bases."""
+    yield each
+    for derived in each.__subclasses__():
+        yield from with_subclasses(derived)
 
 
 def longest_text(config: Any) -> int | None:
@@ -131,6 +162,8 @@ def backbone_of(lm: PreTrainedModel) -> Backbone:
         )
     if getattr(lm.config, "is_decoder", False):
         raise ValueError("the backbone is a decoder, which sees a text from one side: set is_decoder to false")
+    if lm.config.num_hidden_layers < 1:
+        raise ValueError(f"num_hidden_layers={lm.config.num_hidden_layers}: the backbone has no layer")
     return known[model_type](lm)
 
 
@@ -187,16 +220,11 @@ def build_masked_lm(
             weights that are damaged or would run code.
     """
     if backbone is None:
-        check_settings(settings, BertConfig())
-        try:
-            return AutoModelForMaskedLM.from_config(BertConfig(**{**defaults, **settings}))
-        except (KeyError, TypeError, RuntimeError, ZeroDivisionError, StrictDataclassError) as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"backbone_config makes no model: {type(error).__name__}: {reason}") from error
-    config = with_settings(config_of(backbone, hub), settings)
+        return AutoModelForMaskedLM.from_config(with_settings(BertConfig(**defaults), settings))
+    config = with_settings(config_of(backbone, hub), settings, backbone)
     with reading(backbone):
         lm, report = AutoModelForMaskedLM.from_pretrained(
-            backbone, config=config, dtype="float32", output_loading_info=True, trust_remote_code=False, **hub
+            backbone, config=config, trust_remote_code=False, **REPORTED, **hub
         )
     check_complete(backbone, report)
     return lm
@@ -204,11 +232,13 @@ def build_masked_lm(
 
 def check_complete(name: str, report: Mapping[str, Any]) -> None:
     """Raises ValueError where files lack weights, by Hugging Face's report of loading them."""
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"the weights in {name!r} do not make a masked LM of this configuration: {len(missing)} are missing, "
-            f"{missing[0]} for one"
-        )
+    other = [f"{key} is {[*there]} there and {[*here]} here" for key, there, here in report["mismatched_keys"]]
+    for lost, what in ((report["missing_keys"], "missing"), (other, "of another shape")):
+        if lost:
+            raise ValueError(
+                f"the weights in {name!r} do not make a masked LM of this configuration: {len(lost)} are {what}, "
+                f"{min(lost)} for one"
+            )
 
 
 def config_of(name: str, hub: Mapping[str, Any] = {}) -> PretrainedConfig:
@@ -230,21 +260,23 @@ def config_of(name: str, hub: Mapping[str, Any] = {}) -> PretrainedConfig:
         raise ValueError(f"no configuration could be loaded from {name!r}: {line}") from None
 
 
-def with_settings(config: PretrainedConfig, settings: dict[str, Any]) -> PretrainedConfig:
-    """A backbone's configuration with ``settings`` in it. Raises ValueError for one that it does not know."""
+def with_settings(config: PretrainedConfig, settings: dict[str, Any], name: str | None = None) -> PretrainedConfig:
+    """The configuration of ``name`` with ``settings`` in it. Raises ValueError for one that it does not know, and where
+    they make no model."""
+    kind = type(config).__name__
     family = families().get(config.model_type, Backbone)
     names = {**config.attribute_map, **family.other_names}
     settings = {names.get(key, key): value for key, value in settings.items()}
-    check_settings(settings, config)
+    if unknown := sorted(settings.keys() - (config.to_dict().keys() - {"model_type", "dtype"})):
+        raise ValueError(f"backbone_config: {kind} has no setting {', '.join(map(repr, unknown))}")
     try:
         for key, value in settings.items():
             setattr(config, key, value)
-    except StrictDataclassError as error:
-        raise ValueError(f"backbone_config: {' '.join(str(error).split())}") from None
+        with torch.device("meta"):
+            AutoModelForMaskedLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # of any module that is made of them
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"backbone_config makes no model of {name or kind}: {type(error).__name__}: {reason}"
+        ) from None
     return config
-
-
-def check_settings(settings: dict[str, Any], config: PretrainedConfig) -> None:
-    unknown = sorted(set(settings) - set(config.to_dict()))
-    if unknown:
-        raise ValueError(f"backbone_config: {type(config).__name__} has no setting {', '.join(map(repr, unknown))}")

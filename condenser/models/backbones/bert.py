@@ -3,7 +3,7 @@ and ELECTRA, which have other names for some parts, in files of their own.
 
 States between layers are of autocast's type; LayerNorm and the residual before it are computed in fp32 under it.
 
-Legend: T tokens, Q queries, H hidden size, A attention heads, D their size.
+Legend: T tokens, H hidden size.
 """
 
 from typing import Any, ClassVar, NamedTuple
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import PLAIN, Bounds, Scores, Sequences, attend, self_attend, state_type, take
+from condenser.models.attention import state_type
 from condenser.models.backbones.base import Backbone
 from condenser.models.dropout import drop
 
@@ -38,10 +38,7 @@ class Parts(NamedTuple):
 class Bert(Backbone):
     model_types: ClassVar[tuple[str, ...]] = ("bert",)
     projections: ClassVar[tuple[str, ...]] = ("query", "key", "value")  # their names in Hugging Face's attention
-
-    @property
-    def embeddings(self) -> Any:
-        return self.lm.base_model.embeddings
+    widens_first = False  # whether embeddings are made wide before they are normed
 
     @property
     def widening(self) -> nn.Linear | None:
@@ -55,14 +52,6 @@ class Bert(Backbone):
     @property
     def layers(self) -> nn.ModuleList:
         return self.lm.base_model.encoder.layer
-
-    @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.cls.predictions.decoder
-
-    @property
-    def attention_dropout(self) -> float:
-        return self.parts(self.layers[0]).dropout.p
 
     def parts(self, layer: Any) -> Parts:
         attention, out = layer.attention.self, layer.attention.output
@@ -81,45 +70,41 @@ class Bert(Backbone):
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         parts = self.embeddings
-        hidden = embedded(input_ids, parts.word_embeddings) + self.of_positions(position_ids)
+        hidden = embedded(input_ids, parts.word_embeddings)
+        if parts.position_embeddings is not None:
+            hidden = hidden + self.of_positions(position_ids)
         if (types := getattr(parts, "token_type_embeddings", None)) is not None:
             hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
-        elif token_type_ids is not None:
+        elif token_type_ids is not None and not hasattr(parts, "token_type_embeddings"):
             raise ValueError(f"token_type_ids are nothing that a {self.lm.config.model_type} takes")
+        if self.widening is not None and self.widens_first:
+            hidden = linear(hidden, self.widening)
         hidden = drop(norm(hidden, parts.LayerNorm).to(state_type(hidden)), parts.dropout)
-        return hidden if self.widening is None else linear(hidden, self.widening)
+        return hidden if self.widening is None or self.widens_first else linear(hidden, self.widening)
 
     def of_positions(self, position_ids: Tensor) -> Tensor:
         return embedded(position_ids, self.embeddings.position_embeddings)
 
     def position_states(self, position_ids: Tensor) -> Tensor:
+        if self.embeddings.position_embeddings is None:  # positions are in the scores alone
+            return self.embeddings.word_embeddings.weight.new_zeros(len(position_ids), self.lm.config.hidden_size)
         states = self.of_positions(position_ids)
         return states if self.widening is None else F.linear(states, self.widening.weight)
 
-    def scores(self, layer: Any) -> Scores:
-        return PLAIN
-
-    def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
-        if at_queries:
-            query, bounds = take(hidden, sequences.query_index), (sequences.queries, sequences.keys)
-            return self.cross(layer, query, hidden, *bounds, sequences.query_index)
+    def projected(self, layer: Any, hidden: Tensor, which: slice, position_ids: Tensor) -> Tensor:
         parts = self.parts(layer)
-        states = linear(hidden, parts.query, parts.key, parts.value)
-        states = states.unflatten(-1, (3, -1, parts.head_size))  # [T, 3, A, D]
-        return finished(parts, hidden, self_attend(states, sequences.keys, share_dropped(parts), self.scores(layer)))
+        layers = parts[:3][which]
+        return linear(hidden, *layers).unflatten(-1, (len(layers), -1, parts.head_size))
 
-    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
-        return self.cross(layer, query, context, rows, rows)
-
-    def cross(
-        self, layer: Any, own: Tensor, context: Tensor, queries: Bounds, keys: Bounds, query_index: Tensor | None = None
-    ) -> Tensor:
-        """Where queries are of ``own`` states ``[Q, H]``, keys and values of ``context`` ``[T, H]``."""
+    def finished(self, layer: Any, own: Tensor, attended: Tensor) -> Tensor:
         parts = self.parts(layer)
-        query = linear(own, parts.query).unflatten(-1, (-1, parts.head_size))  # [Q, A, D]
-        key_value = linear(context, parts.key, parts.value).unflatten(-1, (2, -1, parts.head_size))  # [T, 2, A, D]
-        attended = attend(query, key_value, queries, keys, share_dropped(parts), self.scores(layer), query_index)
-        return finished(parts, own, attended)
+        hidden = added(own, drop(linear(attended.flatten(1), parts.out), parts.out_dropout), parts.out_norm)
+        wide = parts.act(linear(hidden, parts.wide))
+        return added(hidden, drop(linear(wide, parts.narrow), parts.narrow_dropout), parts.narrow_norm)
+
+    def dropped(self, layer: Any) -> float:
+        dropout = self.parts(layer).dropout
+        return dropout.p if dropout.training else 0.0
 
     def transform(self, hidden: Tensor) -> Tensor:
         head = self.lm.cls.predictions.transform
@@ -140,10 +125,6 @@ def feed_forward(layer: Any) -> dict[str, Any]:
 
 class Roberta(Bert):
     model_types: ClassVar[tuple[str, ...]] = ("roberta", "xlm-roberta", "camembert")
-
-    @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.lm_head.decoder
 
     def of_positions(self, position_ids: Tensor) -> Tensor:
         return super().of_positions(position_ids + self.first_position(self.lm.config))
@@ -175,17 +156,6 @@ def linear(hidden: Tensor, *layers: Any) -> Tensor:
 
 def norm(hidden: Tensor, layer: Any) -> Tensor:
     return F.layer_norm(hidden.to(layer.weight.dtype), layer.normalized_shape, layer.weight, layer.bias, layer.eps)
-
-
-def finished(parts: Parts, own: Tensor, attended: Tensor) -> Tensor:
-    """The output ``[Q, H]`` of a layer for states ``own`` ``[Q, H]`` and what they saw, ``[Q, A, D]``."""
-    hidden = added(own, drop(linear(attended.flatten(1), parts.out), parts.out_dropout), parts.out_norm)
-    wide = parts.act(linear(hidden, parts.wide))
-    return added(hidden, drop(linear(wide, parts.narrow), parts.narrow_dropout), parts.narrow_norm)
-
-
-def share_dropped(parts: Parts) -> float:
-    return parts.dropout.p if parts.dropout.training else 0.0
 
 
 def added(hidden: Tensor, more: Tensor, layer: Any) -> Tensor:

@@ -3,13 +3,12 @@ what a key does (disentangled attention, He et al. 2021)."""
 
 from typing import Any, ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.deberta_v2.modeling_deberta_v2 import make_log_bucket_position
 
 from condenser.models.attention import PLAIN, Scores
-from condenser.models.backbones.bert import Bert, embedded, linear, norm, state_type
+from condenser.models.backbones.bert import Bert, linear
 from condenser.models.dropout import drop
 
 
@@ -17,6 +16,7 @@ class Deberta(Bert):
     model_types = ("deberta-v2",)
     projections: ClassVar[tuple[str, ...]] = ("query_proj", "key_proj", "value_proj")
     has_kernel = False
+    widens_first = True
 
     def __init__(self, lm: PreTrainedModel):
         super().__init__(lm)
@@ -25,24 +25,9 @@ class Deberta(Bert):
         if not self.lm.config.legacy:
             raise ValueError("a deberta-v2 with another MLM head (legacy: false) is not supported")
 
-    def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
-        parts = self.embeddings
-        hidden = embedded(input_ids, parts.word_embeddings)
-        if parts.position_embeddings is not None:
-            hidden = hidden + self.of_positions(position_ids)
-        if (types := parts.token_type_embeddings) is not None:
-            hidden = hidden + (types.weight[0] if token_type_ids is None else embedded(token_type_ids, types))
-        hidden = hidden if parts.embed_proj is None else linear(hidden, parts.embed_proj)
-        hidden = norm(hidden, parts.LayerNorm).to(state_type(hidden))
-        return drop(hidden, parts.dropout)
-
-    def position_states(self, position_ids: Tensor) -> Tensor:
-        """None where positions are in the scores alone."""
-        parts = self.embeddings
-        if parts.position_embeddings is None:
-            return parts.LayerNorm.weight.new_zeros(len(position_ids), len(parts.LayerNorm.weight))
-        states = self.of_positions(position_ids)
-        return states if parts.embed_proj is None else linear(states, parts.embed_proj)
+    @property
+    def widening(self) -> nn.Linear | None:
+        return self.embeddings.embed_proj
 
     def scores(self, layer: Any) -> Scores:
         of = layer.attention.self
@@ -72,6 +57,4 @@ class Deberta(Bert):
 
     def of_heads(self, rows: Tensor, layer: nn.Linear, like: Tensor) -> Tensor:
         """A projection of the embeddings of distances: ``[A, 2 * span, D]``."""
-        return (
-            F.linear(rows, layer.weight, layer.bias).unflatten(-1, (-1, like.shape[-1])).transpose(0, 1).to(like.dtype)
-        )
+        return linear(rows, layer).unflatten(-1, (-1, like.shape[-1])).transpose(0, 1).to(like.dtype)

@@ -20,10 +20,6 @@ class DistilBert(Bert):
     def layers(self) -> nn.ModuleList:
         return self.lm.distilbert.transformer.layer
 
-    @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.vocab_projector
-
     def parts(self, layer: Any) -> Parts:
         of, after = layer.attention, layer.ffn
         return Parts(

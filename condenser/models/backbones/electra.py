@@ -12,10 +12,6 @@ class Electra(Bert):
     model_types = ("electra",)
 
     @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.generator_lm_head
-
-    @property
     def widening(self) -> nn.Linear | None:
         return getattr(self.lm.electra, "embeddings_project", None)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from condenser.models.attention import Bounds, Scores, Sequences, attend, self_attend, take
+from condenser.models.attention import Scores
 from condenser.models.backbones.base import Backbone
 from condenser.models.backbones.bert import embedded, linear, norm
 from condenser.models.dropout import drop
@@ -25,20 +25,8 @@ class ModernBert(Backbone):
     }
 
     @property
-    def embeddings(self) -> Any:
-        return self.lm.model.embeddings
-
-    @property
     def layers(self) -> nn.ModuleList:
         return self.lm.model.layers
-
-    @property
-    def decoder(self) -> nn.Linear:
-        return self.lm.decoder
-
-    @property
-    def attention_dropout(self) -> float:
-        return self.lm.config.attention_dropout
 
     def embed(self, input_ids: Tensor, position_ids: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
         if token_type_ids is not None:
@@ -50,41 +38,23 @@ class ModernBert(Backbone):
         """None: positions turn queries and keys."""
         return self.embeddings.tok_embeddings.weight.new_zeros(len(position_ids), self.lm.config.hidden_size)
 
-    def run(self, layer: Any, hidden: Tensor, sequences: Sequences, at_queries: bool) -> Tensor:
-        if at_queries:
-            query, bounds = take(hidden, sequences.query_index), (sequences.queries, sequences.keys)
-            return self.cross(layer, query, hidden, *bounds, sequences.position_ids, sequences.query_index)
-        turned = linear(norm_before(layer, hidden), layer.attn.Wqkv).unflatten(-1, (3, -1, layer.attn.head_dim))
-        query, key, value = turned.unbind(1)
-        query, key = (self.rotated(layer, each, sequences.position_ids) for each in (query, key))
-        states = torch.stack([query, key, value], dim=1)  # [T, 3, A, D]
-        return self.finished(layer, hidden, self_attend(states, sequences.keys, dropped(layer), scores_of(layer)))
+    def projected(self, layer: Any, hidden: Tensor, which: slice, position_ids: Tensor) -> Tensor:
+        of, kinds = layer.attn, range(3)[which]
+        both = (of.Wqkv.weight, of.Wqkv.bias)
+        weights: Any = [None if each is None else each.unflatten(0, (3, -1))[which].flatten(0, 1) for each in both]
+        states = F.linear(norm_before(layer, hidden), *weights).unflatten(-1, (len(kinds), -1, of.head_dim))
+        turned = [
+            self.rotated(layer, each, position_ids) if kind < 2 else each
+            for kind, each in zip(kinds, states.unbind(1), strict=True)
+        ]
+        return torch.stack(turned, dim=1)
 
-    def run_cross(self, layer: Any, query: Tensor, context: Tensor, rows: Bounds, position_ids: Tensor) -> Tensor:
-        return self.cross(layer, query, context, rows, rows, position_ids)
+    def dropped(self, layer: Any) -> float:
+        return layer.attn.attention_dropout if layer.training else 0.0
 
-    def cross(
-        self,
-        layer: Any,
-        own: Tensor,
-        context: Tensor,
-        queries: Bounds,
-        keys: Bounds,
-        position_ids: Tensor,
-        query_index: Tensor | None = None,
-    ) -> Tensor:
-        """Where queries are of ``own`` states ``[Q, H]``, keys and values of ``context`` ``[T, H]``."""
-        both, size, width = layer.attn.Wqkv, layer.attn.head_dim, self.lm.config.hidden_size
-        weight, weights = both.weight.split([width, 2 * width])
-        bias, biases = (None, None) if both.bias is None else both.bias.split([width, 2 * width])
-        query = F.linear(norm_before(layer, own), weight, bias).unflatten(-1, (-1, size))  # [Q, A, D]
-        states = F.linear(norm_before(layer, context), weights, biases).unflatten(-1, (2, -1, size))
-        key = self.rotated(layer, states[:, 0], position_ids)
-        key_value = torch.stack([key, states[:, 1]], dim=1)  # [T, 2, A, D]
-        at = position_ids if query_index is None else take(position_ids, query_index)
-        query = self.rotated(layer, query, at)
-        attended = attend(query, key_value, queries, keys, dropped(layer), scores_of(layer), query_index)
-        return self.finished(layer, own, attended)
+    def scores(self, layer: Any) -> Scores:
+        window = layer.attn.sliding_window
+        return Scores(window=None if window is None else window - 1)
 
     def rotated(self, layer: Any, states: Tensor, position_ids: Tensor) -> Tensor:
         """``[T, A, D]``, turned by positions ``[T]``, in fp32."""
@@ -115,12 +85,3 @@ class ModernBert(Backbone):
 
 def norm_before(layer: Any, hidden: Tensor) -> Tensor:
     return hidden if isinstance(layer.attn_norm, nn.Identity) else norm(hidden, layer.attn_norm)
-
-
-def dropped(layer: Any) -> float:
-    return layer.attn.attention_dropout if layer.training else 0.0
-
-
-def scores_of(layer: Any) -> Scores:
-    window = layer.attn.sliding_window
-    return Scores(window=None if window is None else window - 1)
