@@ -29,7 +29,7 @@ from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
-from condenser.models.objective import COUNTS
+from condenser.models.objective import COUNTS, padded
 from condenser.models.retromae import RetroMAE
 from condenser.reports.rows import steps_over
 from condenser.reports.trial import FIRST, RECIPES, Trial, matmul_rate
@@ -71,11 +71,6 @@ def loss_and_gradients(settings, batch, half, objective=Condenser, **ways):
     with torch.autocast(DEVICE.type, torch.bfloat16, enabled=half):
         passes = step.passes(batch.to(DEVICE), scale, False)
     return float(passes.losses.sum()), torch.cat([gradient.flatten().double() for gradient in step.gradients])
-
-
-def padded(flat, mask):
-    """``[T]`` -> ``[B, L]``, 0 at padding."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask.bool(), flat)
 
 
 def check_equality(settings, sequences):

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from test_model import states_of, tiny_batch, tiny_config
+from test_model import tiny_batch, tiny_config
 from test_objectives import close
 from torch import nn
 from transformers import (
@@ -162,7 +162,7 @@ def kind(lm):
     return lm.config.model_type
 
 
-def theirs_of(lm, batch, skip_from):
+def states_of(lm, batch, skip_from):
     """Embeddings, early and late states by Hugging Face's forward pass."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     every = lm.base_model(**inputs, output_hidden_states=True).hidden_states
@@ -171,7 +171,7 @@ def theirs_of(lm, batch, skip_from):
 
 def dense_condenser(model, batch):
     """Late and head losses, every position of every row computed, and the late states."""
-    early, late = theirs_of(model.lm, batch, model.skip_from)
+    early, late = states_of(model.lm, batch, model.skip_from)
     head = torch.cat([late[:, :1], early[:, 1:]], dim=1)
     run = LAYERS.get(kind(model.lm), lambda lm, layer, h, mask: layer(h, mask))
     for layer in model.c_head:
@@ -203,7 +203,7 @@ def test_condensers_losses_and_gradients_are_those_of_whole_padded_rows(family, 
     assert late.item() == pytest.approx(lm(**batch).loss.item(), rel=1e-6)  # theirs, of which some are in fp32
     if not pruned:
         real = batch["attention_mask"].bool()
-        torch.testing.assert_close(states_of(model, **batch)[0], states[real])
+        torch.testing.assert_close(out.last_hidden_state[real], states[real])
     found, expected = gradients_of(out.loss, model), gradients_of(late + head, model)
     assert all(gradient.any() for gradient in expected[:3])
     close(found, expected, rounding(family))
@@ -366,10 +366,10 @@ def test_dropout_is_where_hugging_face_has_it(family):
     batch["input_ids"].clamp_(min=5)  # no padding
     model = Condenser(lm, n_head_layers=0, pruned=False).double().train()
     torch.manual_seed(5)
-    ours = states_of(model, **batch)[0]
+    ours = model(**batch).last_hidden_state
     torch.manual_seed(5)
     theirs = lm.base_model(batch["input_ids"], batch["attention_mask"]).last_hidden_state
-    torch.testing.assert_close(ours, theirs[0])
+    torch.testing.assert_close(ours, theirs)
     assert model.has_dropout
 
 

@@ -11,7 +11,6 @@ from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForM
 from condenser.models.backbones.base import backbone_of
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
-from condenser.models.objective import flattened
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("condenser-*.safetensors"))
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -58,12 +57,15 @@ def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, way):
     if meta["late_mlm"] == "True":
         assert out.mlm_loss.item() == pytest.approx(float(meta["late_mlm_loss"]), rel=1e-4)
     else:
-        assert "mlm_loss" not in out
-    if not pruned:
-        real = batch["attention_mask"].bool()
-        names = ("last_hidden_state", "skip_hidden_state", "head_hidden_state")
-        for name, states in zip(names, states_of(model, **batch), strict=True):
-            torch.testing.assert_close(states, tensors[f"expected.{name}"][real], rtol=1e-4, atol=1e-5)
+        assert out.mlm_loss is None
+    real = batch["attention_mask"].bool()
+    for name in ("last_hidden_state", "skip_hidden_state", "head_hidden_state"):
+        if pruned:
+            assert getattr(out, name) is None
+        else:
+            torch.testing.assert_close(
+                getattr(out, name)[real], tensors[f"expected.{name}"][real], rtol=1e-4, atol=1e-5
+            )
     out.loss.backward()
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     checked = 0
@@ -74,11 +76,6 @@ def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, way):
             assert (gradient - reference).norm() <= 1e-3 * reference.norm() + 1e-4, key
             checked += 1
     assert checked >= len(gradients)
-
-
-def states_of(model, input_ids, attention_mask, labels, token_type_ids=None):
-    """Last, early and head states of padded rows ``[T, H]``, where every layer is run everywhere."""
-    return model.states(flattened(model.backbone, input_ids, attention_mask, labels, token_type_ids))
 
 
 def tiny_config(config_class=BertConfig, **settings):
@@ -116,7 +113,7 @@ def test_without_a_head_the_loss_is_hugging_faces_own_mlm_loss():
     model = Condenser.from_masked_lm(lm, n_head_layers=0)
     batch = tiny_batch()
     out = model(**batch)
-    assert "head_mlm_loss" not in out
+    assert out.head_mlm_loss is None
     torch.testing.assert_close(out.loss, lm(**batch).loss)
 
 
@@ -141,12 +138,12 @@ def test_the_head_sees_the_last_layers_other_tokens_only_through_cls(monkeypatch
             return output
         return output + torch.ones(len(output)).index_fill(0, sequences.keys.cu_seqlens[:-1].long(), 0.0)[:, None]
 
-    before = states_of(model, **batch)[2]
+    before = model(**batch).head_hidden_state
     monkeypatch.setattr(model.backbone, "run", disturbed)
     at = model.backbone.layers[-1]
-    torch.testing.assert_close(states_of(model, **batch)[2], before)
+    torch.testing.assert_close(model(**batch).head_hidden_state, before)
     at = model.backbone.layers[1]
-    assert not torch.allclose(states_of(model, **batch)[2], before)
+    assert not torch.allclose(model(**batch).head_hidden_state, before)
 
 
 @pytest.mark.parametrize("pruned", [False, True])
@@ -183,12 +180,13 @@ def test_states_are_hugging_faces_own_wherever_the_padding_is(side, model_class,
     if side == "left":
         batch = {name: value.flip(1) for name, value in batch.items()}
     types = torch.ones_like(batch["input_ids"]) if config_class is BertConfig else None
-    late, early, _ = states_of(Condenser.from_masked_lm(lm, skip_from=2, pruned=False), **batch, token_type_ids=types)
+    out = Condenser.from_masked_lm(lm, skip_from=2, pruned=False)(**batch, token_type_ids=types)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     expected = lm(**inputs, token_type_ids=types, output_hidden_states=True).hidden_states
     real = batch["attention_mask"].bool()
-    for ours, theirs in ((late, expected[-1]), (early, expected[2])):
-        torch.testing.assert_close(ours, theirs[real], rtol=1e-4, atol=1e-5)
+    for ours, theirs in ((out.last_hidden_state, expected[-1]), (out.skip_hidden_state, expected[2])):
+        torch.testing.assert_close(ours[real], theirs[real], rtol=1e-4, atol=1e-5)
+        assert (ours[~real] == 0).all()
 
 
 def test_rows_without_labels_are_refused():

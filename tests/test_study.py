@@ -168,8 +168,8 @@ def test_the_gate_s_head_reads_what_it_says(read, study):
     plain = Condenser.from_masked_lm(lm, skip_from=2, n_head_layers=1, pruned=False).eval()
     plain.c_head.load_state_dict(gate.c_head.state_dict())
     batch = tiny_batch()
+    states = plain(**batch).last_hidden_state
     mask = batch["attention_mask"][..., None]
-    states = plain.lm.bert(batch["input_ids"], batch["attention_mask"]).last_hidden_state
     plain.cls_hook = {
         "cls": lambda cls: cls,
         "zeros": torch.zeros_like,

@@ -5,19 +5,40 @@
     head  = c_head([late[CLS]; early[1:]])
     loss  = MLM(head) + MLM(late)                  one MLM head for both, read at masked positions only
 
-Legend: B sequences, T tokens of all sequences, Q positions read in the last layers ([CLS] and masked
+Legend: B sequences, L padded length, T tokens of all sequences, Q positions read in the last layers ([CLS] and masked
 tokens), M masked tokens, H hidden size.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from condenser.models.attention import take
 from condenser.models.flops import Work, training_flops
-from condenser.models.objective import Objective, Term, identity
+from condenser.models.objective import Objective, Term, flattened, identity, padded
+
+
+@dataclass
+class CondenserOutput:
+    """Mean cross-entropies over masked tokens."""
+
+    loss: Tensor  # their weighted sum
+    means: dict[str, Tensor]  # of each stream that is on
+    last_hidden_state: Tensor | None = None  # [B, L, H], with pruned=False only; 0 at padding
+    skip_hidden_state: Tensor | None = None
+    head_hidden_state: Tensor | None = None
+
+    @property
+    def mlm_loss(self) -> Tensor | None:  # the backbone's ("late")
+        return self.means.get("mlm")
+
+    @property
+    def head_mlm_loss(self) -> Tensor | None:
+        return self.means.get("head_mlm")
 
 
 class Condenser(Objective):
@@ -90,3 +111,24 @@ class Condenser(Objective):
         states_of = {"mlm": late, "head_mlm": head}
         streams = {name: (take(states_of[name], read_at), batch["labels"], "n_masked") for name in self.streams}
         return self.mlm_terms(streams, score)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> CondenserOutput:
+        """MLM losses of padded rows ``[B, L]``, in which ``labels`` are -100 where nothing is scored. (All that a
+        subclass minimises, a contrast too, is in `condenser.CondenserForPreTraining`.)"""
+        batch = flattened(self.backbone, input_ids, attention_mask, labels, token_type_ids)
+        states = self.states(batch)
+        terms = self.terms_of(states, batch, score=False)
+        means = {name: term.sum / max(batch["n_masked"], 1) for name, term in terms.items()}
+        loss = sum((terms[name].weight * mean for name, mean in means.items()), start=states[0].new_zeros(()))
+        output = CondenserOutput(loss, means)
+        if not self.pruned:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            late, early, head = (padded(each, mask) for each in states)
+            output.last_hidden_state, output.skip_hidden_state, output.head_hidden_state = late, early, head
+        return output

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from condenser.models.attention import Bounds, Sequences, sequences_of, take
 from condenser.models.backbones.base import backbone_of, longest_text, with_subclasses
@@ -92,31 +91,6 @@ class Objective(nn.Module):
     @classmethod
     def from_masked_lm(cls, lm: PreTrainedModel, **settings: Any) -> Self:
         return cls(lm, **settings).train(lm.training)
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        labels: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-    ) -> ModelOutput:
-        """Losses of padded rows ``[B, L]``: ``loss``, which is minimised, and ``<term>_loss`` of each summand, means.
-
-        ``labels`` are -100 where nothing is predicted. What an objective asks for beside them is made of the rows: the
-        text before it was masked of ``labels``; for a contrast rows 2i and 2i + 1 are spans of one document.
-        """
-        batch = flattened(self.backbone, input_ids, attention_mask, labels, token_type_ids)
-        batch |= before_masking(batch, drawn_anew=self.training)
-        if self.contrast is not None and len(input_ids) % 2:
-            raise ValueError(f"{len(input_ids)} rows: a contrast takes pairs, rows 2i and 2i + 1 of one document")
-        if self.contrast is None:
-            terms = self.losses(batch)
-        else:
-            cls, terms = self.cls_and_losses(batch)
-            terms = terms | {"contrast": self.contrast(cls)}
-        means = {f"{name}_loss": term.sum / max(batch[term.over], 1) for name, term in terms.items()}
-        loss = torch.stack([term.weight * means[f"{name}_loss"] for name, term in terms.items()]).sum()
-        return ModelOutput(loss=loss, **means)
 
     def losses(self, batch: dict[str, Any], score: bool = False) -> dict[str, Term]:
         """The terms of a flat pass (`condenser.data.collate.collate` says what is in it).
@@ -321,13 +295,8 @@ def flattened(
     }
 
 
-def before_masking(batch: dict[str, Any], drawn_anew: bool = False) -> dict[str, Any]:
-    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``, by
-    which a decoder draws what it sees: others in each batch, or always the same."""
-    original = batch["input_ids"].index_copy(0, batch["masked_index"], batch["labels"].to(batch["input_ids"].dtype))
-    bounds = batch["cu_seqlens"]
-    original = original.index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), IGNORED)
-    keys = torch.arange(len(bounds) - 1, device=bounds.device)
-    if drawn_anew:
-        keys = torch.randint(2**31, keys.shape, device=bounds.device)
-    return {"original_ids": original, "keys": keys, "n_ordinary": int((original != IGNORED).sum())}
+def padded(flat: Tensor, attention_mask: Tensor) -> Tensor:
+    """``[T, ...]`` -> ``[B, L, ...]``, 0 at padding."""
+    rows = flat.new_zeros(*attention_mask.shape, *flat.shape[1:])
+    rows[attention_mask.bool()] = flat
+    return rows

@@ -32,10 +32,12 @@ from condenser.models.condenser import Condenser
 from condenser.models.files import reading
 from condenser.models.heads import HEAD_FILE, head_beside, load_head, parts
 from condenser.models.initial import part_biases
+from condenser.models.losses import IGNORED
 from condenser.models.objective import (
     Objective,
     class_of,
     class_path,
+    flattened,
     known_class,
     known_options,
     setting_names,
@@ -180,7 +182,23 @@ class CondenserForPreTraining(PreTrainedModel):
         labels: Tensor | None = None,
         token_type_ids: Tensor | None = None,
     ) -> ModelOutput:
-        return self.model(input_ids, attention_mask, labels, token_type_ids)
+        """Losses of padded rows ``[B, L]``: ``loss``, which is minimised, and ``<term>_loss`` of each summand, means.
+
+        ``labels`` are -100 where nothing is predicted. What an objective asks for beside them is made of the rows: the
+        text before it was masked of ``labels``; for a contrast rows 2i and 2i + 1 are spans of one document.
+        """
+        batch = flattened(self.model.backbone, input_ids, attention_mask, labels, token_type_ids)
+        batch |= before_masking(batch, drawn_anew=self.training)
+        if self.model.contrast is not None and len(input_ids) % 2:
+            raise ValueError(f"{len(input_ids)} rows: a contrast takes pairs, rows 2i and 2i + 1 of one document")
+        if self.model.contrast is None:
+            terms = self.model.losses(batch)
+        else:
+            cls, terms = self.model.cls_and_losses(batch)
+            terms = terms | {"contrast": self.model.contrast(cls)}
+        means = {f"{name}_loss": term.sum / max(batch[term.over], 1) for name, term in terms.items()}
+        loss = torch.stack([term.weight * means[f"{name}_loss"] for name, term in terms.items()]).sum()
+        return ModelOutput(loss=loss, **means)
 
     def _init_weights(self, module: Any) -> None:
         self.model.lm._init_weights(module)
@@ -232,6 +250,18 @@ def class_of_name(given: Any) -> type[Objective] | None:
 
 def warn(message: str) -> None:
     logging.get_logger(__name__).warning(message)
+
+
+def before_masking(batch: dict[str, Any], drawn_anew: bool = False) -> dict[str, Any]:
+    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``, by
+    which a decoder draws what it sees: others in each batch, or always the same."""
+    original = batch["input_ids"].index_copy(0, batch["masked_index"], batch["labels"].to(batch["input_ids"].dtype))
+    bounds = batch["cu_seqlens"]
+    original = original.index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), IGNORED)
+    keys = torch.arange(len(bounds) - 1, device=bounds.device)
+    if drawn_anew:
+        keys = torch.randint(2**31, keys.shape, device=bounds.device)
+    return {"original_ids": original, "keys": keys, "n_ordinary": int((original != IGNORED).sum())}
 
 
 def objective_on(lm: PreTrainedModel, path: str, settings: dict[str, Any]) -> Objective:
