@@ -216,6 +216,6 @@ def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run,
 
 @pytest.mark.parametrize(("speeds", "shown"), [([5.0], "5"), ([5.0, 5.0], "5 ±0%"), ([4.0, 6.0], "5 ±20%")])
 def test_the_bench_says_how_far_rounds_differ_where_there_are_several(speeds, shown):
-    names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait")
+    names = ("flops_per_token", "needed_flops_per_second", "peak_memory_gb", "data_wait", "launches", "host_ms")
     figures = {"tokens_per_second": speeds, **{name: [1.0] * len(speeds) for name in names}}
     assert next(iter(table_of_speed({"ours": figures}, 1.0).columns[1].cells)).plain == shown
