@@ -18,14 +18,19 @@ PAPERS = {
 }
 
 
+def metadata(backbone: str | None, language: str) -> dict[str, Any]:
+    """By which the hub finds a model."""
+    about: dict[str, Any] = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    about |= {"license": "unknown", "language": language, "tags": ["condenser", "dense-retrieval", "masked-lm"]}
+    if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
+        about["base_model"] = backbone  # of the hub
+    return about
+
+
 def model_card(model: Objective, card: dict[str, Any], backbone: str | None) -> str:
     """The page that the hub shows; its first part is the hub's metadata."""
     config, data, numbers = model.lm.config, card["data"], card["measured"]
-    about: dict[str, Any] = {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
-    about |= {"license": "unknown", "language": data["settings"].get("language", "en")}
-    about |= {"tags": ["condenser", "dense-retrieval", "masked-lm"]}
-    if backbone and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", backbone) and not Path(backbone).exists():
-        about["base_model"] = backbone  # of the hub
+    about = metadata(backbone, data["settings"].get("language", "en"))
     names = [source["name"] for source in data["settings"]["sources"]]
     files = ", ".join(names[:FILES_NAMED])
     files += f" and {len(names) - FILES_NAMED:,} more" if len(names) > FILES_NAMED else ""
