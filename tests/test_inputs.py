@@ -250,6 +250,9 @@ def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
         assert prepare(source, store / "tokenizer", tmp_path / output, *options) == 0
     assert all_tokens(tmp_path / "both") == all_tokens(tmp_path / "plain")
     assert prepare(saved, store / "tokenizer", tmp_path / "both", "--split", "a") == 1  # another store than that
+    for emptied in (saved / "b").glob("data-*"):
+        emptied.unlink()
+    assert prepared(saved, store / "tokenizer", tmp_path / "one", "--split", "a")["documents"] == 5  # b is not read
     error = refused(capsys, saved, store / "tokenizer", tmp_path / "no", "--split", "a+b+a")
     assert "--split a+b+a names 'a' twice" in error
     error = refused(capsys, plain, store / "tokenizer", tmp_path / "no", "--split", "a")
