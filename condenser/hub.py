@@ -83,12 +83,10 @@ def warm_start(
 
 
 def check_same_tokenizer(backbone: str, tokenizer: Any) -> None:
-    if is_run(backbone):
-        return  # it is refused by what it is where it is opened
+    if is_run(backbone) or (Path(backbone).is_dir() and not has_tokenizer(Path(backbone))):
+        return  # the one is refused where it is opened, of bare weights only the vocabulary's size can be compared
     if is_path(backbone) and not Path(backbone).is_dir():
         raise ValueError(f"model.backbone: no such folder: {backbone}")
-    if Path(backbone).is_dir() and not has_tokenizer(Path(backbone)):
-        return  # bare weights: only the vocabulary's size can be compared
     if tokenizer_hash(load_tokenizer(backbone)) != tokenizer_hash(tokenizer):
         raise ValueError(
             f"the token store was made with another tokenizer than that of {backbone!r}; "
@@ -118,11 +116,8 @@ def load_export(directory: str | Path) -> Objective:
 
 
 def description(model: Objective, tokenizer: dict[str, str], data: dict[str, Any], run_config: str) -> dict[str, Any]:
-    """What a checkpoint must hold besides weights so that it can be exported on its own; plain values only.
-
-    Args:
-        tokenizer: the text of its files, by name.
-    """
+    """What a checkpoint must hold besides weights so that it can be exported on its own, of a ``tokenizer`` the text of
+    its files by name; plain values only."""
     return {
         "config": json.dumps(model.lm.config.to_dict()),
         "objective": class_path(class_of(model)),

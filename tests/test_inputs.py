@@ -49,6 +49,8 @@ def folder(tmp_path):
     (root / "deep/.ipynb_checkpoints").mkdir()
     (root / "deep/.ipynb_checkpoints/a.jsonl").write_text("no JSON")
     (root / "README.txt").write_text("About the data.")
+    (root / "~$a.jsonl").write_bytes(b"\5owner")
+    (root / "deep" / "dataset_infos.json").write_text('{"default": {"splits": {}}}')
     (root / "f.csv").write_text("text\nsomething\n")
     (root / "g.arrow").write_bytes(b"ARROW1")
     (root / "_SUCCESS.json").touch()
@@ -67,7 +69,8 @@ def read_from(name):
 def test_a_folder_gives_all_that_can_be_read_and_names_the_rest(folder, store, tmp_path, capsys):
     found, left_out = read_from(folder)
     assert found == [str(folder / name) for name in READ]
-    for part in ("8 hidden, or left behind", "2 no format that is read", "1 .csv, 1 .arrow", "README.txt", "1 empty"):
+    text = "2 text beside data (1 .txt, 1 .json; "
+    for part in ("9 hidden, or left behind", "2 no format that is read", "1 .csv, 1 .arrow", text, "1 empty"):
         assert part in left_out
     assert prepared(folder, store / "tokenizer", tmp_path / "out")["documents"] == 11
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "f.csv" in line]
@@ -250,6 +253,9 @@ def test_splits_of_a_dataset_are_named(splits, store, tmp_path, capsys):
         assert prepare(source, store / "tokenizer", tmp_path / output, *options) == 0
     assert all_tokens(tmp_path / "both") == all_tokens(tmp_path / "plain")
     assert prepare(saved, store / "tokenizer", tmp_path / "both", "--split", "a") == 1  # another store than that
+    for emptied in (saved / "b").glob("data-*"):
+        emptied.unlink()
+    assert prepared(saved, store / "tokenizer", tmp_path / "one", "--split", "a")["documents"] == 5  # b is not read
     error = refused(capsys, saved, store / "tokenizer", tmp_path / "no", "--split", "a+b+a")
     assert "--split a+b+a names 'a' twice" in error
     error = refused(capsys, plain, store / "tokenizer", tmp_path / "no", "--split", "a")

@@ -23,6 +23,7 @@ LEFT_BEHIND = ("~", ".swp", ".swo", ".tmp", ".part", ".partial", ".crdownload") 
 SYSTEMS_OWN = ("__MACOSX", "__pycache__")  # folders
 ABOUT_DATA = ("readme", "license", "licence", "notice", "changelog", "copying")  # how names of plain text begin
 OF_DATASETS = {"dataset_dict.json": b'"splits"', "state.json": b'"_data_files"', "dataset_info.json": b""}
+OF_THE_HUB = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")  # `datasets` reads none
 FORMATS = f"{', '.join(READERS)}, or {', '.join(COMPRESSED)} of it"
 OURS = {"a run folder": ("config.yaml", "metrics.csv"), "an export": ("config.json", "condenser.json")}  # what is there
 NO_UTF8 = "a name that is not UTF-8"
@@ -127,7 +128,7 @@ def why_not(path: str, kind: str | None) -> str | None:
     name = Path(path).name.lower()
     if path != printable(path):
         return NO_UTF8
-    if name.startswith((".", "#")) or name.endswith(LEFT_BEHIND) or Path(path).name in SYSTEMS_OWN:
+    if name.startswith((".", "#", "~$")) or name.endswith(LEFT_BEHIND) or Path(path).name in SYSTEMS_OWN:
         return "hidden, or left behind"
     if kind == "folder":
         return None if is_dataset(path) else "a token store"
@@ -137,7 +138,7 @@ def why_not(path: str, kind: str | None) -> str | None:
         return "a link to nothing"
     if os.path.getsize(path) == 0:
         return "empty"
-    return "text beside data" if kind == "text" and name.startswith(ABOUT_DATA) else None
+    return "text beside data" if name in OF_THE_HUB or (kind == "text" and name.startswith(ABOUT_DATA)) else None
 
 
 def printable(path: str) -> str:

@@ -184,12 +184,11 @@ def table_records(source: Source) -> Iterator[tuple[dict[str, Any], int]]:
 def saved_splits(source: Source) -> list[Any]:
     import datasets
 
-    check_dataset(Path(source.name))
-    try:
-        saved: Any = datasets.load_from_disk(source.name)
-    except Exception as error:  # the library raises many kinds
-        raise ValueError(f"{source.name} is no saved dataset, is empty or damaged: {error}") from error
-    splits = saved if isinstance(saved, datasets.DatasetDict) else {"train": saved}
+    folder = Path(source.name)
+    check_dataset(folder)
+    splits, of_dict = {"train": folder}, folder / "dataset_dict.json"
+    if of_dict.is_file():
+        splits = {name: folder / name for name in json.loads(of_dict.read_text(encoding="utf-8"))["splits"]}
     wanted = source.split.split("+")
     if missing := [split for split in wanted if split not in splits]:
         raise ValueError(
@@ -198,7 +197,10 @@ def saved_splits(source: Source) -> list[Any]:
         )
     if twice := [split for split in wanted if wanted.count(split) > 1]:
         raise ValueError(f"--split {source.split} names {twice[0]!r} twice")
-    return [splits[split] for split in wanted]
+    try:
+        return [datasets.load_from_disk(str(splits[split])) for split in wanted]
+    except Exception as error:  # the library raises many kinds
+        raise ValueError(f"{source.name} is no saved dataset, is empty or damaged: {error}") from error
 
 
 def hub_dataset(source: Source) -> Any:

@@ -255,7 +255,7 @@ def config_of(name: str, hub: Mapping[str, Any] = {}) -> PretrainedConfig:
         ask_hub()
     try:
         return AutoConfig.from_pretrained(name, trust_remote_code=False, **hub)
-    except (ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, StrictDataclassError) as error:
         line = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else str(error).splitlines()[0]
         raise ValueError(f"no configuration could be loaded from {name!r}: {line}") from None
 
