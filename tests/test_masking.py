@@ -1,16 +1,19 @@
 """Masking: rates, whole words, budgets, and that masks depend on (seed, epoch, sample id) alone."""
 
 import hashlib
+import json
 import random
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from condenser.data.collate import Masking
+from condenser.data.collate import Masking, Vocabulary
 from condenser.data.hashing import hash_ints, permuted, uniform
 from condenser.data.masking import IGNORED, choose_words, mask_flat, mask_tokens, span_of_word
+from condenser.data.tokenizers import load_tokenizer
 
 MASK = 4
 ORDINARY = np.arange(5, 1000)
@@ -219,3 +222,16 @@ def test_a_batch_of_more_than_131072_samples_is_masked_like_its_parts(unit):
     whole = mask_flat(tokens, starts, lengths, sample_ids=np.arange(rows), **options)[0].reshape(rows, 4)
     part = mask_flat(tokens[-40:], starts[-40:], lengths[-10:], sample_ids=np.arange(rows)[-10:], **options)[0]
     assert (whole[-10:] == part.reshape(10, 4)).all()
+
+
+def test_no_token_is_replaced_by_one_that_is_special_in_the_tokenizers_file_alone(store, tmp_path):
+    shutil.copytree(store / "tokenizer", tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer/tokenizer.json"
+    content = json.loads(file.read_text())
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"].append({"id": len(content["model"]["vocab"]), "content": "<|x|>", "special": True, **flags})
+    file.write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    number = tokenizer.get_vocab()["<|x|>"]
+    assert number not in tokenizer.all_special_ids
+    assert number not in Vocabulary.of(tokenizer).random_ids

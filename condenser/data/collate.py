@@ -20,6 +20,7 @@ from torch import Tensor
 from condenser.data.hashing import hash_ints
 from condenser.data.masking import IGNORED, Unit, mask_flat
 from condenser.data.store import SPECIAL_TOKENS, Rows
+from condenser.data.tokenizers import special_ids
 
 Fields = dict[str, Any]  # of a pass: arrays (or tensors) and host ints
 
@@ -42,7 +43,7 @@ class Vocabulary:
             raise ValueError(
                 f"the tokenizer {tokenizer.name_or_path!r} has no {missing[0]} token, which pre-training needs"
             )
-        ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], tokenizer.all_special_ids)
+        ordinary = np.setdiff1d([*tokenizer.get_vocab().values()], special_ids(tokenizer))
         return cls(ids["cls"], ids["sep"], ids["pad"], ids["mask"], random_ids=ordinary)
 
 

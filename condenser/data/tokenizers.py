@@ -39,6 +39,12 @@ def vocabulary_size(tokenizer: Any) -> int:
     return 1 + max(tokenizer.get_vocab().values())
 
 
+def special_ids(tokenizer: Any) -> list[int]:
+    """Of all special tokens, those too that only its file says are special, as of ModernBERT's <|padding|>."""
+    flagged = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
+    return sorted({*tokenizer.all_special_ids, *flagged})
+
+
 def is_path(name: str) -> bool:
     """Whether a name that a folder or the hub may answer to is meant as a path: ``NAME`` and ``OWNER/NAME`` are not,
     unless a folder OWNER is here."""

@@ -21,7 +21,7 @@ from transformers.utils import logging
 
 from condenser.data.collate import Masking
 from condenser.data.masking import Unit
-from condenser.data.tokenizers import load_tokenizer, vocabulary_size
+from condenser.data.tokenizers import load_tokenizer, special_ids, vocabulary_size
 from condenser.evaluation.encoders import model_folder
 from condenser.evaluation.probes import at_rest, cls_attention
 from condenser.models.backbones.base import longest_text
@@ -247,7 +247,7 @@ def gibbs(model: Objective, tokenizer: Any, n: int, length: int, sweeps: int, te
     """Texts ``[n, length + 2]``: all tokens masked at first, then one after the other, in a new order every sweep, is
     masked and drawn from what the MLM head predicts there. Special tokens are not drawn."""
     generator = torch.Generator().manual_seed(seed)
-    special = torch.tensor(tokenizer.all_special_ids)
+    special = torch.tensor(special_ids(tokenizer))
     first, *_, last = tokenizer("")["input_ids"]
     ids = torch.tensor([[first, *[tokenizer.mask_token_id] * length, last]] * n)
     steps = [1 + torch.randperm(length, generator=generator) for _ in range(sweeps)]
