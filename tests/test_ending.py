@@ -140,7 +140,9 @@ def test_early_stopping_waits_for_the_least_number_of_steps_and_a_signal_does_no
 
 def test_a_run_without_time_is_stopped_and_goes_on(recipe, run, tmp_path, capsys):
     assert fit(recipe, tmp_path, "late", "--trainer.max_time", "00:00:00:00") == 0
-    assert "was stopped by trainer.max_time after step 0; start it again to go on" in capsys.readouterr().out
+    assert (
+        "stopped by trainer.max_time after step 0; start it again with more of it to go on" in capsys.readouterr().out
+    )
     assert not (tmp_path / "late/summary.json").exists()
     assert fit(recipe, tmp_path, "late", *STOP, "3") == 0
     assert "was stopped by trainer.max_time after step 3; start it again" in capsys.readouterr().out

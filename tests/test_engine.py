@@ -34,6 +34,7 @@ from condenser.models.flops import Work, affordable_tokens, bf16_peak, training_
 from condenser.models.losses import predicted_right, token_losses
 from condenser.models.objective import COUNTS, Term
 from condenser.reports.trial import Authors
+from condenser.training.guard import Guard
 from condenser.training.logs import Trace
 from condenser.training.module import CondenserModule
 from condenser.training.passes import inputs_of, pass_loss
@@ -573,6 +574,20 @@ def test_a_step_that_is_not_finite_is_skipped_and_stops_training_with_its_sample
         "last-step=3.ckpt",
     ]
     assert all(parameter.isfinite().all() for parameter in final_weights(tmp_path / "bad"))
+
+
+@pytest.mark.parametrize("writes", [True, False], ids=["no folder yet", "a full disk"])
+def test_a_step_that_is_not_finite_is_what_is_said_wherever_its_batch_can_be_kept(writes, tmp_path, monkeypatch):
+    def full(*args):
+        raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+    if not writes:
+        monkeypatch.setattr(torch, "save", full)
+    guard, batch = Guard(tmp_path / "new"), [{"sample_ids": torch.tensor([7, 9]), "micro_batch": 0}]
+    guard.watch(3, batch, torch.tensor([torch.nan]), torch.ones(()), torch.zeros(2))
+    kept = "its batch is in .*not-finite-step=3-rank=0.pt" if writes else r"its batch could not be saved \(.*pos 64"
+    with pytest.raises(ValueError, match=f"not finite at step 3: .*samples 7, 9. The step was skipped; {kept}"):
+        guard.check()
 
 
 def final_weights(run):

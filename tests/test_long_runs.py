@@ -229,8 +229,8 @@ def test_the_end_of_a_long_run_needs_what_its_start_did(n_steps, save_every, mem
 
 def test_rows_that_a_full_disk_refuses_cost_no_more_the_more_there_are(tmp_path, monkeypatch):
     rendered = []
-    line = MetricsCSV.line
-    monkeypatch.setattr(MetricsCSV, "line", lambda self, row: rendered.append(1) or line(self, row))
+    append = MetricsCSV.append
+    monkeypatch.setattr(MetricsCSV, "append", lambda self, row: rendered.append(1) or append(self, row))
     metrics = MetricsCSV(tmp_path)
     metrics.begin_at(0)
     metrics.log_metrics({"a": 0.0}, 0)

@@ -34,6 +34,7 @@ from condenser.training import logs
 from condenser.training.checkpoints import WholeFiles
 from condenser.training.logs import MetricsCSV
 from condenser.training.optim import Optimization, build_optimizer
+from condenser.training.step import TrainingStep
 
 METRICS = {
     *(f"train/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "mlm_accuracy", "head_mlm_accuracy")),
@@ -497,6 +498,30 @@ def test_waiting_for_data_is_the_wait_for_the_loader_and_not_for_a_checkpoint(re
     monkeypatch.setattr(Steps, "one_pass", slow(one_pass))
     assert fit(recipe, tmp_path, "data", *options) == 0
     assert np.median(perf_of(tmp_path / "data", "data_wait_fraction")) > 0.5
+
+
+def test_speed_is_of_the_steps_since_the_validation_before(recipe, tmp_path, monkeypatch):
+    """Steps take 0.05 s by a clock that counts nothing else; there are validations between the logging steps."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(logs, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    take = TrainingStep.take
+
+    def timed(*args, **kwargs):
+        clock.now += 0.05
+        return take(*args, **kwargs)
+
+    monkeypatch.setattr(TrainingStep, "take", timed)
+    options = ["--trainer.log_every_n_steps", "4", "--trainer.val_check_interval", "3", "--trainer.max_steps", "12"]
+    assert fit(recipe, tmp_path, "r", *options) == 0
+    tokens = float([row for row in metrics_of(tmp_path / "r") if row["train/loss"]][-1]["train/tokens_seen"])
+    for speed in perf_of(tmp_path / "r", "tokens_per_second"):
+        assert speed == pytest.approx(tokens / 12 / 0.05, rel=0.3)
+
+
+def test_waiting_for_data_is_counted_on_where_loaders_are_made_anew(recipe, tmp_path):
+    every = ["--trainer.reload_dataloaders_every_n_epochs", "1", "--trainer.limit_train_batches", "2"]
+    assert fit(recipe, tmp_path, "r", *every, "--trainer.log_every_n_steps", "1") == 0
+    assert min(perf_of(tmp_path / "r", "data_wait_fraction")) >= 0
 
 
 def test_a_run_of_a_checkout_that_is_not_installed_ends_well(recipe, tmp_path, monkeypatch):

@@ -101,8 +101,8 @@ class Upcoming(SequentialSampler, DistributedSampler):
 class StepLoader(DataLoader):
     """Loads the steps of an epoch in order.
 
-    ``waited`` are the seconds that somebody waited for a step. Workers that give none for ``PATIENCE`` seconds are an
-    error.
+    ``waited`` are the seconds that somebody waited for a step, of all loaders, as another may take the place of one.
+    Workers that give none for ``PATIENCE`` seconds are an error.
 
     Args:
         training: else each iteration begins at step 0.
@@ -110,7 +110,7 @@ class StepLoader(DataLoader):
         steps_per_epoch: of a limited epoch.
     """
 
-    PATIENCE = 1800.0
+    PATIENCE, waited = 1800.0, 0.0
 
     def __init__(
         self,
@@ -131,14 +131,13 @@ class StepLoader(DataLoader):
             pin_memory=torch.cuda.is_available(),
             timeout=self.PATIENCE if num_workers else 0,
         )
-        self.waited = 0.0
 
     def __iter__(self) -> Iterator[StepBatch]:  # type: ignore[override]
         if self.begin is not None:
             self.progress["position"] = self.begin()
         began, items = time.perf_counter(), super().__iter__()
         for item in items:
-            self.waited += time.perf_counter() - began
+            StepLoader.waited += time.perf_counter() - began
             self.progress["position"] += 1
             yield item
             began = time.perf_counter()

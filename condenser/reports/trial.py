@@ -158,7 +158,7 @@ class Trial:
         next(items)
         if self.workers:
             time.sleep(1.0)  # until they are ahead, as they are in training
-        loader.waited, start = 0.0, time.perf_counter()
+        waited, start = loader.waited, time.perf_counter()
         for batch in islice(items, self.steps):
             began = time.perf_counter()
             self.take(step, batch)
@@ -169,7 +169,7 @@ class Trial:
         tokens, flops = sum(batch.total("n_tokens") for batch in batches), step.objective.flops
         return {
             "tokens_per_second": tokens / seconds,
-            "data_wait": loader.waited / seconds,
+            "data_wait": (loader.waited - waited) / seconds,
             "host_ms": 1e3 * host / self.steps,
             "flops_per_token": sum(flops(self.work_done(recipe, batch)) for batch in batches) / tokens,
             "needed_flops_per_second": sum(flops(Work.of_real_tokens(batch)) for batch in batches) / seconds,

@@ -165,8 +165,10 @@ class Ending(Callback):
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             print(f"fast_dev_run: {step:,} step(s) and a validation went through; nothing is kept")
         elif pl_module.stopped is not None:
-            how = "was asked to stop, and did" if pl_module.stopped == SIGNAL else f"was stopped by {TIME}"
-            then = "start it again to go on" if trainer.checkpoint_callback else "nothing is saved to go on from"
+            asked = pl_module.stopped == SIGNAL
+            how = "was asked to stop, and did" if asked else f"was stopped by {TIME}"
+            again = "start it again" if asked else "start it again with more of it"  # as a checkpoint knows its time
+            then = f"{again} to go on" if trainer.checkpoint_callback else "nothing is saved to go on from"
             print(f"{self.folder} {how} after step {step:,}; {then}")
         else:
             early = "" if step == whole else f", of {whole:,}: a callback ended it"

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from condenser.data.collate import StepBatch
+from condenser.training.failures import one_line
 
 
 class Watched(NamedTuple):
@@ -71,13 +72,18 @@ class Guard:
         if finite:
             return
         path = self.folder / f"not-finite-step={watched.step}-rank={self.rank}.pt"
-        torch.save([*watched.batch], path)
         found = dict.fromkeys(chain(*on_all_devices([*bad_losses([*watched.batch], losses)])))
+        kept = f"its batch is in {path}"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save([*watched.batch], path)
+        except (OSError, RuntimeError) as error:  # of a full disk, say, which torch's writer makes the latter of
+            kept = f"its batch could not be saved ({one_line(error)})"
         if self.rank > 0:
             raise SystemExit(1)
         raise ValueError(
             f"not finite at step {watched.step}: {'; '.join(found) or 'the gradient (all losses are finite)'}. "
-            f"The step was skipped; its batch is in {path}. Lower the learning rate, clip the gradient, lengthen the "
+            f"The step was skipped; {kept}. Lower the learning rate, clip the gradient, lengthen the "
             "warm-up, or look at these samples; the same command goes on from the newest checkpoint"
         )
 

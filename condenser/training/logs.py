@@ -107,18 +107,15 @@ class MetricsCSV(Logger):
             self.append(self.unwritten[0])
             self.unwritten.popleft()
 
-    def line(self, row: Mapping[str, Any]) -> str:
-        text = io.StringIO()
-        csv.DictWriter(text, self.columns, restval="", lineterminator="\n").writerow(row)
-        return text.getvalue()
-
     def append(self, row: Mapping[str, Any]) -> None:
         columns = list(dict.fromkeys((*self.columns, "step", "epoch", *row)))
         if columns != self.columns:
             self.write_again(columns)
             self.columns = columns
+        text = io.StringIO()
+        csv.DictWriter(text, columns, restval="", lineterminator="\n").writerow(row)
         with open(self.path, "ab", buffering=0) as file:
-            line, end = self.line(row).encode(), file.tell()
+            line, end = text.getvalue().encode(), file.tell()
             if line == self.last:  # a validation that was done already, after which the run was killed
                 return
             if file.write(line) < len(line):
@@ -149,8 +146,9 @@ class Speed(Callback):
             self.peak = peak and peak * trainer.world_size
         self.start(trainer, pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         if not trainer.sanity_checking:
+            pl_module.count(pl_module.since.tolist())  # steps before it, which are not of the time from here on
             self.start(trainer, pl_module)  # the time that validation took is not training's
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:

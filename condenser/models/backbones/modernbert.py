@@ -40,8 +40,8 @@ class ModernBert(Backbone):
 
     def projected(self, layer: Any, hidden: Tensor, which: slice, position_ids: Tensor) -> Tensor:
         of, kinds = layer.attn, range(3)[which]
-        both = (of.Wqkv.weight, of.Wqkv.bias)
-        weights: Any = [None if each is None else each.unflatten(0, (3, -1))[which].flatten(0, 1) for each in both]
+        rows = slice(*(kind * self.lm.config.hidden_size for kind in (kinds.start, kinds.stop)))
+        weights: Any = [None if each is None else each[rows] for each in (of.Wqkv.weight, of.Wqkv.bias)]
         states = F.linear(norm_before(layer, hidden), *weights).unflatten(-1, (len(kinds), -1, of.head_dim))
         turned = [
             self.rotated(layer, each, position_ids) if kind < 2 else each
