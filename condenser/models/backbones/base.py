@@ -83,7 +83,7 @@ class Backbone(ABC):
         """A layer's output ``[T, H]``, or at the queries alone ``[Q, H]``, equal to the whole output there."""
         position_ids, keys, index = sequences.position_ids, sequences.keys, sequences.query_index
         if at_queries:
-            own = take(hidden, index), take(position_ids, index), sequences.queries
+            own = take(hidden, index), position_ids.index_select(0, index), sequences.queries
             return self.cross(layer, own, (hidden, position_ids, keys), index)
         states = self.projected(layer, hidden, ALL, position_ids)
         return self.finished(layer, hidden, self_attend(states, keys, self.dropped(layer), self.scores(layer)))
