@@ -311,8 +311,11 @@ def test_similarity_is_compared_by_correlations_of_drawn_pairs(tmp_path, capsys)
 
 def test_what_cannot_be_compared_is_refused(tmp_path):
     a = write_folder(tmp_path / "a", fine_tuned=True, seed=1)
-    for folder in (tmp_path / "empty", tmp_path / "lost", tmp_path / "broken"):
-        folder.mkdir()
+    for name in ("empty", "lost", "broken", "mangled", "other"):
+        (tmp_path / name / "rows").mkdir(parents=True)
+    (tmp_path / "mangled/results.json").write_text('{"fingerprints": 3}')
+    (tmp_path / "other/results.json").write_text('{"fingerprints": ["0"]}')
+    (tmp_path / "other/rows/0.json").write_text('{"row": {}}')
     (tmp_path / "lost/results.json").write_text('{"fingerprints": ["0"]}')
     (tmp_path / "broken/results.json").write_text('{"fingerprints"')
     for name in ("p-1", "p-2"):
@@ -320,6 +323,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path):
     for other, options, message in (
         (str(tmp_path / "empty"), {}, "empty has no rows of retrieval"),
         (str(tmp_path / "lost"), {}, "lost/rows lacks rows, or they are damaged"),
+        (str(tmp_path / "mangled"), {}, "mangled/rows lacks rows, or they are damaged"),
+        (str(tmp_path / "other"), {}, "other/rows lacks rows, or they are damaged"),
         (str(tmp_path / "broken"), {}, "broken/results.json cannot be read"),
         (str(tmp_path / "p-*"), {}, "these are not equally many: .*/a and .*/p-1, .*/p-2"),
         (write_folder(tmp_path / "b", collection="town"), {}, "share no row: .*farm .test.: pre-trained"),

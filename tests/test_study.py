@@ -126,6 +126,16 @@ def test_a_plan_holds_together(path, study):
     assert study.table(nothing, plan.plan["columns"]).startswith("| |")
 
 
+@pytest.mark.parametrize("path", PLANS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_a_study_begins_with_the_text_that_its_plan_prepares(path, study, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(study, "main", lambda command: commands.append(command) or 1)
+    monkeypatch.setattr(sys, "argv", ["study.py", str(written(tmp_path, path)), *WORDS])
+    with pytest.raises(SystemExit):
+        study.study()
+    assert [main([*command, "--print_config"]) for command in commands] == [0]
+
+
 def test_a_cell_of_another_command_is_measured_again_in_the_same_folder(study, tiny_export, tmp_path, monkeypatch):
     plan = opened(study, written(tmp_path))
     shutil.copytree(tiny_export, tmp_path / "mlm-seed=1" / "export")

@@ -22,8 +22,7 @@ from condenser.reports.tables import check_figures, write_figures
 from condenser.runs import at_least, in_words
 
 SAME = (*WHICH, "fine_tuned", "epochs", "split")
-HOW_TUNED = ("learning_rate", "scale", "examples", "batch_size", "hard_negatives")
-HOW = ("max_length", "similarity", "dtype", *HOW_TUNED)  # said where they differ
+HOW = ("max_length", "similarity", "dtype", "learning_rate", "scale", "examples", "batch_size", "hard_negatives")
 CORRELATIONS = ("spearman", "pearson")
 LEVEL = 0.95
 
@@ -87,8 +86,7 @@ def compare(
     shown = []
     for row in rows:
         means = (f"{row['a']:.4f}", f"{row['b']:.4f}", f"{row['difference']:+.4f}")
-        ends = f"{row['low']:+.4f} to {row['high']:+.4f}"
-        shown.append((row, (f"{row[drawn]:,}", str(row["seeds"]), *means, ends)))
+        shown.append((row, (f"{row[drawn]:,}", str(row["seeds"]), *means, f"{row['low']:+.4f} to {row['high']:+.4f}")))
     print_rows((drawn, "seeds", "A", "B", "B - A", "95 %"), shown)
     for name, mine, other in (("A", ours, theirs), ("B", theirs, ours)):
         if alone := [group for key, group in mine.items() if key not in other]:

@@ -239,10 +239,12 @@ def read_kept(file: Path) -> dict[str, Any]:
 def read_rows(folder: Path) -> list[tuple[dict[str, Any], dict[str, dict[str, float]]]]:
     """Of the last call that wrote there: rows, and the values of each one's queries or pairs."""
     marks = (read_mapping(folder / "results.json") or {}).get("fingerprints", [])
-    files = [read_kept(folder / ROWS / f"{mark}.json") for mark in marks]
-    if not all(files):
-        raise ValueError(f"{folder / ROWS} lacks rows, or they are damaged: run the same `condenser evaluate` again")
-    return [(file["row"], file["values"]) for file in files]
+    try:
+        files = [read_kept(folder / ROWS / f"{mark}.json") for mark in marks]
+        return [(file["row"], file["values"]) for file in files]
+    except (KeyError, TypeError):
+        message = f"{folder / ROWS} lacks rows, or they are damaged: run the same `condenser evaluate` again"
+        raise ValueError(message) from None
 
 
 def versions() -> dict[str, str]:

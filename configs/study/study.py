@@ -92,7 +92,8 @@ def study() -> None:
         parser.error(f"no arms {', '.join(sorted(unknown))}; there are {', '.join(plan.arms)}")
     with at_work(plan, "store") as free:
         if free and not (plan.store / "manifest.json").is_file():
-            run(plan, "prepare", "--input", *options.wikipedia, *plan.plan["prepare"], "--output", str(plan.store))
+            words = map(str, plan.plan["prepare"])  # some are numbers
+            run(plan, "prepare", "--input", *options.wikipedia, *words, "--output", str(plan.store))
     for arm in options.arms or plan.arms:
         for seed in plan.arms[arm].seeds:
             work_on(plan, arm, seed)
