@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from condenser.cli import main
+from condenser.data.datamodule import CondenserDataModule
 
 torch.set_num_threads(1)
 
@@ -26,6 +28,24 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def fit(recipe, runs, name, *options):
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", name, *options])
+
+
+def slow(*values):
+    """Values of a parametrised test that are left to `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def error_of(capsys, code, *expected):
+    """What a command that ended with this code said, which is one line and holds all that is expected."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "INFO" not in line]
+    assert code in (1, 2)
+    assert len(lines) == 1, lines
+    assert all(str(text) in lines[0] for text in expected), lines
+    return lines[0]
 
 
 @pytest.fixture(autouse=True)
@@ -95,6 +115,27 @@ def write_collection(folder, documents, queries):
     judged = "".join(f"{number}\t{number}\t1\n" for number in range(len(queries)))
     (folder / "qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
     return folder
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    """A copy of the store."""
+    return Path(shutil.copytree(store, tmp_path / "copy"))
+
+
+def data_of(store, **settings):
+    """The data of a store, set up for training."""
+    few = {"batch_size": 16, "micro_batches_per_step": 4, "num_workers": 0}
+    data = CondenserDataModule(str(store), **few | settings)
+    data.setup("fit")
+    return data
+
+
+def flip_a_bit(path, place=0.5):
+    """At this share of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture

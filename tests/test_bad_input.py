@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from conftest import make_documents, write_jsonl
+from conftest import make_documents, slow, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_prepare import all_tokens, contents, prepare, prepared, refused
@@ -134,7 +134,7 @@ def test_titles_are_put_before_the_text_and_the_manifest_says_so(store, tmp_path
     assert "no column 'headline'; there are 'title', 'text': name one with --title-column" in error
 
 
-@pytest.mark.parametrize("gap", [pytest.param(" ", marks=pytest.mark.slow), ""])
+@pytest.mark.parametrize("gap", [slow(" "), ""])
 def test_a_line_of_many_megabytes_is_one_document_and_nothing_of_it_is_lost(gap, store, tmp_path):
     words = ["encoding", "heads", "ranked."] * 250_000
     source = tmp_path / "long.jsonl"

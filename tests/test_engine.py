@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import error_of, fit, slow, write_jsonl
 from test_model import DEVICES, tiny_config
-from test_training import STOP, assert_same_weights, checkpoints, fit, metrics_of
+from test_training import STOP, assert_minimised, assert_same_weights, checkpoints, metrics_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -256,7 +256,7 @@ def scale_of(batch):
 
 @pytest.mark.parametrize(
     ("backend", "checkpointing"),
-    [("eager", False), *(pytest.param("aot_eager", each, marks=pytest.mark.slow) for each in (False, True))],
+    [("eager", False), slow("aot_eager", False), slow("aot_eager", True)],
 )
 def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(backend, checkpointing, monkeypatch):
     """Dropout off; gradients and scores; nothing is compiled again once every shape has been seen."""
@@ -281,8 +281,7 @@ def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(bac
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("fused", "checkpointing"), [(False, True), (True, False), (True, True)])
 def test_every_way_to_compute_a_step_draws_the_same_dropout_and_gives_the_same_gradients(fused, checkpointing):
     """Dropout on: what only saves memory must not change what is drawn."""
     if fused and not losses.FUSED_AVAILABLE:
@@ -603,14 +602,7 @@ def test_micro_batches_joined_to_passes_take_the_same_steps(recipe, tmp_path):
 def test_compiled_and_fused_runs_train_to_the_weights_of_a_plain_one(checkpointing, recipe, tmp_path):
     dry = ["--model.backbone_config.hidden_dropout_prob", "0"]
     assert fit(recipe, tmp_path, "plain", *dry) == 0
-    fast = [
-        "--model.compile",
-        "true",
-        "--data.tokens_per_pass",
-        "2000",
-        "--model.gradient_checkpointing",
-        checkpointing,
-    ]
+    fast = ["--model.compile=true", "--data.tokens_per_pass=2000", f"--model.gradient_checkpointing={checkpointing}"]
     assert fit(recipe, tmp_path, "compiled", *dry, *fast) == 0
     assert_same_weights(tmp_path / "plain", tmp_path / "compiled", rtol=1e-3, atol=2e-5)
     assert float(metrics_of(tmp_path / "compiled")[0]["perf/padding_fraction"]) > 0
@@ -675,16 +667,15 @@ class Uniform(Condenser):
         return self.terms_of(states, batch, score) | {"norm": norm}
 
 
+NORMS = ("train/norm_loss", "val/norm_loss")
+
+
 def test_a_term_of_ones_own_is_trained_logged_validated_and_left_out_of_the_export(recipe, tmp_path):
     options = ["--model.objective", f"{__name__}.Uniform", "--trainer.log_every_n_steps", "1"]
     assert fit(recipe, tmp_path, "own", *options) == 0
-    for row in metrics_of(tmp_path / "own"):
-        for kind in ("train", "val"):
-            if row[f"{kind}/loss"]:
-                parts = {name: float(row[f"{kind}/{name}_loss"]) for name in ("mlm", "head_mlm", "norm")}
-                expected = parts["mlm"] + parts["head_mlm"] + 0.1 * parts["norm"]
-                assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)
-                assert 0.1 < parts["norm"] < 10
+    assert_minimised(tmp_path / "own", mlm=1, head_mlm=1, norm=0.1)
+    norms = [float(row[name]) for row in metrics_of(tmp_path / "own") for name in NORMS if row[name]]
+    assert 0.1 < min(norms) < max(norms) < 10
     assert main(["export", str(tmp_path / "own"), "--output", str(tmp_path / "export")]) == 0
 
 
@@ -730,8 +721,7 @@ def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, cap
     assert re.search(r"MFU +GB +wait +ches +ms", shown), shown
     too_long = "a backbone that takes 40"
     for wrong, message in ((["--steps", "100"], "Lower --steps"), ([], too_long)):
-        assert main(["bench", *options, *wrong]) == 1
-        assert message in capsys.readouterr().err
+        assert message in error_of(capsys, main(["bench", *options, *wrong]))
 
 
 @pytest.mark.parametrize("n_head_layers", [0, 2])

@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from test_training import STOP, assert_same_weights, final_state, fit, tiny_condenser
+from conftest import error_of, fit
+from test_training import STOP, assert_same_weights, final_state, tiny_condenser
 from torch import nn
 
 from condenser.hub import load_export
@@ -157,11 +158,9 @@ def test_another_optimizer_is_a_class_path(path, recipe, tmp_path):
 def test_an_optimizer_that_takes_no_such_steps_is_refused_in_one_line(path, why, recipe, tmp_path, capsys):
     options = ["--model.optimizer.optimizer", f"torch.optim.{path}"]
     options += ["--model.optimizer.optimizer_options", "{momentum: -1}"] if path == "SGD" else []
-    assert fit(recipe, tmp_path, "r", *options) == 1
-    said = capsys.readouterr().err
-    assert f"model.optimizer.optimizer={path} takes no step: " in said
-    assert why in said
-    assert said.count("\n") == 1
+    error = error_of(capsys, fit(recipe, tmp_path, "r", *options))
+    assert f"model.optimizer.optimizer={path} takes no step: " in error
+    assert why in error
     assert not (tmp_path / "r").exists()
 
 
