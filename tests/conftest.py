@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -68,6 +69,14 @@ def own_modules(tmp_path, monkeypatch):
     for name in set(sys.modules) - before:
         if tmp_path in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
             del sys.modules[name]
+
+
+def write_examples(folder, text):
+    """The files of a page's blocks, each of which begins with its name; their contents by name."""
+    found = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL))
+    for name, content in found.items():
+        (folder / name).write_text(content)
+    return found
 
 
 def make_documents(n, seed=0):

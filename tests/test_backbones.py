@@ -1,6 +1,8 @@
 """Every family of backbones: states, losses and gradients are those of Hugging Face's own modules, dense and padded."""
 
 import itertools
+from functools import partial
+from operator import attrgetter
 
 import pytest
 import torch
@@ -244,54 +246,40 @@ def test_cocondensers_contrast_is_over_hugging_faces_cls(family):
     close(gradients_of(found, model), gradients_of(contrasts[1] + sum(losses), model), rounding(family))
 
 
+OWN = {  # where a layer has its attention; the names of its projections and of the number of its heads
+    "distilbert": ("attention", "q_lin", "k_lin", "v_lin", "n_heads"),
+    "albert": ("attention", "query", "key", "value", "num_attention_heads"),
+    "mpnet": ("attention.attn", "q", "k", "v", "num_attention_heads"),
+    "deberta-v2": ("attention.self", "query_proj", "key_proj", "value_proj", "num_attention_heads"),
+}
+ATTENDED = {  # a layer's states after attention
+    "distilbert": lambda layer, context, h: layer.sa_layer_norm(layer.attention.out_lin(context) + h),
+    "modernbert": lambda layer, context, h: h + layer.attn.Wo(context),
+    "albert": lambda layer, context, h: layer.attention.LayerNorm(h + layer.attention.dense(context)),
+    "mpnet": lambda layer, context, h: layer.attention.LayerNorm(layer.attention.attn.o(context) + h),
+}
+REST = {  # and what it does with them
+    "distilbert": lambda layer, h: layer.output_layer_norm(layer.ffn(h) + h),
+    "modernbert": lambda layer, h: h + layer.mlp(layer.mlp_norm(h)),
+    "albert": lambda layer, h: layer.full_layer_layer_norm(layer.ff_chunk(h) + h),
+}
+
+
 def attention_of(lm, layer):
     """Query, key and value projections, the number of heads, and what a layer does after attention."""
-    if kind(lm) == "distilbert":
-        own = layer.attention
-
-        def after(context, h):
-            h = layer.sa_layer_norm(own.out_lin(context) + h)
-            return layer.output_layer_norm(layer.ffn(h) + h)
-
-        return own.q_lin, own.k_lin, own.v_lin, own.n_heads, after
-    if kind(lm) == "modernbert":
-        width = lm.config.hidden_size
-        parts = layer.attn.Wqkv.weight.split(width)
-        biases = (None,) * 3 if layer.attn.Wqkv.bias is None else layer.attn.Wqkv.bias.split(width)
-
-        def of(part):
-            return lambda h: F.linear(layer.attn_norm(h), parts[part], biases[part])
-
-        def after(context, h):
-            h = h + layer.attn.Wo(context)
-            return normed(lm, h + layer.mlp(layer.mlp_norm(h)))
-
-        return of(0), of(1), of(2), lm.config.num_attention_heads, after
-    if kind(lm) == "albert":
-        own = layer.attention
-
-        def after(context, h):
-            h = own.LayerNorm(h + own.dense(context))
-            return layer.full_layer_layer_norm(layer.ff_chunk(h) + h)
-
-        return own.query, own.key, own.value, own.num_attention_heads, after
-    if kind(lm) == "mpnet":
-        own = layer.attention.attn
-
-        def after(context, h):
-            h = layer.attention.LayerNorm(own.o(context) + h)
-            return layer.output(layer.intermediate(h), h)
-
-        return own.q, own.k, own.v, own.num_attention_heads, after
-    own = layer.attention.self
+    attended = ATTENDED.get(kind(lm), lambda layer, context, h: layer.attention.output(context, h))
+    rest = REST.get(kind(lm), lambda layer, h: layer.output(layer.intermediate(h), h))
 
     def after(context, h):
-        h = layer.attention.output(context, h)
-        return layer.output(layer.intermediate(h), h)
+        return normed(lm, rest(layer, attended(layer, context, h)))
 
-    if kind(lm) == "deberta-v2":
-        return own.query_proj, own.key_proj, own.value_proj, own.num_attention_heads, after
-    return own.query, own.key, own.value, own.num_attention_heads, after
+    if kind(lm) == "modernbert":
+        joined = layer.attn.Wqkv
+        biases = (None,) * 3 if joined.bias is None else joined.bias.chunk(3)
+        parts = [partial(F.linear, weight=w, bias=b) for w, b in zip(joined.weight.chunk(3), biases, strict=True)]
+        return *(lambda h, part=part: part(layer.attn_norm(h)) for part in parts), lm.config.num_attention_heads, after
+    path, *names = OWN.get(kind(lm), ("attention.self", "query", "key", "value", "num_attention_heads"))
+    return *attrgetter(*names)(attrgetter(path)(layer)), after
 
 
 def positions_of(lm, n):

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_MODEL, error_of, fit, write_collection, write_rows
+from conftest import TINY_MODEL, error_of, fit, write_collection, write_examples, write_rows
 from sentence_transformers import SentenceTransformer
 from test_training import assert_minimised, metrics_of
 from transformers import AutoModel, AutoTokenizer, ErnieConfig, ErnieForMaskedLM
@@ -101,16 +101,14 @@ def test_mined_negatives_are_ranked_high_and_not_relevant(tmp_path):
 
 @pytest.fixture
 def example(own_modules):
-    """Writes the files of a page's blocks, each of which begins with its name, and makes them importable."""
+    """Writes the files of a page and makes them importable; gives the YAML."""
 
     def written(page):
-        blocks = re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
-        for name, content in blocks:
-            (own_modules / name).write_text(content)
-        lines = [content.count("\n") for name, content in blocks if not name.startswith("test_")]
+        files = write_examples(own_modules, (DOCS / page).read_text())
+        lines = [content.count("\n") for name, content in files.items() if not name.startswith("test_")]
         assert len(lines) == 2
         assert sum(lines) <= 40
-        return next(own_modules / name for name, _ in blocks if name.endswith(".yaml"))
+        return next(own_modules / name for name in files if name.endswith(".yaml"))
 
     return written
 

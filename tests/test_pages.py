@@ -11,7 +11,7 @@ import lightning as L
 import pandas as pd
 import pytest
 import yaml
-from conftest import fit
+from conftest import fit, write_examples
 from test_training import assert_minimised
 
 from condenser.cli import COMMANDS, OWN_PARSER, function_parser, in_full, load
@@ -89,8 +89,7 @@ def beside_the_examples(own_modules, tmp_path, monkeypatch):
     """A folder as a clone is, with the files that pages have readers write."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for text in TEXTS.values():
-        for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL):
-            (tmp_path / name).write_text(content)
+        write_examples(tmp_path, text)
     monkeypatch.chdir(tmp_path)
 
 
@@ -160,10 +159,8 @@ def test_make_targets_exist():
     assert {"docs", "dist", "test-min", "test-max"} <= named <= targets
 
 
-def test_the_readmes_example_of_a_new_objective_trains(recipe, tmp_path, monkeypatch):
-    code = re.search(r"```python\n# my_objective.py\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "my_objective.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
+def test_the_readmes_example_of_a_new_objective_trains(recipe, tmp_path, own_modules):
+    write_examples(own_modules, README)
     options = ["--model.objective", "my_objective.Weighted", "--trainer.log_every_n_steps", "1"]
     assert fit(recipe, tmp_path, "weighted", *options) == 0
     assert "objective: my_objective.Weighted" in (tmp_path / "weighted" / "config.yaml").read_text()

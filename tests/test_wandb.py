@@ -100,30 +100,24 @@ def test_only_the_first_rank_talks(recipe, tmp_path, to_server):
 
 
 @contextmanager
-def silence():
-    """An address where connections are accepted and nobody answers."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(100)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-@contextmanager
-def refusal():
+def silence(accepts):
+    """An address where nobody answers, and connections are accepted or refused."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
+        if accepts:
+            unused.listen(100)
         yield f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("host", [slow(silence), refusal])
+@pytest.mark.parametrize("accepts", [slow(True), False])
 def test_what_is_written_offline_as_asked_or_for_want_of_a_host_is_one_run_when_synced(
-    host, run, recipe, tmp_path, to_server, capfd
+    accepts, run, recipe, tmp_path, to_server, capfd
 ):
     with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         assert fit(recipe, tmp_path, "a", "--wandb", "offline", *STOP, "5") == 0
         assert not server.asked
-    with host() as url:
+    with silence(accepts) as url:
         to_server(url)
         assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
     assert "W&B cannot be reached (" in capfd.readouterr().err
