@@ -410,7 +410,9 @@ def test_every_shipped_configuration_trains(names, store, spans, tiny_export, tm
     if names[0] in ("condenser.yaml", "cocondenser.yaml", "retromae.yaml"):
         small |= {"model.backbone": tiny_export}
     else:
-        small |= {"model.backbone_config.num_hidden_layers": 2, "data.micro_batches_per_step": 2}
+        sizes = {"num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128}
+        small |= {f"model.backbone_config.{name}": value for name, value in sizes.items()}
+        small |= {"data.micro_batches_per_step": 2}
     files = [part for name in names for part in ("-c", str(CONFIGS / name))]
     options = [part for key, value in small.items() for part in (f"--{key}", str(value))]
     assert main(["fit", *files, *options, "--runs_dir", str(tmp_path), "--name", "smoke"]) == 0
