@@ -18,7 +18,6 @@ import torch
 import yaml
 
 from condenser.cli import main
-from condenser.data.datamodule import CondenserDataModule
 
 torch.set_num_threads(1)
 
@@ -134,6 +133,8 @@ def copied(store, tmp_path):
 
 def data_of(store, **settings):
     """The data of a store, set up for training."""
+    from condenser.data.datamodule import CondenserDataModule
+
     few = {"batch_size": 16, "micro_batches_per_step": 4, "num_workers": 0}
     data = CondenserDataModule(str(store), **few | settings)
     data.setup("fit")

@@ -536,8 +536,10 @@ def test_averaged_weights_are_the_mean_of_those_at_the_epochs_begins(recipe, tmp
         torch.testing.assert_close(averaged, (state[4][name] + state[8][name]) / 2)
 
 
+OPTIMIZER, OF_OPTIMIZER = ["--model.optimizer.optimizer"], ["--model.optimizer.optimizer_options"]
 REFUSED = {
     "trainer.precision=bf16-true": ["--trainer.precision", "bf16-true"],
+    "trainer.precision=16-mixed": ["--trainer.precision", "16-mixed"],
     "trainer.strategy=deepspeed_stage_2 ": ["--trainer.strategy", "deepspeed_stage_2"],
     "FSDPStrategy is not supported": ["--trainer.strategy", "lightning.pytorch.strategies.FSDPStrategy"],
     "trainer.accelerator=mps": ["--trainer.accelerator", "mps"],
@@ -590,7 +592,11 @@ REFUSED = {
     "checkpoint.keep_every_n_steps=-1 must be at least 0": ["--checkpoint.keep_every_n_steps", "-1"],
     "data.store or data.stores, one of them": ["--data.store", "null"],
     "give data.store or data.stores, one of them": ["--data.stores", '{"STORE": 1}'],
-    "AdamW: got an unexpected keyword argument": ["--model.optimizer.optimizer_options", "{fuzed: true}"],
+    "SparseAdam takes no step: SparseAdam does not support dense gradients": [*OPTIMIZER, "torch.optim.SparseAdam"],
+    "LBFGS takes no step: ": [*OPTIMIZER, "torch.optim.LBFGS"],
+    "Muon takes no step: Muon only supports 2D parameters": [*OPTIMIZER, "torch.optim.Muon"],
+    "SGD takes no step: Invalid momentum value": [*OPTIMIZER, "torch.optim.SGD", *OF_OPTIMIZER, "{momentum: -1}"],
+    "AdamW: got an unexpected keyword argument": [*OF_OPTIMIZER, "{fuzed: true}"],
 }
 
 
@@ -627,7 +633,8 @@ def test_rows_longer_than_the_positions_are_refused_before_any_step(recipe, stor
     said = f"rows of up to {longest} tokens, special ones among them, and a backbone that takes 31"
     assert said in error_of(capsys, fit(file, tmp_path, "r"))
     settings["max_position_embeddings"] = longest
-    assert fit(write_recipe(recipe, file, model__backbone_config=settings), tmp_path, "fits") == 0
+    path = write_recipe(recipe, file, model__backbone_config=settings)
+    assert fit(path, tmp_path, "fits", "--trainer.max_steps", "1") == 0
 
 
 # --- what is shown
@@ -772,6 +779,7 @@ WRONG = {
     "top.yaml: there is no setting max_steps: did you mean trainer.max_steps?": ["fit", "-c", "top.yaml"],
     "tab.yaml, line 2 begins with a tab: YAML is indented by spaces": ["fit", "-c", "tab.yaml"],
     "inner.yaml, line 3 begins with a tab: YAML is indented by spaces": ["bench", "--config", "inner.yaml"],
+    "tab.yaml, line 2 begins with a tab": ["inspect", "a", "-c", "tab.yaml"],
     "twice.yaml cannot be read: trainer is there twice in line 3": ["fit", "-c", "twice.yaml"],
     "latin.yaml cannot be read: 'utf-8' codec can't decode": ["fit", "-c", "latin.yaml"],
     "bare.yaml: data has no settings below it, indented": ["fit", "-c", "demo", "-c", "bare.yaml"],
@@ -787,6 +795,7 @@ WRONG = {
     "nth.yaml is a recipe of `condenser fit`; -c takes settings of this command": ["inspect", "a", "-c", "nth.yaml"],
     "demo is a recipe of `condenser fit`; -c takes": ["prepare", "--config", "demo"],
     "error: no model is set: give --config RECIPE (such as --config demo) (": ["fit"],
+    "error: no model is set: give --config RECIPE": ["launch"],
     "error: no model is set: give --config": ["validate", "--name", "x"],
     "learning_rat": ["fit", "--model.optimizer.learning_rat", "1"],
     "--data.layout packed: did you mean data.mask_unit?": ["fit", "--data.layout", "packed"],

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from condenser.cli import main
 from condenser.data.batching import BucketedBatches
@@ -40,6 +40,7 @@ from condenser.training.passes import inputs_of, pass_loss
 from condenser.training.step import TrainingStep
 
 VOCABULARY = Vocabulary(cls_id=2, sep_id=3, pad_id=1, mask_id=4, random_ids=np.arange(5, 90))
+DRY = {"attention_probs_dropout_prob": 0.0}
 SHAPES = Shapes.of(SyntheticStore(1000, max_length=36).lengths, 0.15)
 
 
@@ -74,12 +75,11 @@ def padded(fields):
     return found
 
 
-def tiny_model(family="bert", **settings):
+def tiny_model(family="bert", n_head_layers=2, **settings):
     torch.manual_seed(0)
-    dry = {"attention_probs_dropout_prob": 0.0, **settings}
-    if family == "roberta":
-        return Condenser.from_masked_lm(RobertaForMaskedLM(tiny_config(RobertaConfig, **dry)), skip_from=2)
-    return Condenser.from_masked_lm(BertForMaskedLM(tiny_config(**dry)), skip_from=2)
+    config = tiny_config(RobertaConfig if family == "roberta" else BertConfig, **DRY | settings)
+    lm = (RobertaForMaskedLM if family == "roberta" else BertForMaskedLM)(config)
+    return Condenser.from_masked_lm(lm, skip_from=config.num_hidden_layers // 2, n_head_layers=n_head_layers)
 
 
 def loss_of(model, fields, score=False):
@@ -267,7 +267,7 @@ def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(bac
     batches = [step_batch(flat_pass(9, 0, SHAPES), flat_pass(9, 9, SHAPES)), step_batch(flat_pass(18, 60, SHAPES))]
     found = []
     for compiled in (False, True):
-        model = tiny_model(hidden_dropout_prob=0.0)
+        model = tiny_model(n_head_layers=1, num_hidden_layers=2, hidden_dropout_prob=0.0)
         model.gradient_checkpointing = checkpointing
         step = training_step(model, compiled=compiled)
         passes = [step.passes(batch, scale_of(batch), score=True) for batch in batches]
@@ -366,10 +366,7 @@ class Counting(TorchDispatchMode):
 
 def test_a_step_dispatches_few_operations_and_none_for_each_weight():
     """Of 12 + 2 layers and eight micro-batches joined to one pass; a GPU is kept waiting by little else."""
-    torch.manual_seed(0)
-    settings = {"num_hidden_layers": 12, "attention_probs_dropout_prob": 0.0}
-    model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config(**settings)), skip_from=6)
-    step, batch = training_step(model, clip=1.0), step_batch(flat_pass(72))
+    step, batch = training_step(tiny_model(num_hidden_layers=12), clip=1.0), step_batch(flat_pass(72))
     step.take(batch, torch.ones(4))
     with Counting() as whole:
         step.take(batch, torch.ones(4))
@@ -509,9 +506,8 @@ def test_a_replay_draws_dropout_from_its_seed():
 @pytest.mark.parametrize("n_head_layers", [0, 1, 2])
 def test_counted_operations_agree_with_torchs_counter(n_head_layers, pruned):
     """What is done, whole layers included; attention is laid out, so its pairs are those of rows."""
-    torch.manual_seed(0)
-    config = tiny_config(attention_probs_dropout_prob=0.0, hidden_size=64, intermediate_size=256)
-    model = Condenser.from_masked_lm(BertForMaskedLM(config), skip_from=2, n_head_layers=n_head_layers, pruned=pruned)
+    model = tiny_model(n_head_layers=n_head_layers, hidden_size=64, intermediate_size=256)
+    model.pruned = pruned
     batch, fields = step_batch(flat_pass(30)), inputs(30)
     rows, longest, n_read = batch.total("n_sequences"), fields["max_seqlen"], fields["max_query"]
     needed = Work.of_real_tokens(batch)
@@ -520,7 +516,8 @@ def test_counted_operations_agree_with_torchs_counter(n_head_layers, pruned):
         work = work._replace(queries=work.tokens, query_pairs=work.pairs)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss_of(model, fields).backward()
-    assert training_flops(config, n_head_layers, True, work) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    flops = training_flops(model.lm.config, n_head_layers, True, work)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_needed_work_is_that_of_the_real_tokens_with_dummies_or_without():
@@ -726,8 +723,7 @@ def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, cap
 
 @pytest.mark.parametrize("n_head_layers", [0, 2])
 def test_the_authors_recipe_of_the_bench_is_the_same_loss(n_head_layers):
-    torch.manual_seed(0)
-    model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2, n_head_layers=n_head_layers).eval()
+    model = tiny_model(n_head_layers=n_head_layers).eval()
     authors, ours = (loss_and_gradients(each, inputs()) for each in (Authors.of(model, 40), model))
     torch.testing.assert_close(authors, ours, rtol=1e-4, atol=1e-6)
 

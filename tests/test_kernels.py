@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import slow
 from torch import nn
 
 from condenser.models import short_attention as short
@@ -103,7 +102,7 @@ def test_seeds_of_a_pass_come_from_the_generator_and_are_all_different(dropouts)
     assert len({tuple(each) for each in drawn[0] + drawn[2]}) == 100
 
 
-@pytest.mark.parametrize("p", [0.1, slow(0.0), slow(1.0)])
+@pytest.mark.parametrize("p", [0.1, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.0, 1.0))])
 def test_compiled_dropout_drops_the_same_forwards_and_backwards(dropouts, p):
     dropouts[0].p = p
     states = torch.randn(300, 64, requires_grad=True)
@@ -118,7 +117,7 @@ def test_compiled_dropout_drops_the_same_forwards_and_backwards(dropouts, p):
     assert torch.equal(compiled(states, dropouts[0]), states)
 
 
-@pytest.mark.parametrize("longest", [24, slow(128)])
+@pytest.mark.parametrize("longest", [24, pytest.param(128, marks=pytest.mark.slow)])
 def test_what_a_decoder_sees_is_the_same_compiled(longest):
     """The hash's products would wrap around in 32 bits, which C++ leaves undefined: by 24 it went another way."""
     from condenser.models.retromae import RetroMAE  # which takes seconds, in the process of the interpreter too

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import error_of, fit
+from conftest import fit
 from test_training import STOP, assert_same_weights, final_state, tiny_condenser
 from torch import nn
 
@@ -149,19 +149,6 @@ def test_another_optimizer_is_a_class_path(path, recipe, tmp_path):
     groups = final_state(tmp_path / "other")["optimizer_states"][0]["param_groups"]
     assert ("alpha" in groups[0]) == (path == "torch.optim.RMSprop")
     assert len(groups) == 2
-
-
-@pytest.mark.parametrize(
-    ("path", "why"),
-    [("SparseAdam", "dense gradients"), ("LBFGS", ""), ("Muon", "2D parameters"), ("SGD", "Invalid momentum value")],
-)
-def test_an_optimizer_that_takes_no_such_steps_is_refused_in_one_line(path, why, recipe, tmp_path, capsys):
-    options = ["--model.optimizer.optimizer", f"torch.optim.{path}"]
-    options += ["--model.optimizer.optimizer_options", "{momentum: -1}"] if path == "SGD" else []
-    error = error_of(capsys, fit(recipe, tmp_path, "r", *options))
-    assert f"model.optimizer.optimizer={path} takes no step: " in error
-    assert why in error
-    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize(
