@@ -141,7 +141,7 @@ def test_another_objective_is_a_file_and_a_yaml(recipe, tmp_path, example, monke
 
 def test_another_masking_is_a_file_and_a_yaml(recipe, store, tmp_path, example):
     overlay = example("change-masking.md")
-    assert fit(recipe, tmp_path, "mine", "-c", str(overlay), "--data.num_workers", "1") == 0
+    assert fit(recipe, tmp_path, "mine", "-c", str(overlay), "--data.num_workers=1", "--trainer.max_steps=2") == 0
     settings = yaml.safe_load(overlay.read_text())["data"]
     data = CondenserDataModule(str(store), batch_size=64, **settings | {"masking": locate(settings["masking"])})
     data.setup("fit")

@@ -668,7 +668,7 @@ NORMS = ("train/norm_loss", "val/norm_loss")
 
 
 def test_a_term_of_ones_own_is_trained_logged_validated_and_left_out_of_the_export(recipe, tmp_path):
-    options = ["--model.objective", f"{__name__}.Uniform", "--trainer.log_every_n_steps", "1"]
+    options = ["--model.objective", f"{__name__}.Uniform", "--trainer.log_every_n_steps=1", "--trainer.max_steps=4"]
     assert fit(recipe, tmp_path, "own", *options) == 0
     assert_minimised(tmp_path / "own", mlm=1, head_mlm=1, norm=0.1)
     norms = [float(row[name]) for row in metrics_of(tmp_path / "own") for name in NORMS if row[name]]
@@ -687,7 +687,7 @@ def test_a_step_without_a_masked_token_is_taken_without_harm(fused, store, recip
     prepared = ["--tokenizer", str(store / "tokenizer"), "--output", str(tmp_path / "words"), "--max-length", "64"]
     assert main(["prepare", "--input", str(tmp_path / "words.jsonl"), *prepared, "--validation-fraction", "0.2"]) == 0
     sizes = ["--data.batch_size", "8", "--data.micro_batches_per_step", "2", "--model.fused_loss", fused]
-    positions = ["--model.backbone_config.max_position_embeddings", "64"]
+    positions = ["--model.backbone_config.max_position_embeddings", "64", "--trainer.max_steps", "4"]
     assert fit(recipe, tmp_path, "w", "--data.store", str(tmp_path / "words"), *sizes, *positions) == 0
     rows = metrics_of(tmp_path / "w")
     assert {float(row["train/loss"]) for row in rows if row["train/loss"]} == {0.0}

@@ -76,17 +76,9 @@ def test_losses_states_and_gradients_equal_those_of_the_authors_code(path, way):
 
 
 def tiny_config(config_class=BertConfig, **settings):
-    return config_class(
-        **{
-            "vocab_size": 90,
-            "hidden_size": 32,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "intermediate_size": 48,
-            "max_position_embeddings": 40,
-            **settings,
-        }
-    )
+    sizes = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4}
+    sizes |= {"intermediate_size": 48, "max_position_embeddings": 40}
+    return config_class(**sizes | settings)
 
 
 def tiny_batch(device="cpu", rows=5, length=17):

@@ -161,7 +161,7 @@ def test_make_targets_exist():
 
 def test_the_readmes_example_of_a_new_objective_trains(recipe, tmp_path, own_modules):
     write_examples(own_modules, README)
-    options = ["--model.objective", "my_objective.Weighted", "--trainer.log_every_n_steps", "1"]
+    options = ["--model.objective", "my_objective.Weighted", "--trainer.log_every_n_steps=1", "--trainer.max_steps=4"]
     assert fit(recipe, tmp_path, "weighted", *options) == 0
     assert "objective: my_objective.Weighted" in (tmp_path / "weighted" / "config.yaml").read_text()
     assert_minimised(tmp_path / "weighted", mlm=1, head_mlm=0.3)

@@ -460,7 +460,8 @@ def test_a_device_that_is_late_is_in_the_speed_and_is_not_waiting_for_data(recip
         return tolist(tensor)
 
     monkeypatch.setattr(torch.Tensor, "tolist", late)
-    assert fit(recipe, tmp_path, "late", "--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "100") == 0
+    options = ["--trainer.log_every_n_steps", "1", "--trainer.val_check_interval", "100", "--trainer.max_steps", "5"]
+    assert fit(recipe, tmp_path, "late", *options) == 0
     rows = [row for row in metrics_of(tmp_path / "late") if row["train/loss"]]
     tokens = np.diff([0.0, *(float(row["train/tokens_seen"]) for row in rows)])
     seconds = tokens[1:] / perf_of(tmp_path / "late", "tokens_per_second")[1:]
