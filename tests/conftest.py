@@ -4,6 +4,8 @@ import gzip
 import json
 import os
 import random
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -28,6 +30,24 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
+def fit(recipe, runs, name, *options):
+    return main(["fit", "--config", str(recipe), "--runs_dir", str(runs), "--name", name, *options])
+
+
+def slow(*values):
+    """Values of a parametrised test that are left to `make test-all`."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
+def error_of(capsys, code, *expected):
+    """What a command that ended with this code said, which is one line and holds all that is expected."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "INFO" not in line]
+    assert code in (1, 2)
+    assert len(lines) == 1, lines
+    assert all(str(text) in lines[0] for text in expected), lines
+    return lines[0]
+
+
 @pytest.fixture(autouse=True)
 def nothing_of_a_run_stays():
     """Lightning leaves the variables and the group of a run of several processes; later tests would join it."""
@@ -48,6 +68,14 @@ def own_modules(tmp_path, monkeypatch):
     for name in set(sys.modules) - before:
         if tmp_path in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
             del sys.modules[name]
+
+
+def write_examples(folder, text):
+    """The files of a page's blocks, each of which begins with its name; their contents by name."""
+    found = dict(re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL))
+    for name, content in found.items():
+        (folder / name).write_text(content)
+    return found
 
 
 def make_documents(n, seed=0):
@@ -95,6 +123,29 @@ def write_collection(folder, documents, queries):
     judged = "".join(f"{number}\t{number}\t1\n" for number in range(len(queries)))
     (folder / "qrels/test.tsv").write_text(f"query-id\tcorpus-id\tscore\n{judged}")
     return folder
+
+
+@pytest.fixture
+def copied(store, tmp_path):
+    """A copy of the store."""
+    return Path(shutil.copytree(store, tmp_path / "copy"))
+
+
+def data_of(store, **settings):
+    """The data of a store, set up for training."""
+    from condenser.data.datamodule import CondenserDataModule
+
+    few = {"batch_size": 16, "micro_batches_per_step": 4, "num_workers": 0}
+    data = CondenserDataModule(str(store), **few | settings)
+    data.setup("fit")
+    return data
+
+
+def flip_a_bit(path, place=0.5):
+    """At this share of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(place * len(content))] ^= 1
+    path.write_bytes(content)
 
 
 @pytest.fixture

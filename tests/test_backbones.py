@@ -1,10 +1,13 @@
 """Every family of backbones: states, losses and gradients are those of Hugging Face's own modules, dense and padded."""
 
 import itertools
+from functools import partial
+from operator import attrgetter
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import error_of, fit
 from test_model import tiny_batch, tiny_config
 from test_objectives import close
 from torch import nn
@@ -243,54 +246,40 @@ def test_cocondensers_contrast_is_over_hugging_faces_cls(family):
     close(gradients_of(found, model), gradients_of(contrasts[1] + sum(losses), model), rounding(family))
 
 
+OWN = {  # where a layer has its attention; the names of its projections and of the number of its heads
+    "distilbert": ("attention", "q_lin", "k_lin", "v_lin", "n_heads"),
+    "albert": ("attention", "query", "key", "value", "num_attention_heads"),
+    "mpnet": ("attention.attn", "q", "k", "v", "num_attention_heads"),
+    "deberta-v2": ("attention.self", "query_proj", "key_proj", "value_proj", "num_attention_heads"),
+}
+ATTENDED = {  # a layer's states after attention
+    "distilbert": lambda layer, context, h: layer.sa_layer_norm(layer.attention.out_lin(context) + h),
+    "modernbert": lambda layer, context, h: h + layer.attn.Wo(context),
+    "albert": lambda layer, context, h: layer.attention.LayerNorm(h + layer.attention.dense(context)),
+    "mpnet": lambda layer, context, h: layer.attention.LayerNorm(layer.attention.attn.o(context) + h),
+}
+REST = {  # and what it does with them
+    "distilbert": lambda layer, h: layer.output_layer_norm(layer.ffn(h) + h),
+    "modernbert": lambda layer, h: h + layer.mlp(layer.mlp_norm(h)),
+    "albert": lambda layer, h: layer.full_layer_layer_norm(layer.ff_chunk(h) + h),
+}
+
+
 def attention_of(lm, layer):
     """Query, key and value projections, the number of heads, and what a layer does after attention."""
-    if kind(lm) == "distilbert":
-        own = layer.attention
-
-        def after(context, h):
-            h = layer.sa_layer_norm(own.out_lin(context) + h)
-            return layer.output_layer_norm(layer.ffn(h) + h)
-
-        return own.q_lin, own.k_lin, own.v_lin, own.n_heads, after
-    if kind(lm) == "modernbert":
-        width = lm.config.hidden_size
-        parts = layer.attn.Wqkv.weight.split(width)
-        biases = (None,) * 3 if layer.attn.Wqkv.bias is None else layer.attn.Wqkv.bias.split(width)
-
-        def of(part):
-            return lambda h: F.linear(layer.attn_norm(h), parts[part], biases[part])
-
-        def after(context, h):
-            h = h + layer.attn.Wo(context)
-            return normed(lm, h + layer.mlp(layer.mlp_norm(h)))
-
-        return of(0), of(1), of(2), lm.config.num_attention_heads, after
-    if kind(lm) == "albert":
-        own = layer.attention
-
-        def after(context, h):
-            h = own.LayerNorm(h + own.dense(context))
-            return layer.full_layer_layer_norm(layer.ff_chunk(h) + h)
-
-        return own.query, own.key, own.value, own.num_attention_heads, after
-    if kind(lm) == "mpnet":
-        own = layer.attention.attn
-
-        def after(context, h):
-            h = layer.attention.LayerNorm(own.o(context) + h)
-            return layer.output(layer.intermediate(h), h)
-
-        return own.q, own.k, own.v, own.num_attention_heads, after
-    own = layer.attention.self
+    attended = ATTENDED.get(kind(lm), lambda layer, context, h: layer.attention.output(context, h))
+    rest = REST.get(kind(lm), lambda layer, h: layer.output(layer.intermediate(h), h))
 
     def after(context, h):
-        h = layer.attention.output(context, h)
-        return layer.output(layer.intermediate(h), h)
+        return normed(lm, rest(layer, attended(layer, context, h)))
 
-    if kind(lm) == "deberta-v2":
-        return own.query_proj, own.key_proj, own.value_proj, own.num_attention_heads, after
-    return own.query, own.key, own.value, own.num_attention_heads, after
+    if kind(lm) == "modernbert":
+        joined = layer.attn.Wqkv
+        biases = (None,) * 3 if joined.bias is None else joined.bias.chunk(3)
+        parts = [partial(F.linear, weight=w, bias=b) for w, b in zip(joined.weight.chunk(3), biases, strict=True)]
+        return *(lambda h, part=part: part(layer.attn_norm(h)) for part in parts), lm.config.num_attention_heads, after
+    path, *names = OWN.get(kind(lm), ("attention.self", "query", "key", "value", "num_attention_heads"))
+    return *attrgetter(*names)(attrgetter(path)(layer)), after
 
 
 def positions_of(lm, n):
@@ -410,11 +399,9 @@ def test_weights_are_frozen_drawn_anew_and_ranked_by_depth(family):
     assert found[words] == n + 1
     assert {*found.values()} == {*range(n + 2)}
     assert all(found[p] == n + 1 for module in backbone_of(lm).below for p in module.parameters())
-    head = [name for name, p in lm.named_parameters() if found[p] == 0 and "final_norm" not in name]
+    of_layers = ("final_norm", "rel", "encoder.LayerNorm")  # of all layers, as near as the last
+    head = [name for name, p in lm.named_parameters() if found[p] == 0 and not any(part in name for part in of_layers)]
     assert head
-    head = [
-        name for name in head if "rel" not in name and "encoder.LayerNorm" not in name
-    ]  # of all layers, as near as the last
     assert not any(name.startswith(lm.base_model_prefix) for name in head)
     before = {name: p.clone() for name, p in lm.named_parameters()}
     prepare_layers(lm, freeze_embeddings=True, freeze_layers=1, reinit_layers=2)
@@ -430,13 +417,14 @@ def test_weights_are_frozen_drawn_anew_and_ranked_by_depth(family):
 @pytest.mark.parametrize(
     ("family", "objective"),
     [
-        pytest.param("modernbert, window last", Condenser, marks=pytest.mark.slow),
-        pytest.param("distilbert", Condenser, marks=pytest.mark.slow),
-        pytest.param("electra", RetroMAE, marks=pytest.mark.slow),
-        pytest.param("modernbert", RetroMAE, marks=pytest.mark.slow),
-        pytest.param("deberta, version 3", CoCondenser, marks=pytest.mark.slow),
+        ("modernbert, window last", Condenser),
+        ("distilbert", Condenser),
+        ("electra", RetroMAE),
+        ("modernbert", RetroMAE),
+        ("deberta, version 3", CoCondenser),
     ],
 )
+@pytest.mark.slow
 def test_compiled_and_in_bf16_a_pass_is_the_same(family, objective):
     lm, batch = lm_of(family).float(), tiny_batch()
     model = objective(lm, **({} if objective is RetroMAE else {"skip_from": 2})).float()
@@ -461,9 +449,8 @@ def test_from_text_to_an_export_that_others_load(family, store, recipe, tmp_path
     lm.save_pretrained(tmp_path / "start")
     AutoTokenizer.from_pretrained(store / "tokenizer").save_pretrained(tmp_path / "start")
     settings = "{attention_probs_dropout_prob: 0.0}"
-    options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--model.backbone_config", settings]
-    options += ["--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
-    assert main(["fit", *options, "--name", "one", "--model.backbone", str(tmp_path / "start")]) == 0
+    options = ["--model.backbone_config", settings, "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
+    assert fit(recipe, tmp_path, "one", *options, "--model.backbone", str(tmp_path / "start")) == 0
     export = tmp_path / "export"
     assert main(["export", str(tmp_path / "one"), "--output", str(export)]) == 0
     trained = load_export(export)
@@ -477,7 +464,7 @@ def test_from_text_to_an_export_that_others_load(family, store, recipe, tmp_path
     torch.testing.assert_close(again, states)
     torch.testing.assert_close(ours.mlm_loss, masked.eval()(**batch).loss, rtol=1e-4, atol=1e-4)
     capsys.readouterr()
-    assert main(["fit", *options, "--name", "two", "--model.backbone", str(export)]) == 0
+    assert fit(recipe, tmp_path, "two", *options, "--model.backbone", str(export)) == 0
     assert "begins with random weights" not in capsys.readouterr().out
     start = torch.load(checkpoints(tmp_path / "two")[0], weights_only=True)["state_dict"]
     assert {name.removeprefix("model.") for name in start} >= {*dict(trained.named_parameters())}
@@ -531,13 +518,12 @@ def test_a_run_over_longer_rows_goes_on_and_is_exported_with_its_positions(rober
     """RoBERTa's positions begin at 2."""
     source = ["--input", str(corpus), "--tokenizer", str(roberta), "--output", str(tmp_path / "rows"), "--workers", "1"]
     assert main(["prepare", *source, "--max-length", "64"]) == 0
-    options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--model.backbone", str(roberta)]
-    options += ["--model.backbone_config", "{}", "--data.store", str(tmp_path / "rows"), "--data.batch_size", "8"]
-    assert main(["fit", *options, "--name", "short"]) == 1
-    assert "rows of up to 64 tokens" in capsys.readouterr().err
+    options = ["--model.backbone", str(roberta), "--model.backbone_config", "{}", "--data.batch_size", "8"]
+    options += ["--data.store", str(tmp_path / "rows")]
+    assert "rows of up to 64 tokens" in error_of(capsys, fit(recipe, tmp_path, "short", *options))
     options += ["--model.max_positions", "64"]
     for steps in (4, 8):
-        assert main(["fit", *options, "--name", "long", "--trainer.max_steps", str(steps)]) == 0
+        assert fit(recipe, tmp_path, "long", *options, "--trainer.max_steps", str(steps)) == 0
     assert main(["export", str(tmp_path / "long"), "--output", str(tmp_path / "export")]) == 0
     exported = AutoModel.from_pretrained(tmp_path / "export")
     assert len(load_export(tmp_path / "export").c_head) == 2

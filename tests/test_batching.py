@@ -33,18 +33,6 @@ def test_every_sample_comes_exactly_once_an_epoch(n, epoch):
     assert sorted(seen) == list(range(n))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4, 8])
-def test_the_ranks_share_out_the_micro_batches_of_one_device(world_size):
-    order = batches(corpus_lengths())
-    for i in (0, 5, order.steps_per_epoch + 1):
-        alone = order.step(i)
-        for rank in range(world_size):
-            shared = order.step(i, rank, world_size)
-            assert len(shared) == 8 // world_size
-            for ours, theirs in zip(shared, alone[rank::world_size], strict=True):
-                assert (ours == theirs).all()
-
-
 def test_any_step_can_be_asked_for_first():
     replayed = epoch_steps(batches(corpus_lengths()))
     for i in (40, 3, 77):

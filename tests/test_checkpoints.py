@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import error_of, fit, flip_a_bit, slow
 from lightning.pytorch.callbacks import Callback
 from test_devices import DDP, start_ranks, write_recipe
-from test_training import STOP, asked_to_stop, assert_same_weights, fit, metrics_of
+from test_training import STOP, asked_to_stop, assert_same_weights, metrics_of
 
 from condenser.runs import checkpoints, is_intact, newest_valid_checkpoint, step_of
 from condenser.training.checkpoints import WholeFiles
@@ -79,9 +80,7 @@ def test_a_file_without_the_checksum_is_looked_at_as_an_archive(small_file, tmp_
     _, content = small_file
     torch.save(content, tmp_path / "old.ckpt")
     assert is_intact(tmp_path / "old.ckpt")
-    data = bytearray((tmp_path / "old.ckpt").read_bytes())
-    data[len(data) // 2] ^= 1
-    (tmp_path / "old.ckpt").write_bytes(data)
+    flip_a_bit(tmp_path / "old.ckpt")
     assert not is_intact(tmp_path / "old.ckpt")
 
 
@@ -98,10 +97,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(ru
     folder = tmp_path / "hurt" / "checkpoints"
     assert fit(recipe, tmp_path, "hurt", *STOP, "7") == 0
     assert names(tmp_path / "hurt") == ["best-step=4.ckpt", "last-step=6.ckpt", "last-step=7.ckpt"]
-    newest = folder / "last-step=7.ckpt"
-    content = bytearray(newest.read_bytes())
-    content[len(content) // 3] ^= 1
-    newest.write_bytes(content)
+    flip_a_bit(folder / "last-step=7.ckpt", 1 / 3)
     (folder / "last-step=9.ckpt.0123abcd.partial").write_bytes(b"half")
     capsys.readouterr()
     assert fit(recipe, tmp_path, "hurt") == 0
@@ -123,7 +119,7 @@ class DiesAt(Callback):
             raise RuntimeError("died")
 
 
-@pytest.mark.parametrize("every", ["step", pytest.param("epoch", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", ["step", slow("epoch")])
 def test_a_validation_that_is_due_when_a_run_is_asked_to_stop_is_done_when_it_goes_on(every, recipe, tmp_path):
     options = ["--trainer.max_steps", "14", "--checkpoint.every_n_steps", "4", "--data.batch_size", "64"]
     if every == "epoch":  # of 4 steps
@@ -176,8 +172,7 @@ def test_a_finished_run_without_a_whole_checkpoint_is_not_begun_anew(what, run, 
 def test_a_folder_of_something_else_is_not_taken_for_a_run(recipe, tmp_path, capsys):
     (tmp_path / "app").mkdir()
     (tmp_path / "app/config.yaml").write_text("port: 80\n")
-    assert fit(recipe, tmp_path, "app") == 1
-    assert "has a config.yaml and is no run of ours" in capsys.readouterr().err
+    assert "has a config.yaml and is no run of ours" in error_of(capsys, fit(recipe, tmp_path, "app"))
     assert [path.name for path in (tmp_path / "app").iterdir()] == ["config.yaml"]
 
 

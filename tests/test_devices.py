@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from conftest import slow
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
@@ -263,10 +264,6 @@ def runs(request, few):
     if request.node.get_closest_marker("slow"):
         request.getfixturevalue("more")
     return few
-
-
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def gradient(runs, name, rank=0):

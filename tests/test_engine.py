@@ -10,14 +10,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import error_of, fit, slow, write_jsonl
 from test_model import DEVICES, tiny_config
-from test_training import STOP, assert_same_weights, checkpoints, fit, metrics_of
+from test_training import STOP, assert_minimised, assert_same_weights, checkpoints, metrics_of
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
+from transformers import BertConfig, BertForMaskedLM, RobertaConfig, RobertaForMaskedLM
 
 from condenser.cli import main
 from condenser.data.batching import BucketedBatches
@@ -41,6 +41,7 @@ from condenser.training.passes import inputs_of, pass_loss
 from condenser.training.step import TrainingStep
 
 VOCABULARY = Vocabulary(cls_id=2, sep_id=3, pad_id=1, mask_id=4, random_ids=np.arange(5, 90))
+DRY = {"attention_probs_dropout_prob": 0.0}
 SHAPES = Shapes.of(SyntheticStore(1000, max_length=36).lengths, 0.15)
 
 
@@ -75,12 +76,11 @@ def padded(fields):
     return found
 
 
-def tiny_model(family="bert", **settings):
+def tiny_model(family="bert", n_head_layers=2, **settings):
     torch.manual_seed(0)
-    dry = {"attention_probs_dropout_prob": 0.0, **settings}
-    if family == "roberta":
-        return Condenser.from_masked_lm(RobertaForMaskedLM(tiny_config(RobertaConfig, **dry)), skip_from=2)
-    return Condenser.from_masked_lm(BertForMaskedLM(tiny_config(**dry)), skip_from=2)
+    config = tiny_config(RobertaConfig if family == "roberta" else BertConfig, **DRY | settings)
+    lm = (RobertaForMaskedLM if family == "roberta" else BertForMaskedLM)(config)
+    return Condenser.from_masked_lm(lm, skip_from=config.num_hidden_layers // 2, n_head_layers=n_head_layers)
 
 
 def loss_of(model, fields, score=False):
@@ -257,7 +257,7 @@ def scale_of(batch):
 
 @pytest.mark.parametrize(
     ("backend", "checkpointing"),
-    [("eager", False), *(pytest.param("aot_eager", each, marks=pytest.mark.slow) for each in (False, True))],
+    [("eager", False), slow("aot_eager", False), slow("aot_eager", True)],
 )
 def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(backend, checkpointing, monkeypatch):
     """Dropout off; gradients and scores; nothing is compiled again once every shape has been seen."""
@@ -268,7 +268,7 @@ def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(bac
     batches = [step_batch(flat_pass(9, 0, SHAPES), flat_pass(9, 9, SHAPES)), step_batch(flat_pass(18, 60, SHAPES))]
     found = []
     for compiled in (False, True):
-        model = tiny_model(hidden_dropout_prob=0.0)
+        model = tiny_model(n_head_layers=1, num_hidden_layers=2, hidden_dropout_prob=0.0)
         model.gradient_checkpointing = checkpointing
         step = training_step(model, compiled=compiled)
         passes = [step.passes(batch, scale_of(batch), score=True) for batch in batches]
@@ -282,8 +282,7 @@ def test_a_compiled_pass_is_one_graph_for_each_shape_and_equals_an_eager_one(bac
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(("fused", "checkpointing"), [(False, True), (True, False), (True, True)])
 def test_every_way_to_compute_a_step_draws_the_same_dropout_and_gives_the_same_gradients(fused, checkpointing):
     """Dropout on: what only saves memory must not change what is drawn."""
     if fused and not losses.FUSED_AVAILABLE:
@@ -368,10 +367,7 @@ class Counting(TorchDispatchMode):
 
 def test_a_step_dispatches_few_operations_and_none_for_each_weight():
     """Of 12 + 2 layers and eight micro-batches joined to one pass; a GPU is kept waiting by little else."""
-    torch.manual_seed(0)
-    settings = {"num_hidden_layers": 12, "attention_probs_dropout_prob": 0.0}
-    model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config(**settings)), skip_from=6)
-    step, batch = training_step(model, clip=1.0), step_batch(flat_pass(72))
+    step, batch = training_step(tiny_model(num_hidden_layers=12), clip=1.0), step_batch(flat_pass(72))
     step.take(batch, torch.ones(4))
     with Counting() as whole:
         step.take(batch, torch.ones(4))
@@ -511,9 +507,8 @@ def test_a_replay_draws_dropout_from_its_seed():
 @pytest.mark.parametrize("n_head_layers", [0, 1, 2])
 def test_counted_operations_agree_with_torchs_counter(n_head_layers, pruned):
     """What is done, whole layers included; attention is laid out, so its pairs are those of rows."""
-    torch.manual_seed(0)
-    config = tiny_config(attention_probs_dropout_prob=0.0, hidden_size=64, intermediate_size=256)
-    model = Condenser.from_masked_lm(BertForMaskedLM(config), skip_from=2, n_head_layers=n_head_layers, pruned=pruned)
+    model = tiny_model(n_head_layers=n_head_layers, hidden_size=64, intermediate_size=256)
+    model.pruned = pruned
     batch, fields = step_batch(flat_pass(30)), inputs(30)
     rows, longest, n_read = batch.total("n_sequences"), fields["max_seqlen"], fields["max_query"]
     needed = Work.of_real_tokens(batch)
@@ -522,7 +517,8 @@ def test_counted_operations_agree_with_torchs_counter(n_head_layers, pruned):
         work = work._replace(queries=work.tokens, query_pairs=work.pairs)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss_of(model, fields).backward()
-    assert training_flops(config, n_head_layers, True, work) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    flops = training_flops(model.lm.config, n_head_layers, True, work)
+    assert flops == pytest.approx(counter.get_total_flops(), rel=0.02)
 
 
 def test_needed_work_is_that_of_the_real_tokens_with_dummies_or_without():
@@ -618,14 +614,7 @@ def test_micro_batches_joined_to_passes_take_the_same_steps(recipe, tmp_path):
 def test_compiled_and_fused_runs_train_to_the_weights_of_a_plain_one(checkpointing, recipe, tmp_path):
     dry = ["--model.backbone_config.hidden_dropout_prob", "0"]
     assert fit(recipe, tmp_path, "plain", *dry) == 0
-    fast = [
-        "--model.compile",
-        "true",
-        "--data.tokens_per_pass",
-        "2000",
-        "--model.gradient_checkpointing",
-        checkpointing,
-    ]
+    fast = ["--model.compile=true", "--data.tokens_per_pass=2000", f"--model.gradient_checkpointing={checkpointing}"]
     assert fit(recipe, tmp_path, "compiled", *dry, *fast) == 0
     assert_same_weights(tmp_path / "plain", tmp_path / "compiled", rtol=1e-3, atol=2e-5)
     assert float(metrics_of(tmp_path / "compiled")[0]["perf/padding_fraction"]) > 0
@@ -690,16 +679,15 @@ class Uniform(Condenser):
         return self.terms_of(states, batch, score) | {"norm": norm}
 
 
+NORMS = ("train/norm_loss", "val/norm_loss")
+
+
 def test_a_term_of_ones_own_is_trained_logged_validated_and_left_out_of_the_export(recipe, tmp_path):
-    options = ["--model.objective", f"{__name__}.Uniform", "--trainer.log_every_n_steps", "1"]
+    options = ["--model.objective", f"{__name__}.Uniform", "--trainer.log_every_n_steps=1", "--trainer.max_steps=4"]
     assert fit(recipe, tmp_path, "own", *options) == 0
-    for row in metrics_of(tmp_path / "own"):
-        for kind in ("train", "val"):
-            if row[f"{kind}/loss"]:
-                parts = {name: float(row[f"{kind}/{name}_loss"]) for name in ("mlm", "head_mlm", "norm")}
-                expected = parts["mlm"] + parts["head_mlm"] + 0.1 * parts["norm"]
-                assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)
-                assert 0.1 < parts["norm"] < 10
+    assert_minimised(tmp_path / "own", mlm=1, head_mlm=1, norm=0.1)
+    norms = [float(row[name]) for row in metrics_of(tmp_path / "own") for name in NORMS if row[name]]
+    assert 0.1 < min(norms) < max(norms) < 10
     assert main(["export", str(tmp_path / "own"), "--output", str(tmp_path / "export")]) == 0
 
 
@@ -714,7 +702,7 @@ def test_a_step_without_a_masked_token_is_taken_without_harm(fused, store, recip
     prepared = ["--tokenizer", str(store / "tokenizer"), "--output", str(tmp_path / "words"), "--max-length", "64"]
     assert main(["prepare", "--input", str(tmp_path / "words.jsonl"), *prepared, "--validation-fraction", "0.2"]) == 0
     sizes = ["--data.batch_size", "8", "--data.micro_batches_per_step", "2", "--model.fused_loss", fused]
-    positions = ["--model.backbone_config.max_position_embeddings", "64"]
+    positions = ["--model.backbone_config.max_position_embeddings", "64", "--trainer.max_steps", "4"]
     assert fit(recipe, tmp_path, "w", "--data.store", str(tmp_path / "words"), *sizes, *positions) == 0
     rows = metrics_of(tmp_path / "w")
     assert {float(row["train/loss"]) for row in rows if row["train/loss"]} == {0.0}
@@ -745,14 +733,12 @@ def test_bench_measures_the_authors_recipe_and_ours(recipe, store, tmp_path, cap
     assert re.search(r"MFU +GB +wait +ches +ms", shown), shown
     too_long = "a backbone that takes 40"
     for wrong, message in ((["--steps", "100"], "Lower --steps"), ([], too_long)):
-        assert main(["bench", *options, *wrong]) == 1
-        assert message in capsys.readouterr().err
+        assert message in error_of(capsys, main(["bench", *options, *wrong]))
 
 
 @pytest.mark.parametrize("n_head_layers", [0, 2])
 def test_the_authors_recipe_of_the_bench_is_the_same_loss(n_head_layers):
-    torch.manual_seed(0)
-    model = Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2, n_head_layers=n_head_layers).eval()
+    model = tiny_model(n_head_layers=n_head_layers).eval()
     authors, ours = (loss_and_gradients(each, inputs()) for each in (Authors.of(model, 40), model))
     torch.testing.assert_close(authors, ours, rtol=1e-4, atol=1e-6)
 

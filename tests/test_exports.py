@@ -10,8 +10,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
-from hub_server import hub_of_this_machine
+from conftest import error_of, flip_a_bit
 from sentence_transformers import SentenceTransformer
+from servers import Hub, serving
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
 
 from condenser import CondenserForPreTraining
@@ -73,8 +74,7 @@ def test_vectors_are_whitened_by_the_texts_given_and_not_by_what_their_file_held
     assert export(run, tmp_path / "out", *options) == 0
     assert "nothing to do" in capsys.readouterr().out
     file.write_text("".join(corpus.read_text().splitlines(keepends=True)[:100]))
-    assert export(run, tmp_path / "out", *options) == 1
-    assert "with these options (and texts to whiten by); remove it" in capsys.readouterr().err
+    error_of(capsys, export(run, tmp_path / "out", *options), "with these options (and texts to whiten by); remove it")
 
 
 def test_layers_are_averaged_where_asked(run, states, tmp_path):
@@ -137,11 +137,11 @@ def test_every_step_that_a_run_kept_is_exported(run, tmp_path, capsys):
 
 @pytest.fixture
 def hub(monkeypatch):
-    with hub_of_this_machine() as hub:
+    with serving(Hub()) as hub:
         monkeypatch.setenv("HF_TOKEN", "hf_of_a_test")
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
         made = huggingface_hub.HfApi
-        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made(endpoint=hub.address, token="hf_of_a_test"))
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: made(endpoint=hub.url, token="hf_of_a_test"))
         yield hub
 
 
@@ -168,11 +168,9 @@ def test_each_step_becomes_a_branch_and_the_newest_is_main(run, tmp_path, hub):
 
 def test_a_hub_that_refuses_is_one_line_and_the_export_stays(run, tmp_path, hub, capsys):
     hub.refuses = "commit"
-    assert export(run, tmp_path / "out", "--push", "me/model") == 1
-    error = capsys.readouterr().err
+    error = error_of(capsys, export(run, tmp_path / "out", "--push", "me/model"))
     assert error.startswith("condenser export: error: --push me/model: ")
     assert str(tmp_path / "out") in error
-    assert len(error.splitlines()) == 1
     assert load_export(tmp_path / "out") is not None
 
 
@@ -205,19 +203,15 @@ def test_a_damaged_checkpoint_is_not_exported_however_it_is_named(run, tmp_path,
     shutil.copytree(run, copy)
     newest = step_of(checkpoints(copy)[0])
     for path in [path for path in checkpoints(copy) if step_of(path) == newest]:
-        content = bytearray(path.read_bytes())
-        content[2000] ^= 1
-        path.write_bytes(content)
+        flip_a_bit(path)
     for named in ([path], [copy, "--step", str(newest)]):
-        assert export(named[0], out, *named[1:]) == 1
-        assert "damaged" in capsys.readouterr().err
+        assert "damaged" in error_of(capsys, export(named[0], out, *named[1:]))
         assert not out.exists()
     assert export(copy, out) == 0
     for path in checkpoints(copy):
         path.write_bytes(path.read_bytes()[:-50])
     for options in ([], ["--all-steps"]):
-        assert export(copy, tmp_path / "none", *options) == 1
-        assert "damaged; export another step" in capsys.readouterr().err
+        assert "damaged; export another step" in error_of(capsys, export(copy, tmp_path / "none", *options))
     assert not (tmp_path / "none").exists()
 
 
@@ -247,8 +241,7 @@ def test_an_export_to_a_link_is_written_where_it_leads(is_there, run, tmp_path, 
 def test_two_exports_do_not_write_one_folder_at_a_time(run, tmp_path, capsys):
     (tmp_path / ".out.unfinished-export").mkdir()
     with locked(tmp_path / ".out.lock", ""):
-        assert export(run, tmp_path / "out") == 1
-        assert f"out is being written by process {os.getpid()} on" in capsys.readouterr().err
+        assert f"out is being written by process {os.getpid()} on" in error_of(capsys, export(run, tmp_path / "out"))
         assert {path.name for path in tmp_path.iterdir()} == {".out.lock", ".out.unfinished-export"}
 
 

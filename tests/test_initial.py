@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from conftest import error_of, fit
 from safetensors.torch import load_file
 from test_backbones import MODELS
 from test_model import tiny_batch, tiny_config
@@ -70,10 +71,16 @@ def test_a_vocabulary_that_is_filled_up_and_cut_back_is_what_it_was(family, tied
 
 @pytest.mark.slow
 def test_a_run_with_a_filled_vocabulary_is_resumed_and_exported_without_it(recipe, store, tmp_path):
-    options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a", "--model.vocabulary_multiple", "64"]
-    options += ["--model.truncated_normal", "true", "--model.objective_options", "{}"]
-    assert main(["fit", *options, "--trainer.max_steps", "3"]) == 0
-    assert main(["fit", *options, "--trainer.max_steps", "5"]) == 0
+    options = [
+        "--model.vocabulary_multiple",
+        "64",
+        "--model.truncated_normal",
+        "true",
+        "--model.objective_options",
+        "{}",
+    ]
+    for steps in ("3", "5"):
+        assert fit(recipe, tmp_path, "a", *options, "--trainer.max_steps", steps) == 0
     state = torch.load(checkpoints(tmp_path / "a")[0], weights_only=True)["state_dict"]
     assert main(["export", str(tmp_path / "a"), "--output", str(tmp_path / "out")]) == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -88,11 +95,9 @@ def test_a_run_with_a_filled_vocabulary_is_resumed_and_exported_without_it(recip
         assert torch.equal(weight, trained[: len(weight)])
     assert AutoModelForMaskedLM.from_pretrained(tmp_path / "out").config.vocab_size == n_ids
     assert len(load_export(tmp_path / "out").c_head) == 2
-    assert main(["estimate", *options]) == 0
+    assert main(["estimate", "--config", str(recipe), *options]) == 0
 
 
 def test_weights_that_are_loaded_are_not_drawn_truncated(recipe, tiny_export, tmp_path, capsys):
-    fit = ["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a"]
     warm = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--model.truncated_normal", "true"]
-    assert main([*fit, *warm]) == 1
-    assert "model.truncated_normal is for random weights" in capsys.readouterr().err
+    error_of(capsys, fit(recipe, tmp_path, "a", *warm), "model.truncated_normal is for random weights")

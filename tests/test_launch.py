@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import error_of
 from test_devices import write_recipe
 
 import condenser
@@ -307,10 +308,8 @@ def test_a_template_with_an_unknown_place_is_refused(recipe, project, capsys):
 
 def test_a_run_that_is_finished_or_was_started_otherwise_is_refused(run, recipe, capsys):
     there = ["--runs_dir", str(run.parent), "--name", run.name]
-    assert launch(recipe, *there) == 1
-    assert "is finished: there is nothing to do" in capsys.readouterr().err
-    assert launch(recipe, *there, "--data.batch_size", "4") == 1
-    assert "was started with another data.batch_size" in capsys.readouterr().err
+    assert "is finished: there is nothing to do" in error_of(capsys, launch(recipe, *there))
+    error_of(capsys, launch(recipe, *there, "--data.batch_size", "4"), "was started with another data.batch_size")
     assert not (run / "launch").exists()
 
 

@@ -20,6 +20,7 @@ from condenser.data.batching import BucketedBatches
 from condenser.data.collate import StepBatch
 from condenser.data.mixing import Mixture
 from condenser.data.steps import StepLoader
+from condenser.data.synthetic import SyntheticStore
 from condenser.runs import read_metrics
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles
 from condenser.training.guard import Guard
@@ -30,24 +31,12 @@ STREAMS = [f"train/{name}" for name in ("loss", "mlm_loss", "head_mlm_loss", "ml
 TOKENS = 131_072  # of a step: those of a million steps are more than fp32 counts
 
 
-class Store:
-    """As much of a token store as says which rows there are."""
-
-    manifest: dict = {"tokenizer": {}}  # noqa: RUF012
-
-    def __init__(self, n):
-        self.lengths = np.random.default_rng(n).integers(3, 127, n).astype(np.uint16)
-
-    def __len__(self):
-        return len(self.lengths)
-
-
 class Steps:
     """Item i: the samples of step i."""
 
     def __init__(self, n_steps, epochs):
-        n = n_steps // epochs
-        self.mixture = Mixture([Store(n), Store(n)], [1.0, 2.0], seed=3)
+        stores = [SyntheticStore(n_steps // epochs), SyntheticStore(n_steps // epochs)]
+        self.mixture = Mixture(stores, [1.0, 2.0], seed=3)
         settings = {"batch_size": 4, "micro_batches_per_step": 1, "window": 64}
         self.batches = BucketedBatches(self.mixture, seed=3, **settings)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import error_of
 from test_backbones import MODELS
 from test_pretraining import REFERENCE
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer
@@ -103,8 +104,7 @@ def test_the_command_shows_a_model_from_a_run_an_export_or_the_authors(run, tiny
         assert picture.read_text().startswith("<?xml")
         picture.unlink()
     shutil.copytree(REFERENCE, tmp_path / "authors")
-    assert main(["inspect", str(tmp_path / "authors"), "--fill", TEXT]) == 1
-    assert "no tokenizer" in capsys.readouterr().err
+    assert "no tokenizer" in error_of(capsys, main(["inspect", str(tmp_path / "authors"), "--fill", TEXT]))
 
 
 def test_a_model_without_a_head_is_shown_without_one(roberta, capsys):
@@ -153,8 +153,5 @@ BAD = {
 def test_what_cannot_be_is_refused_in_one_line(case, tiny_export, store, capsys):
     what, options, message = BAD[case]
     what = {"MODEL": str(tiny_export), "STORE": str(store)}.get(what, what)
-    assert main(["inspect", what, *options]) == 1
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.splitlines()) == 1
+    assert message in error_of(capsys, main(["inspect", what, *options]))
     assert not Path("a.svg").exists()

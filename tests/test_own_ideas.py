@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import error_of, fit
 from test_training import metrics_of
 
 from condenser.cli import main
@@ -132,15 +133,15 @@ def test_options_are_the_fields_of_the_class(store, masking, options, message):
 def test_a_yaml_names_a_masking_and_its_run_does_not_depend_on_workers(recipe, tmp_path, capsys):
     overlay = tmp_path / "mine.yaml"
     overlay.write_text(yaml.safe_dump({"data": {"masking": "test_own_ideas.Shares", "masking_options": {"even": 0.3}}}))
-    options = ["--config", str(recipe), "-c", str(overlay), "--runs_dir", str(tmp_path)]
     for workers in ("0", "1"):
-        assert main(["fit", *options, "--name", workers, "--data.num_workers", workers]) == 0
+        assert fit(recipe, tmp_path, workers, "-c", str(overlay), "--data.num_workers", workers) == 0
     losses = [[row["train/loss"] for row in metrics_of(tmp_path / name)] for name in ("0", "1")]
     assert losses[0] == losses[1]
-    assert main(["fit", *options, "--name", "0", "--data.masking_options", "{even: 0.4}"]) == 1
-    assert "another data.masking_options.even" in capsys.readouterr().err
-    assert main(["fit", *options, "--name", "other", "--data.masking", "test_own_ideas.rows_of"]) == 2
-    assert "rows_of" in capsys.readouterr().err
+    for options, said in (
+        (["--data.masking_options", "{even: 0.4}"], "another data.masking_options.even"),
+        (["--data.masking", "test_own_ideas.rows_of"], "rows_of"),
+    ):
+        error_of(capsys, fit(recipe, tmp_path, "0", "-c", str(overlay), *options), said)
 
 
 def test_inspect_shows_what_a_masking_does(store, capsys):
@@ -170,21 +171,16 @@ def test_a_name_is_a_recipes_unless_it_is_a_file(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("command", ["fit", "validate", "estimate", "launch", "bench"])
 def test_an_unknown_name_is_one_line_with_those_that_there_are(command, capsys):
-    assert main([command, "--config", "condensed"]) == 1
-    err = capsys.readouterr().err
-    assert err.count("\n") == 1
-    assert "--config condensed is neither a file nor a recipe; there are" in err
-    assert all(name in err for name in recipes())
+    error = error_of(capsys, main([command, "--config", "condensed"]))
+    assert "--config condensed is neither a file nor a recipe; there are" in error
+    assert all(name in error for name in recipes())
 
 
 def test_an_objective_that_cannot_be_imported_is_one_line_of_the_bench(own_modules, capsys):
     (own_modules / "mine.py").write_text("import not_there\n")
     (own_modules / "recipe.yaml").write_text("model: {objective: mine.Objective}\n")
     for words in (["--objective", "mine.Objective"], ["--config", str(own_modules / "recipe.yaml")]):
-        assert main(["bench", *words]) in (1, 2)
-        error = capsys.readouterr().err
-        assert "No module named 'not_there'" in error
-        assert error.count("\n") == 1
+        assert "No module named 'not_there'" in error_of(capsys, main(["bench", *words]))
 
 
 @pytest.mark.parametrize("given", ["./mine.py", "Condenser", "not_there.Mine", "mine.Mine"])
@@ -193,11 +189,9 @@ def test_an_objective_that_is_not_found_ends_with_what_to_write(given, way, reci
     (own_modules / "mine.py").write_text("")
     (own_modules / "mine.yaml").write_text(yaml.safe_dump({"model": {"objective": given}}))
     words = ["--model.objective", given] if way == "option" else ["-c", str(own_modules / "mine.yaml")]
-    assert main(["fit", "--config", str(recipe), "--name", "x", *words]) == 2
-    error = capsys.readouterr().err
+    error = error_of(capsys, main(["fit", "--config", str(recipe), "--name", "x", *words]))
     assert "give a class path such as my_objective.Weighted, with PYTHONPATH=. for a file beside you" in error
     assert ("mine.yaml: " in error) == (way == "file")
-    assert error.count("\n") == 1
     assert not any(word in error for word in ("Given value: {", "CondenserModule", "backbone_config"))
 
 

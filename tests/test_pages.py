@@ -11,9 +11,10 @@ import lightning as L
 import pandas as pd
 import pytest
 import yaml
-from test_training import metrics_of
+from conftest import fit, write_examples
+from test_training import assert_minimised
 
-from condenser.cli import COMMANDS, OWN_PARSER, function_parser, in_full, load, main
+from condenser.cli import COMMANDS, OWN_PARSER, function_parser, in_full, load
 from condenser.cluster import launch
 from condenser.data.datamodule import CondenserDataModule
 from condenser.reports import estimate
@@ -88,8 +89,7 @@ def beside_the_examples(own_modules, tmp_path, monkeypatch):
     """A folder as a clone is, with the files that pages have readers write."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     for text in TEXTS.values():
-        for name, content in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", text, re.DOTALL):
-            (tmp_path / name).write_text(content)
+        write_examples(tmp_path, text)
     monkeypatch.chdir(tmp_path)
 
 
@@ -159,18 +159,12 @@ def test_make_targets_exist():
     assert {"docs", "dist", "test-min", "test-max"} <= named <= targets
 
 
-def test_the_readmes_example_of_a_new_objective_trains(recipe, tmp_path, monkeypatch):
-    code = re.search(r"```python\n# my_objective.py\n(.*?)```", README, re.DOTALL)[1]
-    (tmp_path / "my_objective.py").write_text(code)
-    monkeypatch.syspath_prepend(tmp_path)
-    options = ["--model.objective", "my_objective.Weighted", "--trainer.log_every_n_steps", "1"]
-    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "weighted", *options]) == 0
+def test_the_readmes_example_of_a_new_objective_trains(recipe, tmp_path, own_modules):
+    write_examples(own_modules, README)
+    options = ["--model.objective", "my_objective.Weighted", "--trainer.log_every_n_steps=1", "--trainer.max_steps=4"]
+    assert fit(recipe, tmp_path, "weighted", *options) == 0
     assert "objective: my_objective.Weighted" in (tmp_path / "weighted" / "config.yaml").read_text()
-    for row in metrics_of(tmp_path / "weighted"):
-        for kind in ("train", "val"):
-            if row[f"{kind}/loss"]:
-                expected = float(row[f"{kind}/mlm_loss"]) + 0.3 * float(row[f"{kind}/head_mlm_loss"])
-                assert float(row[f"{kind}/loss"]) == pytest.approx(expected, rel=1e-5)
+    assert_minimised(tmp_path / "weighted", mlm=1, head_mlm=0.3)
 
 
 def tables(text):

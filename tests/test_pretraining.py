@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import error_of, fit
 from safetensors.torch import load_file, save_file
 from test_backbones import MODELS
 from test_model import tiny_batch
@@ -238,9 +239,8 @@ def test_a_run_and_rows_that_are_too_long_are_refused_by_what_to_do(run, recipe,
         ):
             CondenserForPreTraining.from_pretrained(name)
     for name in (run, find_checkpoint(str(run))):
-        options = ["--name", "a", "--runs_dir", str(tmp_path), "--model.backbone", str(name)]
-        assert main(["fit", "--config", str(recipe), *options]) == 1
-        assert f"{name} is a run or its checkpoint: export it first" in capsys.readouterr().err
+        code = fit(recipe, tmp_path, "a", "--model.backbone", str(name))
+        error_of(capsys, code, f"{name} is a run or its checkpoint: export it first")
     model, ids = CondenserForPreTraining.from_pretrained(tiny_export), torch.ones(1, 41, dtype=torch.long)
     with pytest.raises(ValueError, match="a row of 41 tokens, and a backbone that takes 40"):
         model(input_ids=ids, labels=ids)
@@ -347,7 +347,7 @@ def test_training_starts_from_a_saved_model_with_its_head(recipe, tiny_export, t
     model.save_pretrained(tmp_path / "saved")
     options = ["--model.backbone", str(tmp_path / "saved"), "--model.backbone_config", "{hidden_dropout_prob: 0.2}"]
     options += ["--trainer.max_steps", "1", "--model.optimizer.learning_rate", "1e-12"]
-    assert main(["fit", "--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "on", *options]) == 0
+    assert fit(recipe, tmp_path, "on", *options) == 0
     assert "random weights" not in capsys.readouterr().out
     state = torch.load(checkpoints(tmp_path / "on")[0], weights_only=True)
     for name, weight in model.state_dict().items():

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import write_collection
+from conftest import fit, write_collection
 from test_devices import DDP, SHARDED, start_ranks, wait_for, write_recipe
 from test_engine import VOCABULARY, flat_pass, inputs, loss_of, padded, step_batch, tiny_model
 from test_model import DEVICES
 from test_report import section
-from test_training import assert_same_weights, fit, metrics_of
+from test_training import assert_same_weights, metrics_of
 from transformers import AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM
 
 from condenser.cli import main

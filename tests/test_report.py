@@ -10,6 +10,7 @@ import numpy as np
 import pandas
 import pytest
 import yaml
+from conftest import error_of
 from matplotlib.figure import Figure
 
 from condenser.cli import main
@@ -262,10 +263,7 @@ def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
         ([run, "--reference", "typo"], "--reference typo is neither a file nor one of study, warm"),
         ([tmp_path / "whole", "--output", tmp_path], f"--output {tmp_path} is a folder"),
     ):
-        assert main(["report", "--output", str(tmp_path / "r.html"), *map(str, words)]) == 1
-        error = capsys.readouterr().err
-        assert expected in error
-        assert error.count("\n") == 1
+        assert expected in error_of(capsys, main(["report", "--output", str(tmp_path / "r.html"), *map(str, words)]))
     assert not (tmp_path / "r.html").exists()
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import data_of, slow
 from lightning.pytorch.callbacks import Callback
 from test_devices import DDP, start_ranks, wait_for, write_recipe
 from test_training import assert_same_weights, final_state, metrics_of
 
 from condenser.cli import main
-from condenser.data.datamodule import CondenserDataModule
 from condenser.data.steps import Steps
 from condenser.runs import checkpoints, step_of
 from condenser.training.checkpoints import Checkpoints
@@ -141,8 +141,7 @@ def assert_same_run(a, b):
 @pytest.fixture(scope="module")
 def samples(store):
     """How many samples an epoch has, and how many steps."""
-    module = CondenserDataModule(str(store), batch_size=128, micro_batches_per_step=N_MICRO)
-    module.setup("fit")
+    module = data_of(store, batch_size=128, micro_batches_per_step=N_MICRO)
     return len(module.train), module.train_dataloader().dataset.batches.steps_per_epoch
 
 
@@ -269,8 +268,7 @@ def test_resuming_at_step_one_million_replays_nothing(long_run, recipe, samples,
         assert final_state(again.path)["global_step"] == step + 2
     assert seconds["late"] < 3 * seconds["early"] + 5
 
-    module = CondenserDataModule(str(store), batch_size=128, micro_batches_per_step=N_MICRO, seed=1)
-    module.setup("fit")
+    module = data_of(store, batch_size=128, micro_batches_per_step=N_MICRO, seed=1)
     batches, epoch = module.train_dataloader().dataset.batches, LATE // steps_per_epoch
     for step, read in again.read().items():
         numbers = batches.step(step)
@@ -309,7 +307,7 @@ GUESTS = {
     "EarlyStopping": [{"monitor": "val/loss"}],
 }
 QUICK = [("within an epoch", "alone", "step"), ("by epochs", "StochasticWeightAveraging", "step")]
-ALL = [pytest.param(*each, marks=pytest.mark.slow) for each in itertools.product(ENDS, GUESTS, ["file"])]
+ALL = [slow(*each) for each in itertools.product(ENDS, GUESTS, ["file"])]
 
 
 @pytest.mark.parametrize(("end", "guest", "every"), [*QUICK, *ALL])

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_documents, write_collection, write_jsonl
+from conftest import error_of, fit, make_documents, write_collection, write_jsonl
 from datasets import Dataset, DatasetDict
 from safetensors.torch import load_file, save_file
 
@@ -55,17 +55,8 @@ def script(trace):
     return f"import os\nos.mkdir({str(trace)!r})\n"
 
 
-def one_line(capsys, *expected):
-    """The only line on stderr, which holds all that is expected."""
-    lines = capsys.readouterr().err.strip().splitlines()
-    assert len(lines) == 1, lines
-    for text in expected:
-        assert str(text) in lines[0]
-    return lines[0]
-
-
-def fit(recipe, folder, *options):
-    return main(["fit", "--config", str(recipe), "--runs_dir", str(folder), "--name", "victim", *map(str, options)])
+def victim(recipe, folder, *options):
+    return fit(recipe, folder, "victim", *map(str, options))
 
 
 def test_the_payloads_would_run_where_they_are_trusted(tmp_path):
@@ -126,8 +117,7 @@ def test_weights_that_would_run_code_or_are_damaged_are_named(
     write, why, name, backbone, recipe, trace, tmp_path, capsys
 ):
     write({"c_head.0.weight": Payload(trace)}, backbone / name)
-    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
-    one_line(capsys, backbone / name, why)
+    error_of(capsys, victim(recipe, tmp_path, *of_backbone(backbone)), backbone / name, why)
     with pytest.raises(ValueError, match=name):
         load_authors_checkpoint(backbone, skip_from=1)
 
@@ -151,8 +141,7 @@ def test_evaluating_weights_that_would_run_code_or_are_damaged(write, why, pooli
     if not pooling:
         (backbone / "modules.json").unlink()
     write({"bert.embeddings.word_embeddings.weight": Payload(trace)}, backbone / "pytorch_model.bin")
-    assert evaluated(backbone) == 1
-    one_line(capsys, backbone / "pytorch_model.bin", why)
+    error_of(capsys, evaluated(backbone), backbone / "pytorch_model.bin", why)
 
 
 def malicious(checkpoint, path, trace):
@@ -182,8 +171,7 @@ def test_a_checkpoint_that_would_run_code_is_not_read(words, run, recipe, trace,
     command, *options = (places.get(word, word) for word in words)
     if command != "export":
         options += ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
-    assert main([command, *options]) == 1
-    assert f"{path} cannot be read: it would run code (posix.mkdir)" in capsys.readouterr().err
+    assert f"{path} cannot be read: it would run code (posix.mkdir)" in error_of(capsys, main([command, *options]))
     assert not (tmp_path / "out").exists()
 
 
@@ -192,15 +180,6 @@ def in_the_making(folder):
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").unlink()
     (folder / "unfinished.json").write_text(json.dumps({"first_source": 0, "settings": manifest["settings"]}))
-
-
-@pytest.fixture
-def copied(store, tmp_path):
-    """A copy of the store, and a file beside it that has what a shard has."""
-    folder = tmp_path / "store"
-    shutil.copytree(store, folder)
-    shutil.copy(next((folder / "train").glob("*.arrow")), tmp_path / "outside.arrow")
-    return folder
 
 
 def test_arrays_of_a_store_are_not_unpickled(copied, trace, capsys):
@@ -213,8 +192,7 @@ def test_arrays_of_a_store_are_not_unpickled(copied, trace, capsys):
     names = sorted(path.stem for path in (copied / "units").glob("*.json"))
     (copied / "units" / "share-0-of-1.json").write_text(json.dumps(names))
     in_the_making(copied)
-    assert main(["prepare", "merge", str(copied)]) == 1
-    one_line(capsys, unit)
+    error_of(capsys, main(["prepare", "merge", str(copied)]), unit)
 
 
 # --- YAML
@@ -224,8 +202,7 @@ def test_arrays_of_a_store_are_not_unpickled(copied, trace, capsys):
 def test_a_recipe_that_would_run_code_is_refused(command, recipe, trace, tmp_path, capsys):
     path = tmp_path / "recipe.yaml"
     path.write_text(recipe.read_text() + f"name: {yaml_payload(trace)}\n")
-    assert main([*command, "--config", str(path)]) in (1, 2)
-    assert "os.mkdir" in capsys.readouterr().err
+    assert "os.mkdir" in error_of(capsys, main([*command, "--config", str(path)]))
 
 
 @pytest.mark.parametrize("command", ["fit", "launch", "report"])
@@ -236,8 +213,7 @@ def test_a_run_whose_settings_would_run_code_is_not_read(command, run, recipe, t
     of_fit = ["--config", str(recipe), "--name", "victim", "--runs_dir", str(tmp_path)]
     of_report = [str(path.parent), "--output", str(tmp_path / "report.html")]
     options = {"fit": of_fit, "launch": [*of_fit, "--gpus", "0", "--dry-run"], "report": of_report}
-    assert main([command, *options[command]]) == 1
-    one_line(capsys, path, "os.mkdir")
+    error_of(capsys, main([command, *options[command]]), path, "os.mkdir")
 
 
 # --- names that leave their folder
@@ -245,40 +221,49 @@ def test_a_run_whose_settings_would_run_code_is_not_read(command, run, recipe, t
 
 @pytest.mark.parametrize("relative", [True, False])
 def test_a_manifest_whose_shards_lie_elsewhere_is_refused(relative, copied, recipe, tmp_path, capsys):
+    shutil.copy(next((copied / "train").glob("*.arrow")), tmp_path / "outside.arrow")
     manifest = json.loads((copied / "manifest.json").read_text())
     name = "../../outside.arrow" if relative else str(tmp_path / "outside.arrow")
     manifest["splits"]["train"]["shards"][0]["file"] = name
     (copied / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(ValueError, match="outside of its folder"):
         TokenStore(copied, "train")
-    assert fit(recipe, tmp_path, "--data.store", copied) == 1
-    one_line(capsys, copied, repr(name), "outside of its folder")
-    assert main(["inspect", str(copied)]) == 1
-    one_line(capsys, copied, repr(name), "outside of its folder")
+    error_of(capsys, victim(recipe, tmp_path, "--data.store", copied), copied, repr(name), "outside of its folder")
+    error_of(capsys, main(["inspect", str(copied)]), copied, repr(name), "outside of its folder")
 
 
 def test_units_and_records_of_a_store_in_the_making_stay_in_it(copied, tmp_path, capsys):
     in_the_making(copied)
+    shutil.copy(next((copied / "train").glob("*.arrow")), tmp_path / "outside.arrow")
     unit = sorted((copied / "units").glob("*.json"))[0]
     share = copied / "units" / "share-0-of-1.json"
     shutil.copy(unit, tmp_path / "00000-00000.json")
     share.write_text(json.dumps(["../../00000-00000"]))
-    assert main(["prepare", "merge", str(copied)]) == 1
-    one_line(capsys, copied / "units", "'../../00000-00000'", "outside of its folder")
+    error_of(
+        capsys,
+        main(["prepare", "merge", str(copied)]),
+        copied / "units",
+        "'../../00000-00000'",
+        "outside of its folder",
+    )
     record = json.loads(unit.read_text())
     record["train"]["shards"][0]["file"] = "../../outside.arrow"
     unit.write_text(json.dumps(record))
     share.write_text(json.dumps([unit.stem]))
-    assert main(["prepare", "merge", str(copied)]) == 1
-    one_line(capsys, copied, "'../../outside.arrow'", "outside of its folder")
+    error_of(
+        capsys,
+        main(["prepare", "merge", str(copied)]),
+        copied,
+        "'../../outside.arrow'",
+        "outside of its folder",
+    )
     assert not (copied / "manifest.json").exists()
 
 
 def test_units_in_a_manifest_stay_in_the_store(copied, capsys):
     manifest = json.loads((copied / "manifest.json").read_text())
     (copied / "manifest.json").write_text(json.dumps(manifest | {"units": ["../../x"]}))
-    assert main(["inspect", str(copied)]) == 1
-    one_line(capsys, copied / "manifest.json", "'../../x'")
+    error_of(capsys, main(["inspect", str(copied)]), copied / "manifest.json", "'../../x'")
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/absolute/evil", ".."])
@@ -286,8 +271,13 @@ def test_a_checkpoint_whose_files_leave_the_export_is_refused(name, run, tmp_pat
     content = torch.load(checkpoints(run)[0], weights_only=True)
     content["condenser"]["tokenizer"][name] = "evil"
     torch.save(content, tmp_path / "a.ckpt")
-    assert main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "deep" / "out")]) == 1
-    one_line(capsys, tmp_path / "a.ckpt", repr(name), "outside of its folder")
+    error_of(
+        capsys,
+        main(["export", str(tmp_path / "a.ckpt"), "--output", str(tmp_path / "deep" / "out")]),
+        tmp_path / "a.ckpt",
+        repr(name),
+        "outside of its folder",
+    )
     assert {path.name for path in tmp_path.rglob("*")} <= {"a.ckpt", "deep"}
 
 
@@ -299,10 +289,8 @@ def test_weights_in_several_files_are_those_of_the_folder(name, backbone, recipe
     suffix = "safetensors" if "safetensors" in name else "bin"
     index = {"metadata": {}, "weight_map": dict.fromkeys(weights, f"../outside.{suffix}")}
     (backbone / name).write_text(json.dumps(index))
-    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
-    one_line(capsys, backbone, name, f"'../outside.{suffix}'")
-    assert evaluated(backbone) == 1
-    one_line(capsys, backbone, name)
+    error_of(capsys, victim(recipe, tmp_path, *of_backbone(backbone)), backbone, name, f"'../outside.{suffix}'")
+    error_of(capsys, evaluated(backbone), backbone, name)
 
 
 @pytest.mark.parametrize("many", [True, False], ids=["splits", "one"])
@@ -318,8 +306,7 @@ def test_a_saved_dataset_is_read_from_its_folder(many, store, tmp_path, capsys):
     shutil.rmtree(tmp_path / "out")
     capsys.readouterr()
     path.write_text(json.dumps(json.loads(path.read_text()) | other))
-    assert main(["prepare", "--input", str(data), *options]) == 1
-    one_line(capsys, path, "outside of its folder")
+    error_of(capsys, main(["prepare", "--input", str(data), *options]), path, "outside of its folder")
 
 
 # --- code in model folders
@@ -339,7 +326,7 @@ TOKENIZER = {"AutoTokenizer": ["custom.Tokenizer", "custom.Tokenizer"]}
 
 def test_code_in_a_backbone_of_a_known_type_is_passed_over(backbone, recipe, evaluated, trace, tmp_path):
     with_code(backbone, trace)
-    assert fit(recipe, tmp_path, *of_backbone(backbone), "--trainer.max_steps", 1) == 0
+    assert victim(recipe, tmp_path, *of_backbone(backbone), "--trainer.max_steps", 1) == 0
     assert evaluated(backbone) == 0
 
 
@@ -349,10 +336,8 @@ def test_a_backbone_that_needs_its_own_code_is_refused_unasked(
     monkeypatch.setattr("builtins.input", lambda prompt: "y")  # transformers would ask
     with_code(backbone, trace, model_type="custom")
     (backbone / "modules.json").unlink()
-    assert fit(recipe, tmp_path, *of_backbone(backbone)) == 1
-    one_line(capsys, backbone, "custom code")
-    assert evaluated(backbone) == 1
-    one_line(capsys, backbone, "custom code")
+    error_of(capsys, victim(recipe, tmp_path, *of_backbone(backbone)), backbone, "custom code")
+    error_of(capsys, evaluated(backbone), backbone, "custom code")
 
 
 def test_modules_of_sentence_transformers_are_not_taken_from_the_folder(backbone, evaluated, trace, capsys):
@@ -360,8 +345,7 @@ def test_modules_of_sentence_transformers_are_not_taken_from_the_folder(backbone
     modules = json.loads((backbone / "modules.json").read_text())
     modules[1]["type"] = "custom.Pooling"
     (backbone / "modules.json").write_text(json.dumps(modules))
-    assert evaluated(backbone) == 1
-    one_line(capsys, backbone, "custom.Pooling")
+    error_of(capsys, evaluated(backbone), backbone, "custom.Pooling")
 
 
 def test_a_folder_of_data_with_a_loading_script_is_read_without_it(store, trace, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_documents, numpy_calls, write_jsonl
+from conftest import data_of, error_of, fit, flip_a_bit, make_documents, numpy_calls, slow, write_jsonl
 from test_prepare import all_tokens, contents, prepare, refused, rows_of, times
 
 from condenser.cli import main
@@ -41,7 +41,7 @@ def files(tmp_path_factory):
 
 ONCE = ["--deduplicate"]
 SHARES = [(1, "3", ONCE), (3, "1", []), (7, "1", ONCE)]
-SHARES += [pytest.param(*each, marks=pytest.mark.slow) for each in ((1, "3", []), (2, "1", ONCE), (7, "1", []))]
+SHARES += [slow(*each) for each in ((1, "3", []), (2, "1", ONCE), (7, "1", []))]
 
 
 @pytest.mark.parametrize(("count", "workers", "options"), SHARES)
@@ -54,8 +54,7 @@ def test_shares_and_processes_give_the_bytes_of_one(
         share = ["--shard", f"{index}/{count}", "--workers", workers]
         assert prepare(source, store / "tokenizer", tmp_path / "shared", *share, *options) == 0
         if index:
-            assert main(["prepare", "merge", str(tmp_path / "shared")]) == 1
-            assert "unfinished" in capsys.readouterr().err
+            assert "unfinished" in error_of(capsys, main(["prepare", "merge", str(tmp_path / "shared")]))
     if count > 1:
         assert main(["prepare", "merge", str(tmp_path / "shared")]) == 0
     assert contents(tmp_path / "shared") == contents(tmp_path / "one")
@@ -97,9 +96,8 @@ def test_merging_verifies_every_file(files, store, small_units, tmp_path, capsys
     for index in range(2):
         assert prepare(files, store / "tokenizer", tmp_path / "s", "--shard", f"{index}/2") == 0
     shard = sorted((tmp_path / "s" / "train").glob("*.arrow"))[2]
-    flip_a_byte(shard)
-    assert main(["prepare", "merge", str(tmp_path / "s")]) == 1
-    assert str(shard) in capsys.readouterr().err
+    flip_a_bit(shard)
+    assert str(shard) in error_of(capsys, main(["prepare", "merge", str(tmp_path / "s")]))
     assert not (tmp_path / "s" / "manifest.json").exists()
 
 
@@ -269,25 +267,12 @@ def test_no_other_tokenizer_is_trained_for_a_store_that_has_lost_its_own(files, 
 # --- damage
 
 
-def flip_a_byte(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.fixture
-def copied(store, tmp_path):
-    shutil.copytree(store, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
 def test_a_flipped_bit_is_found_by_verifying(copied, capsys):
     assert main(["inspect", str(copied), "--verify"]) == 0
     assert "agree with their checksums" in capsys.readouterr().out
     damaged = next((copied / "validation").glob("*.arrow"))
-    flip_a_byte(damaged)
-    assert main(["inspect", str(copied), "--verify"]) == 1
-    assert str(damaged) in capsys.readouterr().err
+    flip_a_bit(damaged)
+    assert str(damaged) in error_of(capsys, main(["inspect", str(copied), "--verify"]))
 
 
 def test_rows_are_shown_once_however_many_are_asked_for(store, tmp_path, capsys, monkeypatch):
@@ -298,18 +283,17 @@ def test_rows_are_shown_once_however_many_are_asked_for(store, tmp_path, capsys,
 
 
 def test_a_run_goes_on_where_its_store_was_moved_and_over_no_other(copied, spans, recipe, tmp_path, capsys):
-    def fit(store, *options):
-        run = ["--runs_dir", str(tmp_path), "--name", "r", "--data.store", str(store)]
-        return main(["fit", "--config", str(recipe), *run, *options])
+    def fitted(store, *options):
+        return fit(recipe, tmp_path, "r", "--data.store", str(store), *options)
 
-    assert fit(copied, "--trainer.max_steps", "4") == 0
+    assert fitted(copied, "--trainer.max_steps", "4") == 0
     moved = shutil.move(copied, tmp_path / "moved")
-    for other in ([spans, "--trainer.max_steps", "4"], [spans]):
-        assert fit(*other) == 1
-        assert f"{spans} is not the store that {tmp_path}/r/checkpoints/last-step=4.ckpt was" in capsys.readouterr().err
-    assert fit(moved, "--trainer.max_steps", "4") == 0
+    said = f"{spans} is not the store that {tmp_path}/r/checkpoints/last-step=4.ckpt was"
+    for options in (["--trainer.max_steps", "4"], []):
+        assert said in error_of(capsys, fitted(spans, *options))
+    assert fitted(moved, "--trainer.max_steps", "4") == 0
     assert "is finished (4 steps): nothing to do" in capsys.readouterr().out
-    assert fit(moved) == 0
+    assert fitted(moved) == 0
     assert json.loads((tmp_path / "r/summary.json").read_text())["steps"] > 4
 
 
@@ -317,12 +301,10 @@ def test_a_truncated_or_missing_shard_is_named_when_the_store_is_opened(copied, 
     shard = next((copied / "train").glob("*.arrow"))
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-100])
-    options = ["--data.store", str(copied), "--runs_dir", str(tmp_path), "--name", "r"]
-    assert main(["fit", "--config", str(recipe), *options]) == 1
-    assert f"{shard} has {len(whole) - 100:,} bytes instead of {len(whole):,}" in capsys.readouterr().err
+    error = error_of(capsys, fit(recipe, tmp_path, "r", "--data.store", str(copied)))
+    assert f"{shard} has {len(whole) - 100:,} bytes instead of {len(whole):,}" in error
     shard.unlink()
-    assert main(["inspect", str(copied)]) == 1
-    assert f"{shard} is missing" in capsys.readouterr().err
+    assert f"{shard} is missing" in error_of(capsys, main(["inspect", str(copied)]))
 
 
 EMPTY_MANIFEST = {key: {} for key in ("settings", "tokenizer", "counts", "bad", "units", "splits")}
@@ -339,8 +321,7 @@ EMPTY_MANIFEST = {key: {} for key in ("settings", "tokenizer", "counts", "bad", 
 )
 def test_a_damaged_manifest_is_one_clear_error(manifest, message, copied, capsys):
     (copied / "manifest.json").write_text(manifest)
-    assert main(["inspect", str(copied)]) == 1
-    error = capsys.readouterr().err
+    error = error_of(capsys, main(["inspect", str(copied)]))
     assert message in error
     assert str(copied / "manifest.json") in error
 
@@ -419,8 +400,7 @@ def test_stores_are_mixed_by_name_or_folder_and_their_shares_are_kept_in_the_che
     shutil.copytree(two_stores[1], tmp_path / "data" / "tokens" / "books")
     monkeypatch.chdir(tmp_path)
     stores = json.dumps({str(two_stores[0]): 1.0, "books": 0.5})
-    arguments = ["--config", str(recipe), "--data.store", "null", "--data.stores", stores, "--trainer.max_steps", "3"]
-    assert main(["fit", *arguments, "--runs_dir", "runs", "--name", "mixed"]) == 0
+    assert fit(recipe, "runs", "mixed", "--data.store=null", "--data.stores", stores, "--trainer.max_steps", "3") == 0
     checkpoint = torch.load(next((tmp_path / "runs/mixed/checkpoints").glob("*.ckpt")), weights_only=True)
     about = json.loads(checkpoint["condenser"]["manifest"])
     assert about["stores"] == {two_stores[0].name: 1.0, "books": 0.5}
@@ -460,8 +440,7 @@ def test_a_step_crosses_processes_as_one_file_descriptor(store):
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    data = CondenserDataModule(str(store), batch_size=256, micro_batches_per_step=64, num_workers=4)
-    data.setup("fit")
+    data = data_of(store, batch_size=256, micro_batches_per_step=64, num_workers=4)
     used = len(list(Path("/proc/self/fd").iterdir()))
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 60, hard))
     try:
@@ -472,9 +451,7 @@ def test_a_step_crosses_processes_as_one_file_descriptor(store):
 
 
 def test_a_device_without_a_row_of_the_validation_split_has_a_step_of_no_passes(store):
-    alone = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4, num_workers=0)
-    alone.setup("fit")
-    one = alone.loader(Mixture([TokenStore(store, "validation")], seed=0), 1, 1, training=False).dataset
+    one = data_of(store).loader(Mixture([TokenStore(store, "validation")], seed=0), 1, 1, training=False).dataset
     step = Steps(one.mixture, one.batches, one.vocabulary, one.masking, (1, 2))[0]
     assert (len(step), [*step], step.total("n_tokens"), step.n_positions) == (0, [], 0, 0)
     assert len(step.to("cpu").buffer) == 0
@@ -483,10 +460,8 @@ def test_a_device_without_a_row_of_the_validation_split_has_a_step_of_no_passes(
 def test_a_loader_that_gives_nothing_becomes_an_error(store, monkeypatch):
     monkeypatch.setattr(StepLoader, "PATIENCE", 0.5)
     monkeypatch.setattr(Steps, "__getitem__", lambda self, step: time.sleep(30))
-    data = CondenserDataModule(str(store), batch_size=16, micro_batches_per_step=4, num_workers=1)
-    data.setup("fit")
     with pytest.raises(ConnectionError, match="give nothing any more"), explained():
-        next(iter(data.train_dataloader()))
+        next(iter(data_of(store, num_workers=1).train_dataloader()))
 
 
 def test_reading_does_not_slow_down_with_the_number_of_shards(files, store, tmp_path, monkeypatch):

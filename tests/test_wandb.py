@@ -11,10 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import error_of, fit, slow
 from lightning.pytorch import Callback
+from servers import WandbServer, serving
 from test_devices import DDP, start_ranks, wait_for, write_recipe
-from test_training import STOP, assert_same_weights, fit, metrics_of
-from wandb_server import wandb_server
+from test_training import STOP, assert_same_weights, metrics_of
 
 from condenser.cli import main
 from condenser.hub import load_export
@@ -53,7 +54,7 @@ def expected_steps(run):
 
 
 def test_a_run_that_was_stopped_goes_on_in_its_wandb_run(run, recipe, tmp_path, to_server):
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         assert fit(recipe, tmp_path, "a", "--wandb", "online", *STOP, "4") == 0
         assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
@@ -71,7 +72,7 @@ def sync(run, pattern, n_parts=1):
 
 
 def test_settings_versions_checksums_and_export_are_kept(recipe, store, tmp_path, to_server):
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         assert fit(recipe, tmp_path, "a", "--wandb", "online", "--wandb_artifacts", "true") == 0
     (config,) = server.configs.values()
@@ -88,7 +89,7 @@ def test_settings_versions_checksums_and_export_are_kept(recipe, store, tmp_path
 
 def test_only_the_first_rank_talks(recipe, tmp_path, to_server):
     path = write_recipe(recipe, tmp_path / "two.yaml", trainer__devices=2, trainer__strategy=DDP, wandb="online")
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         fits = [["--config", path, "--runs_dir", tmp_path, "--name", "a"]]
         address = {name: os.environ[name] for name in ("WANDB_BASE_URL", "WANDB_API_KEY")} | {"WANDB_SERVICE": ""}
@@ -99,35 +100,29 @@ def test_only_the_first_rank_talks(recipe, tmp_path, to_server):
 
 
 @contextmanager
-def silence():
-    """An address where connections are accepted and nobody answers."""
-    with socket.socket() as listening:
-        listening.bind(("127.0.0.1", 0))
-        listening.listen(100)
-        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-
-
-@contextmanager
-def refusal():
+def silence(accepts):
+    """An address where nobody answers, and connections are accepted or refused."""
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
+        if accepts:
+            unused.listen(100)
         yield f"http://127.0.0.1:{unused.getsockname()[1]}"
 
 
-@pytest.mark.parametrize("host", [pytest.param(silence, marks=pytest.mark.slow), refusal])
+@pytest.mark.parametrize("accepts", [slow(True), False])
 def test_what_is_written_offline_as_asked_or_for_want_of_a_host_is_one_run_when_synced(
-    host, run, recipe, tmp_path, to_server, capfd
+    accepts, run, recipe, tmp_path, to_server, capfd
 ):
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         assert fit(recipe, tmp_path, "a", "--wandb", "offline", *STOP, "5") == 0
         assert not server.asked
-    with host() as url:
+    with silence(accepts) as url:
         to_server(url)
         assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
     assert "W&B cannot be reached (" in capfd.readouterr().err
     assert_same_weights(tmp_path / "a", run)
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         sync(tmp_path / "a", "offline-run-*", n_parts=2)
     assert len(server.runs) == 1
@@ -150,17 +145,17 @@ class Outage(Callback):
 OUTAGE = ["--trainer.callbacks", f"{__name__}.Outage", "--trainer.callbacks.step", "3"]
 
 
-@pytest.mark.parametrize("artifacts", ["false", pytest.param("true", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("artifacts", ["false", slow("true")])
 def test_training_goes_on_when_the_server_goes_away(artifacts, run, recipe, tmp_path, to_server, monkeypatch):
     """And what did not reach it is uploaded later."""
     monkeypatch.setitem(PATIENCE, "finish_timeout", 3.0)
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         monkeypatch.setattr(Outage, "happens", server.hang)
         assert fit(recipe, tmp_path, "a", "--wandb", "online", "--wandb_artifacts", artifacts, *OUTAGE) == 0
     assert_same_weights(tmp_path / "a", run)
     assert steps_of(server, tmp_path / "a") != expected_steps(run)
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         sync(tmp_path / "a", "run-*")
     assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a") == expected_steps(run)
@@ -177,7 +172,7 @@ def kill_the_sender():
 def test_training_goes_on_when_the_process_that_sends_is_killed(run, recipe, tmp_path, to_server):
     code = "import sys; from test_wandb import *; Outage.happens = kill_the_sender; sys.exit(main(sys.argv[1:]))"
     options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a", "--wandb", "online", *OUTAGE]
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
         command = [sys.executable, "-c", code, "fit", *options]
@@ -194,7 +189,7 @@ def test_training_goes_on_when_the_process_that_sends_is_killed(run, recipe, tmp
 def test_a_key_that_is_no_longer_valid_or_a_sender_that_is_gone_does_not_stop_a_run(
     key, sender, said, recipe, tmp_path, to_server, monkeypatch, capfd
 ):
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url, key)
         monkeypatch.setenv("WANDB_SERVICE", sender)
         assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
@@ -204,11 +199,10 @@ def test_a_key_that_is_no_longer_valid_or_a_sender_that_is_gone_does_not_stop_a_
 
 def test_a_missing_key_is_refused(recipe, tmp_path, to_server, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(tmp_path))
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         monkeypatch.delenv("WANDB_API_KEY")
-        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 1
-        assert "run `wandb login`, or take offline" in capsys.readouterr().err
+        assert "run `wandb login`, or take offline" in error_of(capsys, fit(recipe, tmp_path, "a", "--wandb", "online"))
         to_server(server.url, "short")
         assert fit(recipe, tmp_path, "a", "--wandb", "online") == 1
         assert "--wandb online: WANDB_API_KEY invalid: API key must have 40+ characters" in capsys.readouterr().err
@@ -228,7 +222,7 @@ def test_no_secret_is_found_in_the_run_folder(recipe, tmp_path, to_server, monke
     for arguments in (["init", "-q"], ["remote", "add", "origin", "https://me:5555planted@example.org/a.git"]):
         subprocess.run(["git", *arguments], check=True, cwd=tmp_path / "repository")
     monkeypatch.chdir(tmp_path / "repository")
-    with wandb_server(KEY) as server:
+    with serving(WandbServer(KEY)) as server:
         to_server(server.url)
         options = ["--wandb_artifacts", "true", "--trace_steps", "2"]
         assert fit(recipe, tmp_path, "a", "--wandb", "online", *options) == 0

@@ -1,47 +1,43 @@
-"""A small W&B server: takes what clients send, so that tests see who talks, and what comes of a run."""
+"""Servers of this machine that take what clients send, and remember it: of W&B, and a Hugging Face hub."""
 
+import base64
 import json
 import re
 import threading
 import time
-from base64 import b64encode
 from collections import defaultdict
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
 
 
-class WandbServer(ThreadingHTTPServer):
-    """Knows ``runs``: rows of the history by run id, at the offsets that were sent."""
-
+class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, key):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.key, self.url = key, f"http://127.0.0.1:{self.server_port}"
-        self.authorization = "Basic " + b64encode(f"api:{key}".encode()).decode()
-        self.runs = defaultdict(dict)  # run id -> offset -> row
-        self.configs = defaultdict(dict)
-        self.artifacts = {}  # name -> metadata and files
-        self.asked = []  # names of the queries
-        self.hung = threading.Event()
+    def __init__(self, handler):
+        super().__init__(("127.0.0.1", 0), handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request, client_address):
         """Clients hang up when they are killed."""
 
-    def hang(self):
-        """Answer nobody any more."""
-        self.hung.set()
 
-    def history(self, run):
-        return [row for _, row in sorted(self.runs[run].items())]
+@contextmanager
+def serving(server):
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    server: WandbServer
-
     def log_message(self, *args):
         pass
+
+    def body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
 
     def reply(self, content, code=200):
         body = json.dumps(content).encode()
@@ -51,10 +47,38 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
+
+# --- W&B
+
+
+class WandbServer(Server):
+    """Knows ``runs``: rows of the history by run id, at the offsets that were sent."""
+
+    def __init__(self, key):
+        super().__init__(WandbHandler)
+        self.authorization = "Basic " + base64.b64encode(f"api:{key}".encode()).decode()
+        self.runs = defaultdict(dict)  # run id -> offset -> row
+        self.configs = defaultdict(dict)
+        self.artifacts = {}  # name -> metadata and files
+        self.asked = []  # names of the queries
+        self.hung = threading.Event()
+
+    def hang(self):
+        """Answer nobody any more."""
+        self.hung.set()
+
+    def history(self, run):
+        return [row for _, row in sorted(self.runs[run].items())]
+
+
+class WandbHandler(Handler):
+    protocol_version = "HTTP/1.1"
+    server: WandbServer
+
     def do_POST(self):
         if self.server.hung.is_set():
             time.sleep(1000)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         if self.path == "/graphql" and self.headers["Authorization"] != self.server.authorization:
             self.reply({"errors": [{"message": "user is not logged in"}]}, 401)
             return
@@ -73,7 +97,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply({"limits": {}})
 
     def do_PUT(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body()
         self.reply({})
 
     def viewer(self, variables):
@@ -134,13 +158,53 @@ class Handler(BaseHTTPRequestHandler):
         return {"uploadUrl": f"{self.server.url}/upload", "uploadHeaders": [], "uploadMultipartUrls": None}
 
 
-@contextmanager
-def wandb_server(key="k" * 40):
-    server = WandbServer(key)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
+# --- the hub
+
+
+class Hub(Server):
+    """``files[branch][path]`` are the bytes that were committed."""
+
+    def __init__(self):
+        super().__init__(HubHandler)
+        self.files: dict[str, dict[str, bytes]] = {"main": {}}
+        self.refuses = ""  # a path that is answered with 403
+
+
+class HubHandler(Handler):
+    server: Hub
+
+    def do_HEAD(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_GET(self):
+        if "/revision/" in self.path or self.path.count("/") == 4:
+            return self.reply({"id": "me/model", "sha": "0" * 40, "siblings": []})
+        if "/tree/" in self.path:
+            files = self.server.files[self.path.split("?")[0].split("/")[-1]]
+            return self.reply([{"type": "file", "path": path, "oid": "2" * 40, "size": 1} for path in files])
+        return self.reply({"name": "me", "type": "user", "orgs": []})
+
+    def do_POST(self):
+        hub, parts = self.server, unquote(self.path.split("?")[0]).split("/")
+        body = self.body()
+        if hub.refuses and hub.refuses in self.path:
+            return self.reply({"error": "You may not write here"}, 403)
+        if parts[-2:] == ["repos", "create"]:
+            return self.reply({"url": f"{hub.url}/me/{json.loads(body)['name']}"})
+        if "branch" in parts:
+            hub.files[parts[-1]] = dict(hub.files["main"])  # where a branch begins
+            return self.reply({})
+        if "preupload" in parts:
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return self.reply({"files": [file | {"shouldIgnore": False} for file in files]})
+        if parts[-1] == "validate-yaml":  # of the model card
+            return self.reply({"errors": [], "warnings": []})
+        assert "commit" in parts
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                hub.files[parts[-1]][entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+            if entry["key"] == "deletedFile":
+                del hub.files[parts[-1]][entry["value"]["path"]]
+        return self.reply({"success": True, "commitOid": "1" * 40, "commitUrl": f"{hub.url}/me/model/commit/1"})
