@@ -107,16 +107,14 @@ def evaluate(
     texts, of_collections = retrieval or similarity, query or queries is not None or split != "test"
     if not (texts or attention or mteb):
         raise ValueError("nothing to measure: give --retrieval, --similarity, --attention or --mteb")
-    for what, given, needs, is_there in (
+    check_needs(
         ("--seeds are of fine-tuning and random weights", seeds, "--finetune or --baselines", finetune or baselines),
         ("--query, --queries and --split are of collections", of_collections, "--retrieval", retrieval),
         ("--pooling and --whitening are of vectors", pooling or whitening, "--retrieval or --similarity", texts),
         ("--max-length is of texts", max_length, "--retrieval, --similarity or --mteb", texts or mteb),
         ("--finetune trains on texts", finetune, "--retrieval or --similarity", texts),
         ("--baselines are none of MTEB's", baselines, "--retrieval, --similarity or --attention", texts or attention),
-    ):
-        if given and not is_there:
-            raise ValueError(f"{what}: give {needs} too")
+    )
     packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
     rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
     told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch
@@ -146,15 +144,11 @@ def evaluate(
         check_encoder(encoder, tasks, pooling or [], whitening or [])
         poolings: list[Any] = pooling or [None]
         drawn = seeds if baselines else []
-        head_loss = None
-        if attention and (Path(folder) / HEAD_FILE).is_file():
-            head = load_export(folder)
-            head_loss = probe_store(head, head.lm, attention).get("head_loss")
         jobs = plan(tasks, encoder, tunings if finetune else [], poolings, whitening or [], drawn, query)
         settings = {
             "model": model,
             **encoders.describe(encoder),
-            "head_loss": head_loss,
+            "head_loss": head_loss(folder, attention) if attention else None,
             "passages": "title (if any) and text",
             "finetune": finetune and asdict(tunings[0]) | {"train_size": sizes, "seed": seeds, "dropout": 0.0},
             "bm25": BM25,
@@ -178,6 +172,21 @@ def whole_number(size: str) -> int:
     if not size.isdecimal():
         raise ValueError(f"--train-sizes {size}: give numbers, or all")
     return int(size)
+
+
+def check_needs(*options: tuple[str, Any, str, Any]) -> None:
+    """Raises ValueError for one that is given without what it needs: (what, whether given, needs, whether there)."""
+    for what, is_given, needs, is_there in options:
+        if is_given and not is_there:
+            raise ValueError(f"{what}: give {needs} too")
+
+
+def head_loss(folder: str, store: str) -> dict[str, float] | None:
+    """What the head of an export loses without the true [CLS]; None for a model without a head."""
+    if not (Path(folder) / HEAD_FILE).is_file():
+        return None
+    model = load_export(folder)
+    return probe_store(model, model.lm, store).get("head_loss")
 
 
 def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], whitening: Sequence[int]) -> None:
