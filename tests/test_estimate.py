@@ -227,7 +227,7 @@ def test_the_largest_micro_batch_fits_and_a_larger_one_does_not(tmp_path, monkey
         (["--model.skip_from", "9"], "skip_from=9"),
         (["--model.backbone_config.max_position_embeddings", "20"], "and a backbone that takes 20"),
         (["--model.optimizer.optimizer", "torch.optim.Adafactor"], "Adafactor reads values"),
-        (["--model.backbone", "nobody/nothing"], "model.backbone: no configuration of 'nobody/nothing' is at hand"),
+        (["--model.backbone", "nobody/nothing"], "a folder, or --model.backbone null for a BERT of base size"),
     ],
 )
 def test_what_fit_refuses_is_refused(recipe, capsys, options, message):

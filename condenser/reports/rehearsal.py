@@ -6,6 +6,7 @@ kernels is not seen, nor what a compiler saves.
 """
 
 from contextlib import ExitStack, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -108,12 +109,14 @@ def untrained(module: CondenserModule, **defaults: Any) -> Objective:
     else:
         try:
             config = config_of(module.backbone)
-            config = with_settings(getattr(config, "backbone_config", config), module.backbone_config)
-        except OSError as error:
+        except ValueError as error:
+            if Path(module.backbone).exists():
+                raise
             raise ValueError(
-                f"model.backbone: no configuration of {module.backbone!r} is at hand ({str(error).splitlines()[0]}); "
-                "give a folder, or --model.backbone null for a BERT of base size that model.backbone_config changes"
+                f"model.backbone: {error}; give a folder, or --model.backbone null for a BERT of base size that "
+                "model.backbone_config changes"
             ) from None
+        config = with_settings(getattr(config, "backbone_config", config), module.backbone_config)
         lm = AutoModelForMaskedLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
     if module.beginning["max_positions"] is not None:
         lm = with_positions(lm, module.beginning["max_positions"])
