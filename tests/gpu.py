@@ -29,7 +29,8 @@ from condenser.data.synthetic import VOCABULARY, SyntheticStore
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.losses import FUSED_AVAILABLE
-from condenser.models.objective import COUNTS, padded
+from condenser.models.objective import COUNTS
+from condenser.models.padded import padded
 from condenser.models.retromae import RetroMAE
 from condenser.reports.rows import steps_over
 from condenser.reports.trial import FIRST, RECIPES, Trial, matmul_rate

@@ -41,7 +41,7 @@ from condenser.models.backbones.base import backbone_of, depths, longest_text, p
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.losses import pair_losses, pair_scores
-from condenser.models.objective import flattened
+from condenser.models.padded import flattened
 from condenser.models.positions import extended, with_positions
 from condenser.models.pretraining import CondenserForPreTraining
 from condenser.models.retromae import RetroMAE

@@ -15,7 +15,7 @@ from condenser.cli import main
 from condenser.evaluation.looking import attention, gibbs, logits_at_masks, predictions, whole_model
 from condenser.hub import load_export
 from condenser.models.condenser import Condenser
-from condenser.models.objective import flattened
+from condenser.models.padded import flattened
 from condenser.models.retromae import RetroMAE
 
 TEXT = "the encoder [MASK] dense [MASK]"

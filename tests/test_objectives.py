@@ -29,7 +29,8 @@ from condenser.hub import load_checkpoint, load_export
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.flops import Work
 from condenser.models.losses import pair_losses, pair_measures, pair_scores
-from condenser.models.objective import COUNTS, Objective, Term, flattened
+from condenser.models.objective import COUNTS, Objective, Term
+from condenser.models.padded import flattened
 from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.passes import inputs_of

@@ -27,8 +27,8 @@ from condenser.hub import load_export
 from condenser.models.backbones.base import backbone_of, build_masked_lm
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
-from condenser.models.objective import COUNTS, Objective, flattened
-from condenser.models.pretraining import before_masking
+from condenser.models.objective import COUNTS, Objective
+from condenser.models.padded import before_masking, flattened
 from condenser.models.retromae import DupMAE, RetroMAE
 from condenser.runs import checkpoints
 from condenser.training.passes import pass_loss

@@ -30,7 +30,7 @@ from condenser.hub import load_export
 from condenser.models.backbones.base import prepare_layers
 from condenser.models.backbones.bert import Bert
 from condenser.models.condenser import Condenser
-from condenser.models.objective import flattened
+from condenser.models.padded import flattened
 from condenser.reports.figures import panels_for
 
 SHARES = ("perf/probe_fraction", "perf/retrieval_fraction")

@@ -89,7 +89,8 @@ class Candidate:
 
         Chosen once for all seeds of an encoder, pooling, collection and size, and kept in the output folder.
         """
-        assert self.tuning is not None and self.trained_on is not None  # noqa: PT018
+        assert self.tuning is not None
+        assert self.trained_on is not None
         part = self.trained_on.held_out()
         once = replace(self, tuning=replace(self.tuning, seed=0), drawn=None if self.drawn is None else 0)
         path = folder / "choices" / f"{fingerprint(once.fingerprint, versions())}.json"

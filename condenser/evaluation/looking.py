@@ -28,8 +28,9 @@ from condenser.models.backbones.base import longest_text
 from condenser.models.condenser import Condenser
 from condenser.models.files import is_run
 from condenser.models.losses import logits_of
-from condenser.models.objective import Objective, flattened
-from condenser.models.pretraining import CondenserForPreTraining, before_masking, opened
+from condenser.models.objective import Objective
+from condenser.models.padded import before_masking, flattened
+from condenser.models.pretraining import CondenserForPreTraining, opened
 from condenser.reports.inspection import inspect_store
 from condenser.reports.tables import table
 from condenser.runs import at_least

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from condenser.models.attention import take
 from condenser.models.flops import Work, training_flops
-from condenser.models.objective import Objective, Term, flattened, identity, padded
+from condenser.models.objective import Objective, Term, identity
+from condenser.models.padded import flattened, padded
 
 
 @dataclass

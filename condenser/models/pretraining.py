@@ -32,16 +32,15 @@ from condenser.models.condenser import Condenser
 from condenser.models.files import reading
 from condenser.models.heads import HEAD_FILE, head_beside, load_head, parts
 from condenser.models.initial import part_biases
-from condenser.models.losses import IGNORED
 from condenser.models.objective import (
     Objective,
     class_of,
     class_path,
-    flattened,
     known_class,
     known_options,
     setting_names,
 )
+from condenser.models.padded import before_masking, flattened
 from condenser.models.retromae import DupMAE, RetroMAE
 
 OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # arguments of from_pretrained
@@ -250,18 +249,6 @@ def class_of_name(given: Any) -> type[Objective] | None:
 
 def warn(message: str) -> None:
     logging.get_logger(__name__).warning(message)
-
-
-def before_masking(batch: dict[str, Any], drawn_anew: bool = False) -> dict[str, Any]:
-    """The tokens of a flat pass as they were, -100 at the first and the last of each sequence; and keys ``[B]``, by
-    which a decoder draws what it sees: others in each batch, or always the same."""
-    original = batch["input_ids"].index_copy(0, batch["masked_index"], batch["labels"].to(batch["input_ids"].dtype))
-    bounds = batch["cu_seqlens"]
-    original = original.index_fill(0, torch.cat([bounds[:-1], bounds[1:] - 1]), IGNORED)
-    keys = torch.arange(len(bounds) - 1, device=bounds.device)
-    if drawn_anew:
-        keys = torch.randint(2**31, keys.shape, device=bounds.device)
-    return {"original_ids": original, "keys": keys, "n_ordinary": int((original != IGNORED).sum())}
 
 
 def objective_on(lm: PreTrainedModel, path: str, settings: dict[str, Any]) -> Objective:

@@ -78,7 +78,7 @@ def costs(module: CondenserModule, datamodule: CondenserDataModule, trainer: Any
         raise ValueError(f"trainer.precision={precision} cannot be estimated; use 32-true or bf16-mixed")
     setting = Setting(precision, module.gradient_checkpointing, module.fused_loss, on_gpu)
     datamodule.tokens_per_pass = datamodule.tokens_per_pass or (TOKENS_AT_ONCE if on_gpu else 1)
-    datamodule.num_workers = 0
+    datamodule.num_workers = 0  # what is read is read here
     datamodule.provide_for(module.objective)
     data = data_of(datamodule, options.tokens)
     steps, tokens = length_of_run(trainer, datamodule.batch_size, data)

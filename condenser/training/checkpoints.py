@@ -97,11 +97,7 @@ class WholeFiles(TorchCheckpointIO):
             path.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(path) as partial, open(partial, "wb") as file:
                 save(checkpoint, file)
-            folder = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(folder)  # its name is on disk too
-            finally:
-                os.close(folder)
+            sync_folder(path.parent)
         except OSError as error:
             cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
             if cause.errno not in FULL:
@@ -127,6 +123,15 @@ def save(checkpoint: dict[str, Any], file: Any) -> None:
             raise error.__context__ from None
         raise
     file.write(seal(sealed.crc))
+
+
+def sync_folder(folder: Path) -> None:
+    """Renamed files have their names on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def remove_leftovers(run: Path) -> None:

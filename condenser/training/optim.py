@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from condenser.models.backbones.base import depths
+from condenser.training.failures import one_line
 
 
 @dataclass
@@ -86,8 +87,8 @@ class Optimization:
         try:
             self.made([{"params": [weight], "weight_decay": 0.0} for weight in weights]).step()
         except Exception as error:
-            reason = " ".join(str(error).split())
-            raise ValueError(f"model.optimizer.optimizer={self.optimizer.__name__} takes no step: {reason}") from error
+            name = self.optimizer.__name__
+            raise ValueError(f"model.optimizer.optimizer={name} takes no step: {one_line(error)}") from error
 
 
 def build_optimizer(module: nn.Module, settings: Optimization, start: dict[str, Tensor] | None = None) -> Optimizer:
