@@ -286,8 +286,8 @@ SHARED += [("decoder-ddp", 2, "decoder"), slow("decoder-sharded", 2, "decoder")]
 
 @pytest.mark.parametrize(("name", "devices", "alone"), SHARED)
 def test_a_step_has_the_same_gradient_however_it_is_shared(name, devices, alone, runs):
-    """Within what the order of summation does in fp32; with a contrast, siblings are on several devices, and vectors that
-    hardly differ at the beginning are rounded more (in fp64, which sharding does not take, it is less than 1e-12)."""
+    """Within what the order of summation does in fp32. With a contrast, siblings are on several devices, and vectors
+    that hardly differ at the beginning are rounded more (in fp64, which sharding does not take, less than 1e-12)."""
     tolerance = 1e-5 if alone == "contrast" else 1e-6
     for rank in range(devices):
         assert distance(gradient(runs, name, rank), gradient(runs, alone)) < tolerance
