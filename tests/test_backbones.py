@@ -1,5 +1,6 @@
 """Every family of backbones: states, losses and gradients are those of Hugging Face's own modules, dense and padded."""
 
+import inspect
 import itertools
 from functools import partial
 from operator import attrgetter
@@ -11,6 +12,7 @@ from conftest import error_of, fit
 from test_model import tiny_batch, tiny_config
 from test_objectives import close
 from torch import nn
+from torch.nn.attention import varlen
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -37,6 +39,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 from condenser.cli import main
 from condenser.evaluation.probes import cls_attention_entropy
 from condenser.hub import load_export
+from condenser.models import attention
 from condenser.models.backbones.base import backbone_of, depths, longest_text, prepare_layers
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
@@ -210,6 +213,65 @@ def test_condensers_losses_and_gradients_are_those_of_whole_padded_rows(family, 
     found, expected = gradients_of(out.loss, model), gradients_of(late + head, model)
     assert all(gradient.any() for gradient in expected[:3])
     close(found, expected, rounding(family))
+
+
+OF_KERNELS = "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size"
+
+
+def one_by_one(query, key, value, queries, keys, scale=None, window=-1):
+    """Torch's attention over each sequence alone."""
+    found = []
+    for (a, b), (c, d) in zip(itertools.pairwise(queries.tolist()), itertools.pairwise(keys.tolist()), strict=True):
+        assert window < 0 or b - a == d - c, "of fewer queries than keys the kernel takes the window's place otherwise"
+        far = (torch.arange(b - a)[:, None] - torch.arange(d - c)).abs()
+        row = (each.transpose(0, 1) for each in (query[a:b], key[c:d], value[c:d]))
+        row = F.scaled_dot_product_attention(*row, attn_mask=far <= window if window >= 0 else None, scale=scale)
+        found.append(row.transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Where a GPU would run a kernel its stand-in is run, and noted by name; for `varlen_attn` with the arguments that
+    torch's own takes."""
+    ran, known = [], inspect.signature(varlen.varlen_attn)
+
+    def varlen_attn(*args, **options):
+        given = known.bind(*args, **options)
+        given.apply_defaults()
+        *states, queries, keys, max_q, max_k, scale, (window, _) = (given.arguments[name] for name in OF_KERNELS)
+        assert queries.diff().max() <= max_q
+        assert keys.diff().max() <= max_k
+        ran.append("varlen" if window < 0 else "window")
+        return one_by_one(*states, queries, keys, scale, window)
+
+    def short_attention(states, bounds):
+        ran.append("short")
+        return one_by_one(*states.unbind(1), bounds, bounds)
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "short_attention", short_attention)
+    return ran
+
+
+BY_KERNELS = [(family, Condenser, False) for family in MODELS]
+BY_KERNELS += [("bert", RetroMAE, True), ("modernbert", Condenser, True), ("modernbert, window last", RetroMAE, True)]
+
+
+@pytest.mark.parametrize(("family", "objective", "is_short"), BY_KERNELS)
+def test_by_kernels_that_take_sequences_as_they_lie_all_is_the_same(family, objective, is_short, kernels, monkeypatch):
+    options = {"skip_from": 2} if objective is Condenser else {}
+    model = CondenserForPreTraining.of(objective(lm_of(family), **options).double()).eval()
+    batch, found = tiny_batch(length=37), []
+    monkeypatch.setattr(attention, "is_short", lambda *_: is_short)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(attention, "has_kernel", lambda *_, on_gpu=on_gpu: on_gpu)
+        loss = model(**batch).loss
+        found.append([loss, *gradients_of(loss, model)])
+        assert bool(kernels) == (on_gpu and model.model.backbone.has_kernel)
+    close(*found)
+    assert ("short" in kernels) == is_short
+    assert ("window" in kernels) == family.startswith("modernbert")
 
 
 @family
