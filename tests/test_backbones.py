@@ -8,7 +8,7 @@ from operator import attrgetter
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import error_of, fit
+from conftest import error_of, fit, slow
 from test_model import tiny_batch, tiny_config
 from test_objectives import close
 from torch import nn
@@ -44,7 +44,7 @@ from condenser.models.backbones.base import backbone_of, depths, longest_text, p
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
 from condenser.models.losses import pair_losses, pair_scores
-from condenser.models.padded import flattened
+from condenser.models.padded import before_masking, flattened
 from condenser.models.positions import extended, with_positions
 from condenser.models.pretraining import CondenserForPreTraining
 from condenser.models.retromae import RetroMAE
@@ -215,40 +215,35 @@ def test_condensers_losses_and_gradients_are_those_of_whole_padded_rows(family, 
     close(found, expected, rounding(family))
 
 
-OF_KERNELS = "query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k", "scale", "window_size"
-
-
-def one_by_one(query, key, value, queries, keys, scale=None, window=-1):
-    """Torch's attention over each sequence alone."""
-    found = []
-    for (a, b), (c, d) in zip(itertools.pairwise(queries.tolist()), itertools.pairwise(keys.tolist()), strict=True):
-        assert window < 0 or b - a == d - c, "of fewer queries than keys the kernel takes the window's place otherwise"
-        far = (torch.arange(b - a)[:, None] - torch.arange(d - c)).abs()
-        row = (each.transpose(0, 1) for each in (query[a:b], key[c:d], value[c:d]))
-        row = F.scaled_dot_product_attention(*row, attn_mask=far <= window if window >= 0 else None, scale=scale)
-        found.append(row.transpose(0, 1))
-    return torch.cat(found)
+def one_by_one(query, key, value, queries, keys, scale=None, window=None):
+    """Torch's attention of each sequence over itself, in one matrix, which compilers take."""
+    row, column = (torch.arange(len(each)) for each in (query, key))
+    mask = torch.bucketize(row, queries, right=True)[:, None] == torch.bucketize(column, keys, right=True)
+    mask = mask if window is None else mask & ((row[:, None] - column).abs() <= window)
+    heads = (each.transpose(0, 1) for each in (query, key, value))
+    return F.scaled_dot_product_attention(*heads, attn_mask=mask, scale=scale).transpose(0, 1)
 
 
 @pytest.fixture
 def kernels(monkeypatch):
-    """Where a GPU would run a kernel its stand-in is run, and noted by name; for `varlen_attn` with the arguments that
-    torch's own takes."""
-    ran, known = [], inspect.signature(varlen.varlen_attn)
+    """Where a GPU would run a kernel its stand-in is run, and noted by name."""
+    ran = []
 
-    def varlen_attn(*args, **options):
-        given = known.bind(*args, **options)
-        given.apply_defaults()
-        *states, queries, keys, max_q, max_k, scale, (window, _) = (given.arguments[name] for name in OF_KERNELS)
-        assert queries.diff().max() <= max_q
-        assert keys.diff().max() <= max_k
-        ran.append("varlen" if window < 0 else "window")
-        return one_by_one(*states, queries, keys, scale, window)
+    def varlen_attn(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+        window = None if window_size == (-1, -1) else window_size[0]
+        assert window is None or cu_seq_q is cu_seq_k  # else it counts queries from the end
+        if not torch.compiler.is_compiling():
+            assert cu_seq_q.diff().max() <= max_q
+            assert cu_seq_k.diff().max() <= max_k
+            ran.append("varlen" if window is None else "window")
+        return one_by_one(query, key, value, cu_seq_q, cu_seq_k, scale, window)
 
     def short_attention(states, bounds):
-        ran.append("short")
+        if not torch.compiler.is_compiling():
+            ran.append("short")
         return one_by_one(*states.unbind(1), bounds, bounds)
 
+    assert {*inspect.signature(varlen_attn).parameters} <= {*inspect.signature(varlen.varlen_attn).parameters}
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     monkeypatch.setattr(attention, "short_attention", short_attention)
     return ran
@@ -258,20 +253,37 @@ BY_KERNELS = [(family, Condenser, False) for family in MODELS]
 BY_KERNELS += [("bert", RetroMAE, True), ("modernbert", Condenser, True), ("modernbert, window last", RetroMAE, True)]
 
 
-@pytest.mark.parametrize(("family", "objective", "is_short"), BY_KERNELS)
-def test_by_kernels_that_take_sequences_as_they_lie_all_is_the_same(family, objective, is_short, kernels, monkeypatch):
+@pytest.fixture
+def by_kernels(family, objective, is_short, monkeypatch):
     options = {"skip_from": 2} if objective is Condenser else {}
-    model = CondenserForPreTraining.of(objective(lm_of(family), **options).double()).eval()
-    batch, found = tiny_batch(length=37), []
+    monkeypatch.setattr(attention, "has_kernel", lambda *_: True)
     monkeypatch.setattr(attention, "is_short", lambda *_: is_short)
+    return CondenserForPreTraining.of(objective(lm_of(family), **options).double()).eval()
+
+
+@pytest.mark.parametrize(("family", "objective", "is_short"), BY_KERNELS)
+def test_by_kernels_that_take_sequences_as_they_lie_all_is_the_same(family, is_short, by_kernels, kernels, monkeypatch):
+    batch, found = tiny_batch(length=37), []
     for on_gpu in (False, True):
+        assert not kernels
         monkeypatch.setattr(attention, "has_kernel", lambda *_, on_gpu=on_gpu: on_gpu)
-        loss = model(**batch).loss
-        found.append([loss, *gradients_of(loss, model)])
-        assert bool(kernels) == (on_gpu and model.model.backbone.has_kernel)
+        loss = by_kernels(**batch).loss
+        found.append([loss, *gradients_of(loss, by_kernels)])
+    assert bool(kernels) == by_kernels.model.backbone.has_kernel
     close(*found)
     assert ("short" in kernels) == is_short
     assert ("window" in kernels) == family.startswith("modernbert")
+
+
+@pytest.mark.parametrize(("family", "objective", "is_short"), [slow(*each) for each in BY_KERNELS[-4:]])
+def test_and_with_them_a_pass_is_one_graph(by_kernels, kernels):
+    fields = flattened(by_kernels.model.backbone, *tiny_batch(length=37).values())
+    inputs, losses = inputs_of(fields | before_masking(fields)), by_kernels.model.losses
+    torch._dynamo.reset()
+    compiled = torch.compile(losses, dynamic=False, fullgraph=True, backend="eager")(inputs)
+    assert not kernels
+    for name, term in losses(inputs).items():
+        assert compiled[name].sum.item() == pytest.approx(term.sum.item())
 
 
 @family
