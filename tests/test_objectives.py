@@ -390,6 +390,18 @@ def test_vectors_that_are_all_alike_rank_in_the_middle():
     assert pair_measures(vectors, pair_scores(vectors))["contrast_mrr"].item() == pytest.approx(1 / 4)
 
 
+@pytest.mark.parametrize("scaled", [torch.mul, torch.div])
+def test_a_learned_temperature_has_the_gradient_of_the_others_scores(scaled):
+    vectors, temperature = torch.randn(6, 5), torch.tensor(0.1, requires_grad=True)
+    losses, _ = pair_losses(scaled(pair_scores(vectors, cosine=True), temperature))
+    unit = F.normalize(vectors, dim=-1)
+    kept = ~torch.eye(6, dtype=torch.bool)
+    others = (unit @ unit.T)[kept].view(6, 5)  # row i without i: its sibling is at i, or for odd i at i - 1
+    expected = F.cross_entropy(scaled(others, temperature), torch.arange(6) // 2 * 2)
+    of_both = (torch.autograd.grad(loss, temperature) for loss in (losses.mean(), expected))
+    torch.testing.assert_close(*of_both)
+
+
 def test_measures_of_pairs_are_those_of_their_definitions():
     vectors = torch.randn(8, 5)
     scores = pair_scores(vectors)

@@ -72,12 +72,13 @@ def predicted_right(hidden: Tensor, decoder: nn.Linear, targets: Tensor) -> Tens
 
 
 def pair_scores(vectors: Tensor, cosine: bool = False) -> Tensor:
-    """Dot products in fp32 of all pairs of ``[N, H]``: ``[N, N]``, -inf with itself."""
+    """Dot products in fp32 of all pairs of ``[N, H]``: ``[N, N]``, -1e30 with itself (-inf would make the
+    gradient of a learned temperature NaN)."""
     with torch.autocast(vectors.device.type, enabled=False):
         vectors = at_least_fp32(vectors)
         vectors = F.normalize(vectors, dim=-1) if cosine else vectors
         own = torch.eye(len(vectors), dtype=torch.bool, device=vectors.device)
-        return (vectors @ vectors.T).masked_fill(own, -torch.inf)
+        return (vectors @ vectors.T).masked_fill(own, -1e30)
 
 
 def pair_losses(scores: Tensor) -> tuple[Tensor, Tensor]:
