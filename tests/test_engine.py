@@ -125,6 +125,13 @@ def test_micro_batches_may_be_computed_together_and_filled_up_by_dummies(family,
         assert n_right == sum(int(term.correct.sum()) for term in plain)
 
 
+def test_a_pass_of_a_few_tokens_is_filled_up_too():
+    row = int(SyntheticStore(1000, max_length=36).lengths.argmin())
+    assert flat_pass(1, row)["n_tokens"] < 32
+    fields = flat_pass(1, row, SHAPES)
+    assert len(fields["input_ids"]) == 2 * SHAPES.longest
+
+
 @pytest.mark.parametrize("shape", [Shape(400, 40, 70, 40), Shape(300, 12, 50, 40), Shape(1024, 64, 128, 64)])
 def test_a_pass_is_filled_up_by_sequences_that_begin_at_tokens_and_are_not_longer_than_real_ones(shape):
     fields = filled(flat_pass(), shape)

@@ -48,7 +48,7 @@ class Shapes:
         """The smallest that holds a pass and the dummy sequences which fill it up."""
         n_tokens = fields["n_tokens"]
         while True:
-            n_tokens = up(n_tokens + 1, max(1 << (n_tokens.bit_length() - 6), 2 * self.longest))
+            n_tokens = up(n_tokens + 1, max((1 << n_tokens.bit_length()) >> 6, 2 * self.longest))
             n = n_tokens / self.tokens  # sequences, on average
             n_sequences = up(1.125 * n + 4 * n**0.5 + 8, 32)
             n_masked = up(1.01 * self.masked * n + 2 * n**0.5 + 8, 64)
