@@ -297,6 +297,13 @@ def test_validate_gives_the_runs_last_validation(run, recipe, capsys):
     assert float(found[1]) == pytest.approx(float(metrics_of(run)[-1]["val/loss"]), rel=1e-6)
 
 
+def test_validate_says_where_there_is_nothing_to_validate_on(run, recipe, store, corpus, tmp_path, capsys):
+    made = ["--input", str(corpus), "--tokenizer", str(store / "tokenizer"), "--output", str(tmp_path / "out")]
+    assert main(["prepare", *made, "--validation-fraction", "0", "--max-length", "40"]) == 0
+    where = ["--runs_dir", str(run.parent), "--name", run.name, "--data.store", str(tmp_path / "out")]
+    error_of(capsys, main(["validate", "--config", str(recipe), *where]), "larger --validation-fraction")
+
+
 def test_validation_is_the_global_mean_over_masked_tokens(run, store):
     model, _ = load_checkpoint(checkpoints(run)[0])
     module = data_of(store, batch_size=7, micro_batches_per_step=1, seed=1)

@@ -245,7 +245,8 @@ def leave(cli: RunCLI) -> None:
 
 
 def validate(args: Sequence[str]) -> None:
-    run_cli("validate", args)
+    if not len(run_cli("validate", args).datamodule.validation):
+        raise ValueError("the store has no validation split: prepare it with a larger --validation-fraction")
 
 
 def run_cli(subcommand: str, args: Sequence[str], cli: type[RunCLI] = RunCLI, held: ExitStack | None = None) -> RunCLI:
@@ -275,6 +276,7 @@ def quiet() -> None:
         "The `srun` command is available on your system but is not used",
         ".*callbacks used to create the checkpoint need to be provided",
         ".*Checkpoint directory .* exists and is not empty",
+        "Total length of `list` across ranks is zero",  # no validation split, as `prepare` has said
         ".*isinstance\\(treespec, LeafSpec\\)",
         "It is recommended to use `self.log",  # with sync_dist: what is logged is the same on all devices
     ):
