@@ -1,5 +1,7 @@
 """Poolings: each against the backbone's hidden states, without influence of padding, saved and loaded, and trained."""
 
+import shutil
+
 import pytest
 import torch
 from conftest import TINY_MODEL, make_documents, write_bert
@@ -19,7 +21,15 @@ def bert(tmp_path_factory):
     return write_bert(tmp_path_factory.mktemp("bert"), [*make_documents(40), *TEXTS], **TINY_MODEL)
 
 
-@pytest.fixture(params=["bert", "roberta"])
+@pytest.fixture(scope="module")
+def padded_on_the_left(bert, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("left")
+    shutil.copytree(bert, folder, dirs_exist_ok=True)
+    AutoTokenizer.from_pretrained(bert, padding_side="left").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["bert", "roberta", "padded_on_the_left"])
 def model_folder(request):
     return str(request.getfixturevalue(request.param))
 

@@ -27,6 +27,7 @@ def load_tokenizer(name: str | Path) -> Any:
         raise ValueError(f"no tokenizer could be loaded from {name!r}: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise ValueError(f"the tokenizer {name!r} has no fast version, which word boundaries are read from")
+    tokenizer.padding_side = "right"  # BERT's positions are counted from the left
     return tokenizer
 
 

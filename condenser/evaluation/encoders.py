@@ -54,6 +54,7 @@ def load_encoder(name: str, max_length: int | None) -> Encoder:
             transformer = Transformer(name, **{part: {"trust_remote_code": False} for part in parts})
             encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
     encoder.float()
+    encoder.tokenizer.padding_side = "right"  # BERT's positions are counted from the left
     longest = longest_text(backbone(encoder).config)
     if max_length and longest and max_length > longest:
         raise ValueError(f"--max-length {max_length}: {name} takes at most {longest} tokens")
