@@ -413,7 +413,7 @@ def test_rows_of_the_table_and_the_example(measure, capsys):
     assert "where lives the wolf" in printed
 
 
-def test_rows_are_computed_once_and_again_when_their_settings_change(measure, capsys):
+def test_rows_are_computed_once_and_again_when_their_settings_change(measure, model_folder, tmp_path, capsys):
     before = measure(baselines=True, query="wolf")
     capsys.readouterr()
     assert measure(baselines=True, query="wolf") == before
@@ -424,6 +424,12 @@ def test_rows_are_computed_once_and_again_when_their_settings_change(measure, ca
     assert capsys.readouterr().out.count("as before") == 3  # all but the one that answers
     assert other["example"]["query"] == "bear"
     assert measure(baselines=True, query="wolf", max_length=16)["example"]["query"] == "wolf"
+    shutil.copytree(model_folder, tmp_path / "model")
+    config = tmp_path / "model/config.json"
+    config.write_text(config.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 4'))
+    capsys.readouterr()
+    measure(baselines=True, query="wolf", model=tmp_path / "model")
+    assert capsys.readouterr().out.count("as before") == 1  # the weights are the same, the encoder is not
 
 
 def test_rows_that_are_not_asked_for_are_kept_and_not_shown(measure, pairs_folder, tmp_path, capsys):

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import json
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -141,8 +142,13 @@ def describe(encoder: Encoder) -> dict[str, Any]:
     weights = hashlib.sha256()
     for name, tensor in sorted(encoder.state_dict().items()):
         weights.update(name.encode() + tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    modules: Any = list(encoder)
+    parts = [module.get_config_dict() for module in modules if hasattr(module, "get_config_dict")]
+    config = backbone(encoder).config.to_dict() | {"_name_or_path": None}
+    settings = json.dumps([parts, config, encoder.default_prompt_name, encoder.truncate_dim], sort_keys=True)
     return {
         "weights": weights.hexdigest()[:16],
+        "config": hashlib.sha256(settings.encode()).hexdigest()[:16],
         "tokenizer": tokenizer_hash(encoder.tokenizer),
         "modules": [type(module).__name__ for module in encoder],
         "pooling": pooling_of(encoder),
