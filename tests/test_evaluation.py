@@ -18,8 +18,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import make_documents, write_bert, write_rows
-from sentence_transformers import SentenceTransformerTrainer
+from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.modules import Dense
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from transformers import AutoTokenizer, BertForMaskedLM
 
 from condenser.cli import main
@@ -661,6 +662,7 @@ def test_length_groups_save_padding_and_change_no_weight(encoder, monkeypatch, l
         ({"retrieval": None, "mteb": ["a"], "finetune": True}, "--finetune trains on texts: give --retrieval or"),
         ({"model": "./nowhere"}, "no model folder at ./nowhere"),
         ({"model": "BARE"}, "no model folder at .*bare"),
+        ({"model": "STATIC"}, "static is of StaticEmbedding, not a transformer"),
         ({"retrieval": None, "attention": "STORE", "max_length": None}, "another tokenizer than the encoder"),
         ({"split": "train", "finetune": True}, "--split train: what farm would be trained on is what is scored"),
         ({"retrieval": ["nowhere"]}, "no retrieval collection at nowhere"),
@@ -679,7 +681,10 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     (few / "qrels/train.tsv").write_text("q7\td7\t1\nq8\td8\t1\n")
     (bare / "qrels/train.tsv").unlink()
     (tmp_path / "run/checkpoints").mkdir(parents=True)  # is not exported before all else is looked at
+    words = StaticEmbedding(AutoTokenizer.from_pretrained(store / "tokenizer").backend_tokenizer, embedding_dim=4)
+    SentenceTransformer(modules=[words]).save_pretrained(str(tmp_path / "static"))
     paths = {"FEW": few, "BARE": bare, "PAIRS": pairs_folder, "STORE": store, "RUN": tmp_path / "run"}
+    paths["STATIC"] = tmp_path / "static"
 
     def named(value):
         if isinstance(value, list):

@@ -54,6 +54,8 @@ def load_encoder(name: str, max_length: int | None) -> Encoder:
             parts = ("config_kwargs", "model_kwargs", "processor_kwargs")
             transformer = Transformer(name, **{part: {"trust_remote_code": False} for part in parts})
             encoder = SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), "cls")])
+    if backbone(encoder) is None:
+        raise ValueError(f"{name} is of {', '.join(type(module).__name__ for module in encoder)}, not a transformer")
     encoder.float()
     encoder.tokenizer.padding_side = "right"  # BERT's positions are counted from the left
     longest = longest_text(backbone(encoder).config)
