@@ -126,6 +126,15 @@ def test_a_plan_holds_together(path, study):
     assert study.table(nothing, plan.plan["columns"]).startswith("| |")
 
 
+def test_a_process_that_finds_another_at_the_text_starts_nothing(study, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(study, "main", None)
+    monkeypatch.setattr(sys, "argv", ["study.py", str(written(tmp_path)), *WORDS])
+    (tmp_path / "runs/locks").mkdir(parents=True)
+    with locked(tmp_path / "runs/locks/store", "{holder}"), pytest.raises(SystemExit, match="not prepared yet"):
+        study.study()
+    assert "store: at work: process" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("path", PLANS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_a_study_begins_with_the_text_that_its_plan_prepares(path, study, tmp_path, monkeypatch):
     commands = []
@@ -136,7 +145,7 @@ def test_a_study_begins_with_the_text_that_its_plan_prepares(path, study, tmp_pa
     assert [main([*command, "--print_config"]) for command in commands] == [0]
 
 
-def test_a_cell_of_another_command_is_measured_again_in_the_same_folder(study, tiny_export, tmp_path, monkeypatch):
+def test_a_cell_is_measured_again_of_another_command_or_without_its_result(study, tiny_export, tmp_path, monkeypatch):
     plan = opened(study, written(tmp_path))
     shutil.copytree(tiny_export, tmp_path / "mlm-seed=1" / "export")
     (tmp_path / "pairs.tsv").write_text("score\tsentence1\tsentence2\n1\ta\tb\n2\tc\tc\n3\td\te\n")
@@ -145,7 +154,9 @@ def test_a_cell_of_another_command_is_measured_again_in_the_same_folder(study, t
     for length in (16, 16, 12):
         words = ["--similarity", str(tmp_path / "pairs.tsv"), "--max-length", str(length)]
         study.evaluated(plan, tmp_path / "mlm-seed=1", "sts", words)
-    assert [command[-1] for command in commands] == ["16", "12"]
+    (tmp_path / "mlm-seed=1/evaluation-sts/results.json").unlink()
+    study.evaluated(plan, tmp_path / "mlm-seed=1", "sts", words)
+    assert [command[-1] for command in commands] == ["16", "12", "12"]
 
 
 def test_words_stand_for_folders(study):

@@ -29,6 +29,7 @@ import yaml
 from condenser.cli import main
 from condenser.cluster import signals
 from condenser.data.lock import locked
+from condenser.data.store import write_json
 from condenser.evaluation.evaluate import mean_and_spread
 from condenser.reports import reference
 from condenser.runs import METRICS, SUMMARY, read_metrics
@@ -94,6 +95,8 @@ def study() -> None:
         if free and not (plan.store / "manifest.json").is_file():
             words = map(str, plan.plan["prepare"])  # some are numbers
             run(plan, "prepare", "--input", *options.wikipedia, *words, "--output", str(plan.store))
+    if not (plan.store / "manifest.json").is_file():
+        sys.exit("the text is not prepared yet: start again to go on")
     for arm in options.arms or plan.arms:
         for seed in plan.arms[arm].seeds:
             work_on(plan, arm, seed)
@@ -165,12 +168,12 @@ def evaluated(plan: Study, folder: Path, name: str, command: list[str]) -> None:
     """What is done is noted with its command; what is interrupted keeps the rows that it has."""
     output = folder / f"evaluation-{name}"
     note = folder / f"evaluation-{name}.command.json"  # beside, as the folder is its command's alone
-    if note.is_file() and json.loads(note.read_text()) == command:
+    if (output / "results.json").is_file() and note.is_file() and json.loads(note.read_text()) == command:
         return
     with alarm(plan.end, signal.SIGINT):
         code = run(plan, "evaluate", str(folder / "export"), "--output", str(output), *command)
     if code == 0:
-        note.write_text(json.dumps(command))
+        write_json(note, command)
 
 
 @contextlib.contextmanager
