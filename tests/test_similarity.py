@@ -37,6 +37,8 @@ LAYOUTS = {
     "comma.csv": "\ufeffsentence1,sentence2,label\n" + "".join(quoted(a, b, s) + "\n" for s, a, b in ROWS),
     "first.csv": "".join(quoted(s, a, b) + "\n" for s, a, b in ROWS),
     "last.tsv": "".join(f"{a}\t{b}\t{s}\n\n" for s, a, b in ROWS),
+    "scientific.tsv": "".join(f"{s:.3e}\t{a}\t{b}\n" for s, a, b in ROWS),
+    "bare.tsv": "".join(f"{a}\t{b}\t{s}\n".replace("\t0.", "\t.") for s, a, b in ROWS),
     "mteb.jsonl": "".join(
         json.dumps({"split": "test", "score": s, "sentence1": a, "sentence2": b}) + "\n" for s, a, b in ROWS
     ),

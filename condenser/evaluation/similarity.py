@@ -38,7 +38,7 @@ from condenser.evaluation.search import Measured
 SUFFIXES = (".tsv", ".csv", ".txt", ".jsonl", ".json")
 SCORES = ("relatednessscore", "relatedness", "similarityscore", "similarity", "score", "goldscore", "gold", "label")
 SENTENCES = [(word + a, word + b) for word in ("sentence", "sent", "text", "s") for a, b in ("12", "ab")]
-NUMBER = re.compile(r"\s*-?\d+(\.\d*)?\s*")
+NUMBER = re.compile(r"\s*[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?\s*", re.IGNORECASE)
 POSITIVE = 0.8  # of the range of the scores, from where on a pair counts as positive: 4 on STS's 0 to 5
 UNIFORMITY_SENTENCES = 5_000  # compared with each other in 100 MB
 
