@@ -118,10 +118,7 @@ def evaluate(
     packages, seeds, losses, sizes = versions(), seeds or [0], pair_losses or ["cosent"], train_sizes or ["all"]
     rate = None if finetune_learning_rate == "auto" else finetune_learning_rate
     told = finetune_epochs, finetune_batch_size, rate, hard_negatives, mini_batch
-    tunings = [
-        Tuning(*told, None if size == "all" else whole_number(size), loss, seed)
-        for loss, size, seed in itertools.product(losses, sizes, seeds)
-    ]
+    tunings = read_tunings(told, sizes, losses, seeds)
     if not finetune and any(replace(tuning, seed=0) != Tuning() for tuning in tunings):
         raise ValueError(
             "--finetune-epochs, --finetune-batch-size, --finetune-learning-rate, --train-sizes, --hard-negatives, "
@@ -168,10 +165,14 @@ def evaluate(
     print(f"wrote {path}")
 
 
-def whole_number(size: str) -> int:
-    if not size.isdecimal():
-        raise ValueError(f"--train-sizes {size}: give numbers, or all")
-    return int(size)
+def read_tunings(
+    told: tuple[float, int, float | None, int, int], sizes: Sequence[str], losses: Sequence[str], seeds: Sequence[int]
+) -> list[Tuning]:
+    """By loss, size and seed, with what they share; a size is a number or "all"."""
+    if wrong := [size for size in sizes if size != "all" and not size.isdecimal()]:
+        raise ValueError(f"--train-sizes {wrong[0]}: give numbers, or all")
+    numbers = [None if size == "all" else int(size) for size in sizes]
+    return [Tuning(*told, n, loss, seed) for loss, n, seed in itertools.product(losses, numbers, seeds)]
 
 
 def check_needs(*options: tuple[str, Any, str, Any]) -> None:
