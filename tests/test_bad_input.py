@@ -122,6 +122,12 @@ def test_a_damaged_table_is_named(store, tmp_path, capsys):
     assert f"{path} cannot be read to its end" in refused(capsys, path, store / "tokenizer", tmp_path / "out")
 
 
+def test_a_table_with_a_column_twice_is_refused(store, tmp_path, capsys):
+    columns = [pa.array(["Mask.", "Heads."]), pa.array(["Rank.", "Layers."])]
+    pq.write_table(pa.Table.from_arrays(columns, names=["text", "text"]), tmp_path / "a.parquet")
+    assert "several columns 'text'" in refused(capsys, tmp_path / "a.parquet", store / "tokenizer", tmp_path / "out")
+
+
 def test_titles_are_put_before_the_text_and_the_manifest_says_so(store, tmp_path, capsys):
     source = tmp_path / "titled.jsonl"
     source.write_text('{"title": "Encoders", "text": "Heads rank."}\n{"title": null, "text": "Mask."}\n')

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 
@@ -335,10 +336,11 @@ TEXT_TYPES = [pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.
 def test_parquet_holds_text_in_any_type_and_ids_are_the_same_as_numbers_and_texts(store, tmp_path):
     texts = make_documents(10, seed=4)
     ids = [pa.array([*range(10)]), pa.array(map(str, range(10))), pa.array(map(float, range(10)))]
+    ids.append(pa.array([Decimal(number).scaleb(-2) * 100 for number in range(10)]))  # 1.00
     for number, kind in enumerate(TEXT_TYPES):
         column = pa.array(texts).cast(kind if not pa.types.is_dictionary(kind) else pa.string())
         column = column.dictionary_encode() if pa.types.is_dictionary(kind) else column
-        pq.write_table(pa.table({"text": column, "id": ids[number % 3]}), tmp_path / f"{number}.parquet")
+        pq.write_table(pa.table({"text": column, "id": ids[number % 4]}), tmp_path / f"{number}.parquet")
         assert prepare(tmp_path / f"{number}.parquet", store / "tokenizer", tmp_path / f"out{number}") == 0
         assert all_tokens(tmp_path / f"out{number}") == all_tokens(tmp_path / "out0")
     write_jsonl(tmp_path / "lines.jsonl", texts)  # its ids are numbers

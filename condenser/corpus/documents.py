@@ -7,10 +7,14 @@ import codecs
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 from condenser.corpus.readers import Source, Unit, missing_column, units
+
+ONE_A_LINE = "one object a line is read"
 
 
 class Document(NamedTuple):
@@ -105,9 +109,9 @@ def json_object(line: bytes) -> dict[str, Any]:
     try:
         record = json.loads(decoded(line), parse_int=number)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"not JSON: {error}") from None
+        raise ValueError(f"not JSON: {error}; {ONE_A_LINE}") from None
     if not isinstance(record, dict):
-        raise ValueError(f"a JSON object was expected, not {type(record).__name__}")
+        raise ValueError(f"a JSON object was expected, not {type(record).__name__}; {ONE_A_LINE}")
     return record
 
 
@@ -129,7 +133,8 @@ def same_id(identity: Any) -> bytes:
     """The same for an id, whether a file holds it as a text, as bytes, or as a number; it need not be a text."""
     if isinstance(identity, bytes):
         return identity
-    identity = int(identity) if isinstance(identity, float) and identity.is_integer() else identity
+    if isinstance(identity, float | Decimal) and math.isfinite(identity) and identity == int(identity):
+        identity = int(identity)
     return str(identity).encode("utf-8", "surrogatepass")
 
 

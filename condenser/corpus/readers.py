@@ -249,7 +249,10 @@ def needed_columns(source: Source, existing: list[str]) -> list[str]:
     for column, option in ((text, "--text-column"), (title, "--title-column")):
         if column is not None and column not in existing:
             raise ValueError(f"{source.name}: {missing_column(column, option, existing)}")
-    return [column for column in dict.fromkeys((text, title, source.id_column)) if column in existing]
+    needed = [column for column in dict.fromkeys((text, title, source.id_column)) if column in existing]
+    if twice := [column for column in needed if existing.count(column) > 1]:
+        raise ValueError(f"{source.name} has several columns {twice[0]!r}: rename all but one")
+    return needed
 
 
 def missing_column(column: str, option: str, existing: list[str]) -> str:
