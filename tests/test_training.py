@@ -375,6 +375,13 @@ def test_micro_batches_that_the_devices_cannot_share_are_refused(store):
         module.setup("fit")
 
 
+def test_and_where_it_is_told_how_many_there_are_before_they_are_started(recipe, tmp_path, capsys, monkeypatch):
+    launcher = "lightning.pytorch.strategies.launchers.subprocess_script._SubprocessScriptLauncher"
+    monkeypatch.setattr(f"{launcher}._call_children_scripts", lambda self: pytest.fail("they were started"))
+    code = fit(recipe, tmp_path, "three", "--trainer.devices", "3")
+    error_of(capsys, code, "over 3 devices; make it a multiple of 3")
+
+
 def test_what_print_config_prints_can_be_given_back_also_with_callbacks_and_without_quotes(recipe, capsys, tmp_path):
     overlay = tmp_path / "overlay.yaml"
     callback = "{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 1e-3}}"

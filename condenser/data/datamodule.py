@@ -134,12 +134,7 @@ class CondenserDataModule(L.LightningDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        world_size = self.trainer.world_size if self.trainer else 1
-        if self.micro_batches_per_step % world_size:
-            raise ValueError(
-                f"data.micro_batches_per_step={self.micro_batches_per_step} cannot be shared out evenly over "
-                f"{world_size} devices; make it a multiple of {world_size}"
-            )
+        self.check_shared(self.trainer.world_size if self.trainer else 1)
         self.stores = {split: [TokenStore(folder, split) for folder in self.weights] for split in SPLITS}
         self.made: dict[Any, Mixture] = {}
         self.digests = [digest(folder) for folder in self.weights]
@@ -154,6 +149,14 @@ class CondenserDataModule(L.LightningDataModule):
         if type(self.masking) is not Masking:
             some = next(store for store in self.stores["train"] if len(store))
             self.masking.check(some.rows(np.arange(min(SAMPLES_CHECKED, len(some)))), Vocabulary.of(self.tokenizer))
+
+    def check_shared(self, devices: int) -> None:
+        """Raises ValueError for micro-batches that so many devices cannot share out evenly."""
+        if self.micro_batches_per_step % devices:
+            raise ValueError(
+                f"data.micro_batches_per_step={self.micro_batches_per_step} cannot be shared out evenly over "
+                f"{devices} devices; make it a multiple of {devices}"
+            )
 
     @property
     def train(self) -> Mixture:

@@ -158,7 +158,9 @@ class RunCLI(LightningCLI):
         plugins.append(WholeFiles(before=loggers[0].flush) if loggers else WholeFiles())
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own requeue acts in a signal handler
-        return super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
+        trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
+        self.datamodule.check_shared(trainer.num_nodes * trainer.num_devices)  # before other processes are started
+        return trainer
 
     def loggers(self, settings: Any) -> list[Logger]:
         """CSV always, W&B beside it on the first rank; both go on where the checkpoint had reached."""
