@@ -25,6 +25,7 @@ from condenser.corpus.documents import Document
 from condenser.corpus.inputs import FORMATS, in_short, resolve
 from condenser.corpus.prepare import prepare as prepare_from_python
 from condenser.corpus.repeats import keys_of, runs_of_words
+from condenser.corpus.work import do_share
 from condenser.data.collate import Vocabulary
 from condenser.data.lock import locked
 from condenser.data.store import TokenStore, read_manifest
@@ -402,6 +403,21 @@ def test_what_fails_removes_what_it_made_and_nothing_else(store, corpus, tmp_pat
     assert contents(out) == before
     assert prepare(corpus, store / "tokenizer", out) == 0
     assert (out / ".env").read_text() == "secret"
+
+
+@pytest.mark.parametrize("options", [[], ["--deduplicate"]])
+def test_a_file_that_changes_while_it_is_read_is_named_and_the_command_starts_anew(
+    options, store, tmp_path, capsys, monkeypatch
+):
+    source, out = write_jsonl(tmp_path / "grows.jsonl", make_documents(60)), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "condenser.corpus.prepare.do_share",
+            lambda *given: write_jsonl(source, make_documents(61)) and do_share(*given),
+        )
+        assert f"{source} has changed while it was read" in refused(capsys, source, store / "tokenizer", out, *options)
+    assert not out.exists()
+    assert prepared(source, store / "tokenizer", out, *options)["documents"] == 61
 
 
 def test_units_that_are_done_are_kept_where_no_row_is_left_of_them_yet(store, small_units, tmp_path):

@@ -26,8 +26,8 @@ from condenser.data.store import (
 from condenser.data.tokenizers import load_tokenizer, vocabulary_size
 
 
-class EmptyStoreError(ValueError):
-    """No row is left of the input."""
+class UselessError(ValueError):
+    """What was made of the input is nothing to go on from."""
 
 
 def merge(store: str, /) -> None:
@@ -63,7 +63,7 @@ def put_together(folder: Path) -> None:
     bad = [bad for outcome in outcomes for bad in outcome["bad"]][:BAD_NAMED]
     if not any(about["rows"] for about in splits.values()):
         reasons = in_words(counts, "bad", "empty", "too_short", "dropped_repeats")
-        raise EmptyStoreError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
+        raise UselessError(f"nothing is left of {counts['documents']} documents: {reasons}. {' '.join(bad[:1])}")
     verify(folder, splits)
     n_ids = vocabulary_size(tokenizer)
     by_split = {split: token_counts(folder / split, about["shards"], n_ids) for split, about in splits.items()}

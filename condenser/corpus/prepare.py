@@ -30,8 +30,8 @@ import numpy as np
 from condenser.corpus.blocks import Blocks
 from condenser.corpus.documents import check, documents
 from condenser.corpus.inputs import in_short, resolve
-from condenser.corpus.merge import EmptyStoreError, earlier_units, partial_files, put_together, remove, remove_leftovers
-from condenser.corpus.readers import place
+from condenser.corpus.merge import UselessError, earlier_units, partial_files, put_together, remove, remove_leftovers
+from condenser.corpus.readers import Source, place
 from condenser.corpus.tokenizers import store_tokenizer
 from condenser.corpus.work import (
     UNFINISHED,
@@ -167,13 +167,14 @@ def make(job: Job, share: Share, state: dict[str, Any], workers: int | None, eng
     with in_the_making(folder, state, alone=share.count == 1):
         store_tokenizer(folder, settings["tokenizer"], lambda: texts(share, job.skip_bad_lines))
         job = replace(job, tokenizer_checksum=checksum(folder / "tokenizer" / "tokenizer.json"))
-        if job.deduplicate:
-            everything = replace(share, index=0, count=1)
-            find_repeats(job, everything, earlier_units(folder, first), workers or available_cores())
-        if engine == "ray":
-            do_shares_on_ray(job, share, workers)
-        else:
-            do_share(job, share, workers or available_cores())
+        with unchanged(numbered, settings["sources"]):
+            if job.deduplicate:
+                everything = replace(share, index=0, count=1)
+                find_repeats(job, everything, earlier_units(folder, first), workers or available_cores())
+            if engine == "ray":
+                do_shares_on_ray(job, share, workers)
+            else:
+                do_share(job, share, workers or available_cores())
         if share.count == 1:
             put_together(folder)
         else:
@@ -255,11 +256,24 @@ def in_the_making(folder: Path, state: dict[str, Any], alone: bool) -> Iterator[
         yield
     except BaseException as error:
         begun = any(folder.glob(f"units/{first:05d}-*.json"))
-        if alone and (isinstance(error, EmptyStoreError) or repairs or not begun):
+        if alone and (isinstance(error, UselessError) or repairs or not begun):
             remove([*(() if repairs else files_of_units(folder, first)), folder / UNFINISHED])
             if not (first or repairs):
                 remove([folder / name for name in ("units", "tokenizer", *SPLITS)])
         raise
+
+
+@contextmanager
+def unchanged(sources: list[Source], known: list[dict[str, Any]]) -> Iterator[None]:
+    """Raises UselessError if a source is not the ``known`` one any more when it was read, whatever that has led to."""
+    try:
+        yield
+    finally:
+        for source in sources:
+            if os.path.exists(source.name) and source.fingerprint != known[source.number]:
+                raise UselessError(
+                    f"{source.name} has changed while it was read: start again when nothing writes to it"
+                )
 
 
 def files_of_units(folder: Path, first_source: int) -> list[Path]:
