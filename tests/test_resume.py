@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import data_of, slow
+from conftest import TINY_MODEL, data_of, slow
 from lightning.pytorch.callbacks import Callback
 from test_devices import DDP, start_ranks, wait_for, write_recipe
 from test_training import assert_same_weights, final_state, metrics_of
+from transformers import BertConfig, BertForMaskedLM
 
 from condenser.cli import main
 from condenser.data.steps import Steps
@@ -288,6 +289,18 @@ def test_with_averaged_weights_resumed_equals_uninterrupted(recipe, tmp_path):
         assert all(torch.equal(value, states[1][key][name]) for name, value in states[0][key].items())
     averaged = states[0]["state_dict"]
     assert any(not torch.equal(value, averaged[name]) for name, value in states[0]["current_model_state"].items())
+
+
+def test_in_double_precision_from_a_backbone_in_fp32_resumed_equals_uninterrupted(recipe, store, tmp_path):
+    BertForMaskedLM(BertConfig(**TINY_MODEL, vocab_size=200)).save_pretrained(tmp_path / "bert")
+    shutil.copytree(store / "tokenizer", tmp_path / "bert", dirs_exist_ok=True)
+    double = ["--trainer.precision", "64-true", "--model.backbone", str(tmp_path / "bert")]
+    double += ["--model.backbone_config", "{}"]
+    runs = [Run(recipe, tmp_path, name, trainer__max_steps=8) for name in ("left", "stopped")]
+    runs[0].here(options=double)
+    runs[1].here(n_steps=4, options=double)
+    runs[1].here(options=double)
+    assert_same_state(*(run.path for run in runs))
 
 
 ENDS = {

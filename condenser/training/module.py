@@ -171,6 +171,7 @@ class CondenserModule(L.LightningModule):
 
     def prepare(self, model: Objective, layers: dict[str, Any]) -> None:
         """Once, for training."""
+        self.trainer.precision_plugin.convert_module(model)  # Lightning's comes after a checkpoint's weights
         prepare_layers(model.lm, **layers)
         model.train()  # weights that were loaded come in evaluation mode
         if isinstance(self.trainer.strategy, ModelParallelStrategy):
