@@ -68,7 +68,9 @@ def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run,
         cell(plan, "mlm", seed, "scifact", [*rows, found("scifact", 0.3), found("scifact", 0.68, model="BM25")])
     cell(plan, "mlm", 1, "squad", [found("squad", 0.25, trained_on="squad", train_size=1000, seed=0)])
     cell(plan, "condenser", 1, "squad", [found("squad", 0.9, trained_on="squad", train_size=1000)])  # not trained
+    cell(plan, "mlm", 1, "as-it-was-called", [found("scifact", 7.0, trained_on="scifact", seed=0)])
     study.collect(plan)
+    assert not STUDIES["study"].exists()  # the curves of a part would take the place of all
     said = capsys.readouterr().out
     assert f"wrote {plan.results}: " in said
     lines = [line for line in said.split("\n\n")[-1].split("\n") if line.startswith("|")]
@@ -79,6 +81,8 @@ def test_the_table_has_mean_and_spread_of_all_seeds_beside_the_floor(study, run,
     assert not {"10,000", "STS-B, all"} & set(header)  # nothing was measured
     loss = json.loads((run / "summary.json").read_text())["final"]["val/mlm_loss_at_mask"]
     assert mlm[header.index("MLM loss")] == f"{loss:.3f} ± 0.000"
+    plan.arms = {"mlm": plan.arms["mlm"]}
+    study.collect(plan)
     assert set(read_reference(STUDIES["study"])) == {"mlm, seed 1", "mlm, seed 2"}
     kept = pd.read_csv(plan.results, dtype={"train_size": str})
     assert study.table(kept, plan.plan["columns"]).split("\n") == lines
@@ -157,6 +161,18 @@ def test_a_cell_is_measured_again_of_another_command_or_without_its_result(study
     (tmp_path / "mlm-seed=1/evaluation-sts/results.json").unlink()
     study.evaluated(plan, tmp_path / "mlm-seed=1", "sts", words)
     assert [command[-1] for command in commands] == ["16", "12", "12"]
+
+
+def test_an_arm_is_trained_again_where_its_files_have_changed(study, run, tmp_path, monkeypatch):
+    """Which `fit` refuses under the same name."""
+    plan, commands = opened(study, written(tmp_path)), []
+    monkeypatch.setattr(study, "main", lambda command: commands.append(command[0]) or 0)
+    shutil.copytree(run, plan.run_of("mlm", 1))
+    for changed in ("", "", "trainer: {max_steps: 7}"):
+        with open(tmp_path / "mlm.yaml", "a", encoding="utf-8") as overlay:
+            overlay.write(changed)
+        assert study.pre_trained(plan, "mlm", 1)
+    assert commands == ["fit"] * 2
 
 
 def test_words_stand_for_folders(study):

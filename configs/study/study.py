@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,11 +156,14 @@ def pre_trained(plan: Study, arm: str, seed: int) -> bool:
             print(f"{folder.name} waits for {start.name}")
             return False
         command += ["--model.backbone", str(start / "export"), "--model.backbone_config", "{}"]
-    if not (folder / SUMMARY).is_file() and not plan.is_over():
-        files = [plan.folder / name for name in (plan.plan["recipe"], *plan.arms[arm].overlays)]
-        configs = ["--config", str(files[0]), *(word for file in files[1:] for word in ("-c", str(file)))]
+    files = [plan.folder / name for name in (plan.plan["recipe"], *plan.arms[arm].overlays)]
+    configs = ["--config", str(files[0]), *(word for file in files[1:] for word in ("-c", str(file)))]
+    note, done = folder.with_name(f"{folder.name}.fit.json"), [*command, *(file.read_text() for file in files)]
+    if not is_noted(note, done, folder / SUMMARY) and not plan.is_over():
         with alarm(plan.end, signals.STOP):
-            run(plan, "fit", *configs, *command)
+            run(plan, "fit", *configs, *command)  # which refuses settings that have changed
+        if (folder / SUMMARY).is_file():
+            write_json(note, done)
     return (folder / SUMMARY).is_file()
 
 
@@ -168,12 +171,17 @@ def evaluated(plan: Study, folder: Path, name: str, command: list[str]) -> None:
     """What is done is noted with its command; what is interrupted keeps the rows that it has."""
     output = folder / f"evaluation-{name}"
     note = folder / f"evaluation-{name}.command.json"  # beside, as the folder is its command's alone
-    if (output / "results.json").is_file() and note.is_file() and json.loads(note.read_text()) == command:
+    if is_noted(note, command, output / "results.json"):
         return
     with alarm(plan.end, signal.SIGINT):
         code = run(plan, "evaluate", str(folder / "export"), "--output", str(output), *command)
     if code == 0:
         write_json(note, command)
+
+
+def is_noted(note: Path, done: list[str], result: Path) -> bool:
+    """Whether that was done which a note says, and what came of it is still there."""
+    return result.is_file() and note.is_file() and json.loads(note.read_text()) == done
 
 
 @contextlib.contextmanager
@@ -194,15 +202,15 @@ def collect(plan: Study) -> None:
     done = {run: folder for run, folder in runs.items() if (folder / SUMMARY).is_file()}
     if not done:
         sys.exit("no arm is trained yet: start again to go on")
-    rows = [(*run, *row) for run, folder in done.items() for row in measurements(folder)]
+    rows = [(*run, *row) for run, folder in done.items() for row in measurements(folder, plan.plan["cells"])]
     results = pd.DataFrame(rows, columns=["arm", "pretrain_seed", *ABOUT, "metric", "value"], dtype=object)
     results = results.astype({"value": float}).drop_duplicates()  # sizes stay whole numbers, "all" or None
     results.to_csv(plan.results, index=False, float_format="%.5g")
-    if name := plan.plan.get("reference"):
+    left = len(runs) - len(done)
+    if not left and (name := plan.plan.get("reference")):
         named = {f"{arm}, seed {seed}": done[arm, seed] for arm, seed in done if plan.arms[arm].evaluated}
         reference.write_reference(reference.STUDIES[name], named)
     run(plan, "report", *map(str, done.values()), "--output", str(plan.runs / "report.html"))
-    left = len(runs) - len(done)
     print(f"\nwrote {plan.results}: {len(rows)} rows of {len(done)} runs, {left} runs to go\n")
     print(table(results, plan.plan["columns"]))
     for name, metric in plan.plan["intervals"].items():  # paired by query and seeds
@@ -211,15 +219,16 @@ def collect(plan: Study) -> None:
             run(plan, "evaluate", "compare", *(str(plan.runs / pattern) for pattern in patterns), "--metric", metric)
 
 
-def measurements(folder: Path) -> Iterator[tuple[object, ...]]:
-    """What was measured on (see ABOUT), the metric, and its value: the last of training, and all evaluations."""
+def measurements(folder: Path, cells: Iterable[str]) -> Iterator[tuple[object, ...]]:
+    """What was measured on (see ABOUT), the metric, and its value: the last of training, and of these evaluations."""
     last = {name: float(values[-1]) for name, (_, values) in read_metrics(folder / METRICS).items()}
     if OTHER in last:
         last[READ] = last[OTHER] - last["probe/head_loss_true"]
     for name, value in last.items():
         if name.startswith(("val/", "probe/head_loss", READ)):
             yield "pre-training", *[None] * (len(ABOUT) - 1), name, value
-    for path in sorted(folder.glob("evaluation-*/results.json")):
+    files = (folder / f"evaluation-{name}" / "results.json" for name in sorted(cells))
+    for path in filter(Path.is_file, files):
         for row in json.loads(path.read_text())["rows"]:
             size = row["train_size"] or ("all" if row["fine_tuned"] else None)
             about = [(row | {"train_size": size})[name] for name in ABOUT]
