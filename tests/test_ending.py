@@ -781,6 +781,7 @@ WRONG = {
     "top.yaml: there is no setting max_steps: did you mean trainer.max_steps?": ["fit", "-c", "top.yaml"],
     "tab.yaml, line 2 begins with a tab: YAML is indented by spaces": ["fit", "-c", "tab.yaml"],
     "inner.yaml, line 3 begins with a tab: YAML is indented by spaces": ["bench", "--config", "inner.yaml"],
+    "--config is given twice, and this command takes one recipe": ["bench", "--config", "demo", "-c", "ddp"],
     "tab.yaml, line 2 begins with a tab": ["inspect", "a", "-c", "tab.yaml"],
     "twice.yaml cannot be read: trainer is there twice in line 3": ["fit", "-c", "twice.yaml"],
     "latin.yaml cannot be read: 'utf-8' codec can't decode": ["fit", "-c", "latin.yaml"],

@@ -268,7 +268,7 @@ def test_each_task_of_an_array_reads_its_own_settings(recipe, project, commands,
 REFUSED = {
     "unknown key": (["--model.skip_form", "2"], 2, "skip_form"),
     "no store": (["--data.store", "nowhere"], 1, "no token store at nowhere"),
-    "shares": (["--tasks", "3"], 1, "cannot be shared out evenly over 3 processes; make it a multiple of 3"),
+    "shares": (["--tasks", "3"], 1, "cannot be shared out evenly over 3 devices; make it a multiple of 3"),
     "no name": (["--name", ""], 1, "--name is empty"),
     "no partition": (["--partition="], 1, "--partition is empty"),
     "name": (["--name", "a/b"], 1, "--name a/b: use letters, digits"),

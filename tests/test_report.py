@@ -188,6 +188,15 @@ def test_runs_of_one_name_are_told_apart_by_their_path_and_one_given_twice_count
     assert "3 runs given, of which 1 repeat others: each is shown once\n" in capsys.readouterr().out
 
 
+def test_what_was_launched_and_has_not_begun_is_left_out_of_all_runs(tmp_path, capsys):
+    run = make_run(tmp_path / "begun")
+    (tmp_path / "array/launch").mkdir(parents=True)
+    assert str(tmp_path / "array") not in page(run, tmp_path / "array")
+    assert f"left out, as nothing but a launch is there: {tmp_path / 'array'}\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="array has no config"):
+        page(tmp_path / "array")
+
+
 def write_evaluation(run: Path, *, model: str, text: str) -> None:
     (run / "evaluation").mkdir()
     attention = {"task": "attention", "collection": "s", "model": "m"}

@@ -27,7 +27,7 @@ from typing import Any
 import yaml
 
 import condenser
-from condenser.data.datamodule import store_folder
+from condenser.data.datamodule import check_shared, store_folder
 from condenser.data.lock import locked
 from condenser.data.store import read_manifest
 from condenser.recipes import FOLDER, parser_beside_fit
@@ -164,12 +164,7 @@ def check(settings: Settings, options: Any) -> None:
         raise ValueError(f"--name {name}: use letters, digits and . _ = + - only")
     for store in [data["store"]] if data["store"] else data["stores"]:
         read_manifest(store_folder(store))
-    processes = options.nodes * options.tasks
-    if data["micro_batches_per_step"] % processes:
-        raise ValueError(
-            f"data.micro_batches_per_step={data['micro_batches_per_step']} cannot be shared out evenly over "
-            f"{processes} processes; make it a multiple of {processes}"
-        )
+    check_shared(data["micro_batches_per_step"], options.nodes * options.tasks)
     if accelerator in (("cpu",) if options.gpus else ("gpu", "cuda")):
         raise ValueError(f"trainer.accelerator={accelerator} does not go with --gpus {options.gpus}: change one")
     if settings["ckpt_path"] not in (None, "last"):

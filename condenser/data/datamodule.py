@@ -134,7 +134,7 @@ class CondenserDataModule(L.LightningDataModule):
         }
 
     def setup(self, stage: str) -> None:
-        self.check_shared(self.trainer.world_size if self.trainer else 1)
+        check_shared(self.micro_batches_per_step, self.trainer.world_size if self.trainer else 1)
         self.stores = {split: [TokenStore(folder, split) for folder in self.weights] for split in SPLITS}
         self.made: dict[Any, Mixture] = {}
         self.digests = [digest(folder) for folder in self.weights]
@@ -149,14 +149,6 @@ class CondenserDataModule(L.LightningDataModule):
         if type(self.masking) is not Masking:
             some = next(store for store in self.stores["train"] if len(store))
             self.masking.check(some.rows(np.arange(min(SAMPLES_CHECKED, len(some)))), Vocabulary.of(self.tokenizer))
-
-    def check_shared(self, devices: int) -> None:
-        """Raises ValueError for micro-batches that so many devices cannot share out evenly."""
-        if self.micro_batches_per_step % devices:
-            raise ValueError(
-                f"data.micro_batches_per_step={self.micro_batches_per_step} cannot be shared out evenly over "
-                f"{devices} devices; make it a multiple of {devices}"
-            )
 
     @property
     def train(self) -> Mixture:
@@ -257,6 +249,15 @@ def limited(n: int, limit: int | float | None, name: str = "limit_train_batches"
     if steps < 1:
         raise ValueError(f"trainer.{name}={limit} leaves no step of the {n:,} of an epoch")
     return steps
+
+
+def check_shared(micro_batches: int, devices: int) -> None:
+    """Raises ValueError for micro-batches of a step that so many devices cannot share out evenly."""
+    if micro_batches % devices:
+        raise ValueError(
+            f"data.micro_batches_per_step={micro_batches} cannot be shared out evenly over {devices} devices; make it "
+            f"a multiple of {devices}"
+        )
 
 
 def store_folder(name: str) -> Path:

@@ -90,6 +90,12 @@ def report(
 
 
 def load_runs(runs: Sequence[str]) -> list[Run]:
+    launched = [
+        run for run in runs if [path.name for path in Path(run).glob("*")] == ["launch"]
+    ]  # not begun, or arrays
+    if 0 < len(launched) < len(runs):
+        print(f"left out, as nothing but a launch is there: {', '.join(launched)}")
+        runs = [run for run in runs if run not in launched]
     folders = {Path(run).resolve(): Path(run) for run in runs}
     if len(folders) < len(runs):
         print(f"{len(runs)} runs given, of which {len(runs) - len(folders)} repeat others: each is shown once")

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEnvironment, TorchElasticEnvironment
 
 from condenser.cluster import signals
-from condenser.data.datamodule import CondenserDataModule
+from condenser.data.datamodule import CondenserDataModule, check_shared
 from condenser.recipes import HELP, ConfigFile, Parser, recipes
 from condenser.runs import SUMMARY, step_of
 from condenser.training import tracking
@@ -159,7 +159,8 @@ class RunCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own requeue acts in a signal handler
         trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
-        self.datamodule.check_shared(trainer.num_nodes * trainer.num_devices)  # before other processes are started
+        # before other processes are started
+        check_shared(self.datamodule.micro_batches_per_step, trainer.num_nodes * trainer.num_devices)
         return trainer
 
     def loggers(self, settings: Any) -> list[Logger]:
