@@ -99,9 +99,10 @@ def encoded(encoder: Encoder, texts: Sequence[str], kind: Kind = "sentence") -> 
 def rows_at_once(encoder: Encoder) -> int:
     """Texts of the encoder's length that are computed together: on a GPU as many as take a quarter of its free memory,
     at 64 bytes for a token and each of the hidden size's numbers."""
-    if encoder.device.type != "cuda":
+    at = encoder.device
+    if at.type != "cuda":
         return ROWS_AT_ONCE
-    free = torch.cuda.mem_get_info(encoder.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    free = torch.cuda.mem_get_info(at)[0] + torch.cuda.memory_reserved(at) - torch.cuda.memory_allocated(at)
     tokens = min(TOKENS_AT_ONCE, free // 4 // (64 * backbone(encoder).config.hidden_size))
     return int(max(1, tokens // (encoder.max_seq_length or 512)))
 
