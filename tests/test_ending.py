@@ -628,6 +628,17 @@ def test_slurms_variables_without_srun_are_one_line(recipe, tmp_path, capsys, mo
     assert "--ntasks" in error_of(capsys, fit(recipe, tmp_path, "r", "--trainer.max_steps", "1"))
 
 
+def test_processes_that_the_trainer_does_not_know_of_do_not_each_train_the_run(recipe, tmp_path, capsys, monkeypatch):
+    expected = "give --trainer.devices the number of each node's"
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        patch.setenv("WORLD_SIZE", "2")
+        assert expected in error_of(capsys, fit(recipe, tmp_path, "r", "--trainer.devices", "1"))
+    monkeypatch.setattr("lightning.pytorch.utilities.rank_zero_only.rank", 1)
+    assert expected in error_of(capsys, fit(recipe, tmp_path, "r", "--trainer.devices", "1"))
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_longer_than_the_positions_are_refused_before_any_step(recipe, store, roberta, tmp_path, capsys):
     settings = {**yaml.safe_load(Path(recipe).read_text())["model"]["backbone_config"], "max_position_embeddings": 31}
     longest = 2 + max(int(TokenStore(store, split).lengths.max()) for split in ("train", "validation"))

@@ -32,7 +32,7 @@ from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFile
 from condenser.training.ending import SIGNAL, Ending
 from condenser.training.failures import explained, in_one_line
 from condenser.training.flags import check_callbacks, check_trainer
-from condenser.training.folder import begin, check_may_run, is_first_rank, run_folder, starting_point
+from condenser.training.folder import begin, check_may_run, check_processes, is_first_rank, run_folder, starting_point
 from condenser.training.logs import Listening, MetricsCSV, Speed, Trace, versions
 from condenser.training.module import CondenserModule
 
@@ -159,6 +159,7 @@ class RunCLI(LightningCLI):
         if SLURMEnvironment.detect() and not TorchElasticEnvironment.detect():
             plugins.append(SLURMEnvironment(auto_requeue=False))  # Lightning's own requeue acts in a signal handler
         trainer = super().instantiate_trainer(logger=loggers, callbacks=callbacks, plugins=plugins, **kwargs)
+        check_processes(trainer.world_size)
         # before other processes are started
         check_shared(self.datamodule.micro_batches_per_step, trainer.num_nodes * trainer.num_devices)
         return trainer

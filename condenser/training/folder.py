@@ -24,6 +24,17 @@ def is_first_rank() -> bool:
     return known.rank == 0
 
 
+def check_processes(trained_by: int) -> None:
+    """Raises ValueError where several processes were started, as by torchrun, and the trainer has one: each would train
+    the whole run, into one folder."""
+    started = int(os.environ.get("WORLD_SIZE", 1)) if "LOCAL_RANK" in os.environ else 1
+    if trained_by == 1 and (started > 1 or not is_first_rank()):
+        raise ValueError(
+            "several processes were started, and the trainer has one: give --trainer.devices the number of each node's "
+            "processes, and --trainer.num_nodes that of the nodes"
+        )
+
+
 def run_folder(name: str | None, runs_dir: str) -> Path:
     """Raises ValueError for a name that there is not, or that leads out of ``runs_dir``."""
     if not name:
