@@ -135,6 +135,18 @@ def test_every_step_that_a_run_kept_is_exported(run, tmp_path, capsys):
     assert capsys.readouterr().out.count("nothing to do") == len(steps)
 
 
+def test_a_step_that_the_run_removes_meanwhile_is_left_out(run, tmp_path, monkeypatch, capsys):
+    going = shutil.copytree(run, tmp_path / "going")
+    newest, *_, oldest = sorted(checkpoints(going), key=step_of, reverse=True)
+    monkeypatch.setattr("condenser.export.compare_with_live", lambda folder, model: oldest.unlink(missing_ok=True))
+    assert export(going, tmp_path / "out", "--all-steps", "--push", "X/Y", "--dry-run") == 0
+    assert (tmp_path / f"out/step-{step_of(newest)}").is_dir()
+    assert not (tmp_path / f"out/step-{step_of(oldest)}").exists()
+    said = capsys.readouterr().out
+    assert f"{oldest} is left out" in said
+    assert f"X/Y@step-{step_of(oldest)}" not in said
+
+
 @pytest.fixture
 def hub(monkeypatch):
     with serving(Hub()) as hub:

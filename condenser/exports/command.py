@@ -105,7 +105,13 @@ def export(
         digest = hashlib.sha256("\0".join(texts).encode(errors="replace")).hexdigest()
         changed["whitening"] = {"inputs": whitening, "sha256": digest}
     for branch, path in exports.items():
-        one.export(path, folders[branch], changed, lambda folder, model: finish(folder, model, changed, texts))
+        try:
+            one.export(path, folders[branch], changed, lambda folder, model: finish(folder, model, changed, texts))
+        except FileNotFoundError:
+            if not all_steps or path.exists():
+                raise
+            print(f"{path} is left out: the run, which goes on, has removed it")
+            del folders[branch]
     if push is not None:
         upload(push, {"main": next(iter(folders.values()))} | folders, dry_run)
 
