@@ -600,8 +600,9 @@ def test_an_export_holds_the_objective_with_its_head(name, recipe, tmp_path, req
 
 def test_where_a_head_is_missing_or_of_another_objective_one_line_says_so(recipe, tiny_export, tmp_path, capsys):
     warm = ["--model.backbone", str(tiny_export), "--model.backbone_config", "{}", "--trainer.max_steps", "1"]
-    assert fit(recipe, tmp_path, "other", *RETRO, *warm) == 0
+    assert fit(recipe, tmp_path, "other", *RETRO, *warm, "--model.late_mlm", "false", "--model.skip_from", "6") == 0
     said = capsys.readouterr().out
+    assert "a RetroMAE has no use for model.late_mlm\n" in said  # the other one is as if it had not been given
     assert "has other weights beside the backbone's (c_head), so decoder of RetroMAE begins with random weights" in said
     assert "head_only_steps" in said
     plain = tmp_path / "plain"

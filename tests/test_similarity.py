@@ -154,6 +154,14 @@ def test_metrics_equal_other_computations(encoder, pairs, search):
     assert (metrics["pairs"], metrics["positive_pairs"]) == (40, positive.sum())
 
 
+@pytest.mark.filterwarnings("ignore:An input array is constant")
+def test_with_one_vector_for_all_nothing_correlates_which_every_reader_of_json_takes(encoder, pairs, monkeypatch):
+    monkeypatch.setattr("condenser.evaluation.similarity.encoded", lambda encoder, texts: torch.ones(len(texts), 4))
+    metrics = Similarity("made", pairs, None).measure(encoder).metrics
+    assert (metrics["spearman"], metrics["pearson"], metrics["alignment"]) == (None, None, 0)
+    json.dumps(metrics, allow_nan=False)
+
+
 def test_uniformity_is_taken_in_blocks_and_of_many_by_a_sample(monkeypatch):
     vectors = np.random.default_rng(0).normal(size=(2500, 8))
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)

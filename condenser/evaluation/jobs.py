@@ -5,7 +5,6 @@ import hashlib
 import importlib.metadata
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -111,9 +110,10 @@ class Candidate:
                 print(f"  tried {setting}: {error}")
                 continue
             metric = (UNSEEN if found["queries_unseen"] else "ndcg@10") if ranks else "spearman"
-            print(f"  tried {setting}: {metric} {found[metric]:.4f} on what was held out of training")
-            if not math.isnan(found[metric]):  # nothing correlates with one score for all
-                tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": found[metric]})
+            value = found[metric]
+            print(f"  tried {setting}: {metric} {value if value is None else f'{value:.4f}'} on what was held out")
+            if value is not None:
+                tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": value})
         if not tried:
             raise ValueError(f"{self.trained_on.name}: no learning rate came to anything; give one, or other examples")
         best = max(tried, key=lambda each: each["score"])

@@ -114,7 +114,7 @@ class Similarity:
         }
 
     def measure(self, encoder: Encoder, query: str | None = None) -> Measured:
-        """Correlations, which are NaN for an encoder that gives all texts one vector, alignment and uniformity."""
+        """Correlations, which are None for an encoder that gives all pairs one cosine, alignment and uniformity."""
         from scipy.stats import pearsonr, spearmanr
 
         pairs, scores = self.test, self.test.scores
@@ -124,10 +124,9 @@ class Similarity:
         first, second = (vectors[[row[sentence] for sentence in side]] for side in (pairs.first, pairs.second))
         cosines = (first * second).sum(axis=1)
         positive = scores >= scores.min() + POSITIVE * (scores.max() - scores.min())
-        metrics = {
+        found = {"spearman": spearmanr(cosines, scores).statistic, "pearson": pearsonr(cosines, scores).statistic}
+        metrics = {name: None if np.isnan(value) else float(value) for name, value in found.items()} | {
             "similarity": "cosine",
-            "spearman": float(spearmanr(cosines, scores).statistic),
-            "pearson": float(pearsonr(cosines, scores).statistic),
             "alignment": float(((first - second)[positive] ** 2).sum(axis=1).mean()),
             "uniformity": uniformity(vectors),
             "pairs": len(scores),

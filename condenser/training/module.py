@@ -4,6 +4,7 @@ One Lightning batch is one optimizer step of one rank: its passes. Optimisation 
 step; here is what it is told (counts over all devices, settings of the device), and what is logged of it.
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -161,7 +162,10 @@ class CondenserModule(L.LightningModule):
 
     def built(self, say: Callable[[str], None]) -> Objective:
         options = self.options
-        if unused := [name for name in self.head if name not in options]:
+        usual = inspect.signature(CondenserModule).parameters
+        if unused := [
+            name for name, value in self.head.items() if name not in options and value != usual[name].default
+        ]:
             say(f"a {self.objective.__name__} has no use for model.{', '.join(unused)}")
         torch.manual_seed(self.seed)
         settings, tokenizer, options = self.backbone_config, self.datamodule.tokenizer, self.beginning | options
