@@ -8,6 +8,7 @@ It is a Hugging Face folder (the headless encoder with its MLM head, and the tok
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -53,7 +54,8 @@ def export(
     """
     source: dict[str, Any] = {"checkpoint": path.name, "sha256": sha256(path), "options": options or {}}
     source["objective"] = read_as(path)
-    target = target.resolve() if target.is_symlink() else target  # a folder cannot take the place of a link
+    if target.is_symlink():  # which a folder cannot take the place of
+        target = Path(os.path.realpath(target))
     if already_exported(target, source):
         print(f"{target} already holds this checkpoint's export: nothing to do")
         return

@@ -250,6 +250,12 @@ def test_an_export_to_a_link_is_written_where_it_leads(is_there, run, tmp_path, 
     assert "nothing to do" in capsys.readouterr().out
 
 
+def test_a_link_to_itself_is_one_line(run, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    assert str(tmp_path / "out") in error_of(capsys, export(run, tmp_path / "out"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_two_exports_do_not_write_one_folder_at_a_time(run, tmp_path, capsys):
     (tmp_path / ".out.unfinished-export").mkdir()
     with locked(tmp_path / ".out.lock", ""):
