@@ -215,7 +215,7 @@ def in_full(argv: Sequence[str], function: Callable) -> list[str]:
             continue
         name = word.removeprefix("--").replace("-", "_") if word.startswith("--") else "config"
         kind = kinds.get(name)
-        if name == "config" and name in kinds and any(option.startswith("--config") for option in options):
+        if name == "config" and name in kinds and any(option.startswith("--config=") for option in options):
             raise ValueError("--config is given twice, and this command takes one recipe")
         if kinds.get(name.removeprefix("no_")) is bool and name.startswith("no_") and not is_given:
             name, value = name.removeprefix("no_"), "false"

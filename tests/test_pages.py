@@ -10,6 +10,7 @@ from pathlib import Path
 import lightning as L
 import pandas as pd
 import pytest
+import scipy.stats
 import yaml
 from conftest import fit, write_examples
 from test_training import assert_minimised
@@ -191,6 +192,33 @@ def test_the_studies_tables_are_of_their_measurements():
     names |= {"coCondenser": "cocondenser", "RetroMAE": "retromae"}
     for name, arm in names.items():
         assert shown[name] == whole[arm], name
+
+
+def test_the_studys_differences_are_of_its_measurements():
+    """By seed; and how far arms differ that are none, by Student's t of the spread of all."""
+    rows = pd.read_csv(ROOT / "configs/study/warm/results-cpu.csv")
+    rows = rows[(rows.metric == "ndcg@10") & (rows.collection == "squad") & (rows.model == "pre-trained")]
+    said, spreads = " ".join(TEXTS["docs/study.md"].split()), []
+    for tuned, pairs in (
+        (False, {("mlm", "contrast"): "rises by {} and {},", ("mlm", "retromae"): "RetroMAE it rises by {} and {},"}),
+        (
+            True,
+            {
+                ("mlm", "contrast"): "falls after 1,000 questions by {} and {}.",
+                ("mlm", "retromae"): "by {} and {}. Two",
+            },
+        ),
+    ):
+        values = rows[rows.trained_on.notna() == tuned].pivot_table("value", "arm", "pretrain_seed")
+        spreads.append(values.var(axis=1, ddof=1).mean() ** 0.5)
+        for (one, other), words in pairs.items():
+            assert words.format(*(f"{abs(each):.3f}" for each in values.loc[other] - values.loc[one])) in said
+        for one, other in [("mlm", "condenser"), ("contrast", "cocondenser")] * tuned:
+            first, second = values.loc[other] - values.loc[one]
+            assert f"{first:+.3f} and {second:+.3f}" in said
+    reach = [scipy.stats.t.ppf(0.975, len(values)) * spread for spread in spreads]
+    assert f"by {spreads[0]:.3f} from seed to seed as they are and by {spreads[1]:.3f} fine-tuned" in said
+    assert f"lie within {reach[0]:.3f} and {reach[1]:.3f}" in said
 
 
 def test_the_readmes_speeds_are_those_of_the_benchmarks():

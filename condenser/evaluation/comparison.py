@@ -167,14 +167,14 @@ def interval(tables: np.ndarray, metric: str, samples: int, seed: int) -> dict[s
     drawn = np.stack([scored(tables[:, rng.integers(n, size=n)], metric) for _ in range(samples)])
     of_draws = drawn[..., 1] - drawn[..., 0]  # [samples, S]
     together = of_draws.mean(axis=1, keepdims=True)
-    left, left_seeds = max(n - 1, 1), max(n_seeds - 1, 1)
-    queries = np.nanvar(together) * n / left
-    seeds = (whole[:, 1] - whole[:, 0]).var() / left_seeds  # 0 of one
-    both = np.nanvar(of_draws - together, axis=0).sum() * n / left / left_seeds / n_seeds
+    free_queries, free_seeds = max(n - 1, 1), max(n_seeds - 1, 1)  # degrees of freedom
+    queries = np.nanvar(together) * n / free_queries
+    seeds = (whole[:, 1] - whole[:, 0]).var() / free_seeds  # 0 of one
+    both = np.nanvar(of_draws - together, axis=0).sum() * n / free_queries / free_seeds / n_seeds
     variance = max(queries + seeds - both, queries, seeds)
     reach = 0.0
     if variance > 0:
-        freedom = variance**2 / (queries**2 / left + seeds**2 / left_seeds)
+        freedom = variance**2 / (queries**2 / free_queries + seeds**2 / free_seeds)
         reach = float(t.ppf((1 + LEVEL) / 2, freedom) * variance**0.5)
     a, b = whole.mean(axis=0).tolist()
     return {"a": a, "b": b, "difference": b - a, "low": b - a - reach, "high": b - a + reach}

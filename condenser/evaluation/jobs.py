@@ -111,9 +111,11 @@ class Candidate:
                 continue
             metric = (UNSEEN if found["queries_unseen"] else "ndcg@10") if ranks else "spearman"
             value = found[metric]
-            print(f"  tried {setting}: {metric} {value if value is None else f'{value:.4f}'} on what was held out")
-            if value is not None:
-                tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": value})
+            if value is None:
+                print(f"  tried {setting}: there is no {metric}, as all cosines are alike")
+                continue
+            print(f"  tried {setting}: {metric} {value:.4f} on what was held out of training")
+            tried.append({"learning_rate": rate, "similarity": encoder.similarity_fn_name, "score": value})
         if not tried:
             raise ValueError(f"{self.trained_on.name}: no learning rate came to anything; give one, or other examples")
         best = max(tried, key=lambda each: each["score"])

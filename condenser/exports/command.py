@@ -112,7 +112,7 @@ def export(
                 raise
             print(f"{path} is left out: the run, which goes on, has removed it")
             del folders[branch]
-    if push is not None:
+    if push is not None and folders:
         upload(push, {"main": next(iter(folders.values()))} | folders, dry_run)
 
 

@@ -90,9 +90,8 @@ def report(
 
 
 def load_runs(runs: Sequence[str]) -> list[Run]:
-    launched = [
-        run for run in runs if [path.name for path in Path(run).glob("*")] == ["launch"]
-    ]  # not begun, or arrays
+    # of runs that have not begun, and of arrays
+    launched = [run for run in runs if [path.name for path in Path(run).glob("*")] == ["launch"]]
     if 0 < len(launched) < len(runs):
         print(f"left out, as nothing but a launch is there: {', '.join(launched)}")
         runs = [run for run in runs if run not in launched]

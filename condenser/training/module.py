@@ -163,9 +163,8 @@ class CondenserModule(L.LightningModule):
     def built(self, say: Callable[[str], None]) -> Objective:
         options = self.options
         usual = inspect.signature(CondenserModule).parameters
-        if unused := [
-            name for name, value in self.head.items() if name not in options and value != usual[name].default
-        ]:
+        given = [name for name, value in self.head.items() if value != usual[name].default]
+        if unused := [name for name in given if name not in options]:
             say(f"a {self.objective.__name__} has no use for model.{', '.join(unused)}")
         torch.manual_seed(self.seed)
         settings, tokenizer, options = self.backbone_config, self.datamodule.tokenizer, self.beginning | options
