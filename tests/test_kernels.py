@@ -13,7 +13,7 @@ from torch import nn
 
 from condenser.models import short_attention as short
 from condenser.models.attention import bounds_of
-from condenser.models.dropout import Seeds, drop, kept
+from condenser.models.dropout import Seeds, drawn, drop, hashed
 
 BEGINS = [0, 5, 5, 133, 200, 201]  # an empty sequence, one of 128 tokens, one of a single token
 
@@ -73,9 +73,14 @@ def dropouts():
     return model[1:]
 
 
-def test_each_state_is_dropped_with_its_probability_whatever_its_place_module_and_pass(dropouts):
+@pytest.mark.parametrize("way", ["compiled", "cpu"])
+def test_each_state_is_dropped_with_its_probability_whatever_its_place_module_and_pass(dropouts, way):
     n, shape = 3_000_000, torch.Size((4000, 750))
-    first, second = (kept(module.seed, shape, 0.1).double() - 0.9 for module in dropouts)
+
+    def kept(module, p=0.1):
+        return hashed(module.seed, shape, p) if way == "compiled" else drawn(shape, p)
+
+    first, second = (kept(module).double() - 0.9 for module in dropouts)
     noise = (0.09 / n) ** 0.5
     assert abs(first.mean()) < 4 * noise
     assert abs((first * second).mean()) < 4 * 0.09 / n**0.5  # of two modules: not correlated
@@ -85,21 +90,41 @@ def test_each_state_is_dropped_with_its_probability_whatever_its_place_module_an
     for axis in (0, 1):  # rows and columns differ by chance alone
         means = first.mean(axis)
         assert means.var() * shape[axis] / 0.09 == pytest.approx(1, abs=4.5 * (2 / len(means)) ** 0.5)
-    assert kept(dropouts[0].seed, shape, 0.0).all()
-    assert not kept(dropouts[0].seed, shape, 1.0).any()
+    assert kept(dropouts[0], 0.0).all()
+    assert kept(dropouts[0], 1.0).double().mean() < 1e-4
     Seeds(dropouts.append(nn.Linear(1, 1))).draw()  # the next pass
-    assert abs((first * (kept(dropouts[0].seed, shape, 0.1).double() - 0.9)).mean()) < 4 * 0.09 / n**0.5
+    assert abs((first * (kept(dropouts[0]).double() - 0.9)).mean()) < 4 * 0.09 / n**0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
+def test_dropout_of_a_cpu_is_the_generators_and_keeps_the_mean_forwards_and_backwards(dropouts, p, dtype):
+    dropouts[0].p = p
+    states = torch.ones(333, 77, dtype=dtype, requires_grad=True)
+    outputs = []
+    for seed in (3, 3, 4):
+        torch.manual_seed(seed)
+        outputs.append(drop(states, dropouts[0]))
+    assert outputs[0].dtype == dtype
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2]) == (p != 0.1)
+    outputs[0].backward(outputs[0].detach())
+    scale = 1 / (1 - p) if p < 1 else 0.0
+    torch.testing.assert_close(states.grad, outputs[0].detach() * scale)
+    assert set(outputs[0].unique().tolist()) <= {0.0, torch.tensor(scale, dtype=dtype).item()}
+    assert outputs[0].mean().item() == pytest.approx(float(p < 1), abs=0.02)
+    assert drop(states, dropouts[0].eval()) is states
 
 
 def test_seeds_of_a_pass_come_from_the_generator_and_are_all_different(dropouts):
-    drawn = []
+    found = []
     for seed in (5, 5, 6):
         torch.manual_seed(seed)
         seeds = Seeds(nn.Sequential(nn.Linear(1, 1), *(nn.Dropout(0.1) for _ in range(50))))
         seeds.draw()
-        drawn.append(seeds.values[:, :2].tolist())
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert len({tuple(each) for each in drawn[0] + drawn[2]}) == 100
+        found.append(seeds.values[:, :2].tolist())
+    assert found[0] == found[1] != found[2]
+    assert len({tuple(each) for each in found[0] + found[2]}) == 100
 
 
 @pytest.mark.parametrize("p", [0.1, *(pytest.param(p, marks=pytest.mark.slow) for p in (0.0, 1.0))])
@@ -109,7 +134,7 @@ def test_compiled_dropout_drops_the_same_forwards_and_backwards(dropouts, p):
     compiled = torch.compile(drop, dynamic=False, fullgraph=True)
     output = compiled(states, dropouts[0])
     output.sum().backward()
-    keep = kept(dropouts[0].seed, states.shape, p)
+    keep = hashed(dropouts[0].seed, states.shape, p)
     expected = torch.where(keep, 1 / (1 - p) if p < 1 else 0.0, 0.0)
     torch.testing.assert_close(output, states * expected)
     torch.testing.assert_close(states.grad, expected.expand_as(states))
@@ -127,11 +152,3 @@ def test_what_a_decoder_sees_is_the_same_compiled(longest):
     keys = torch.randint(-(2**31), 2**31, (3,), generator=torch.Generator().manual_seed(0))
     compiled = torch.compile(lambda keys: RetroMAE.seen(decoder, keys, rows), dynamic=False, fullgraph=True)
     assert torch.equal(compiled(keys), RetroMAE.seen(decoder, keys, rows))
-
-
-def test_without_a_compiler_dropout_is_torchs(dropouts):
-    states = torch.randn(300, 64)
-    torch.manual_seed(3)
-    ours = drop(states, dropouts[0])
-    torch.manual_seed(3)
-    assert torch.equal(ours, dropouts[0](states))

@@ -46,7 +46,7 @@ def take(rows: Tensor, index: Tensor) -> Tensor:
 
 def put(rows: Tensor, index: Tensor, n: int) -> Tensor:
     """``n`` rows, those at ``index`` (without repetitions) as given, the others 0."""
-    return rows.new_zeros(n, *rows.shape[1:]).index_copy(0, index, rows)
+    return rows.new_zeros(n, *rows.shape[1:]).index_copy_(0, index, rows)
 
 
 class Bounds(NamedTuple):

@@ -1,8 +1,9 @@
-"""Dropout of compiled passes, by a hash.
+"""Dropout of compiled passes, by a hash, and of a CPU, by 16 random bits.
 
 A compiler draws random numbers within the operations around them, ten rounds of a generator for each, which on a GPU
 takes longer than the rest of what a layer norm does; and the backward pass has to read again what was dropped. Here it
 is a hash of a position, cheap enough to be computed a second time, under a seed that each module gets for each pass.
+On a CPU torch's own takes as long as the matrix products beside it, and this a third of that.
 """
 
 import math
@@ -33,19 +34,30 @@ class Seeds:
 
 def drop(states: Tensor, dropout: Any) -> Tensor:
     """Some of the ``states`` become 0, all others larger, as the module ``dropout`` says; there may be none."""
-    if dropout is None:
+    if dropout is None or not dropout.training:
         return states
     p, seed = dropout.p, getattr(dropout, "seed", None)
-    if seed is None or not dropout.training or not torch.compiler.is_compiling():
-        return F.dropout(states, p, dropout.training)  # the module itself may be asked only once by torch's tracker
-    return torch.where(kept(seed, states.shape, p), states * (1 / (1 - p) if p < 1 else 0.0), 0)
+    if seed is not None and torch.compiler.is_compiling():
+        kept = hashed(seed, states.shape, p)
+    elif states.is_cpu and not torch.compiler.is_compiling():
+        kept = drawn(states.shape, p)
+    else:
+        return F.dropout(states, p)  # the module itself may be asked only once by torch's tracker
+    return torch.where(kept, states * (1 / (1 - p) if p < 1 else 0.0), 0)
 
 
-def kept(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
+def hashed(seed: Tensor, shape: torch.Size, p: float) -> Tensor:
     """Which of ``shape`` are not dropped, each with probability ``1 - p``."""
     place = torch.arange(math.prod(shape), dtype=torch.int32, device=seed.device).view(shape)
     number = mixed(mixed(place ^ seed[0]) ^ seed[1])
     return (number >> 7 & 0xFFFFFF) >= round(p * 2**24)
+
+
+def drawn(shape: torch.Size, p: float) -> Tensor:
+    """The same on a CPU, by its generator, of which one draw is enough for four values."""
+    n = math.prod(shape)
+    number = torch.empty(-(-n // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)[:n].view(shape)
+    return number >= min(round(p * 2**16), 2**16 - 1) - 2**15
 
 
 def mixed(x: Tensor) -> Tensor:

@@ -5,14 +5,13 @@ torch's own tracker adds it up. The estimate of a run's memory (`condenser estim
 kernels is not seen, nor what a compiler saves.
 """
 
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -131,14 +130,7 @@ def one_pass(lengths: np.ndarray, datamodule: CondenserDataModule) -> dict[str, 
     return collate(rows.rows(ids), ids, 0, VOCABULARY, datamodule.masking, datamodule.extras) | {"slots": ids}
 
 
-def as_on_gpu() -> ExitStack:
-    """Makes fake CPU tensors go a GPU's way: attention by its kernel, dropout that keeps a byte a value."""
-    stack = ExitStack()
+def as_on_gpu() -> Any:
+    """Makes fake CPU tensors go a GPU's way: attention by its kernel."""
     half = (torch.bfloat16, torch.float16)
-    stack.enter_context(mock.patch.object(attention, "has_kernel", lambda device, dtype: dtype in half))
-    stack.enter_context(mock.patch.object(F, "dropout", dropout_on_gpu))
-    return stack
-
-
-def dropout_on_gpu(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    return torch.native_dropout(input, p, training)[0]
+    return mock.patch.object(attention, "has_kernel", lambda device, dtype: dtype in half)
