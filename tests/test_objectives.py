@@ -235,9 +235,10 @@ def test_cached_gradients_are_those_of_passes_that_are_kept(settings, tokens_per
     assert cached[0].shares["contrast_loss"].item() == pytest.approx(kept[0].shares["contrast_loss"].item(), rel=1e-12)
 
 
-def test_dummies_are_no_part_of_a_contrast(pairs, spans):
+@pytest.mark.parametrize("filled_up", ["few_shapes", "few_sizes"])
+def test_dummies_are_no_part_of_a_contrast(pairs, spans, filled_up):
     model = model_of(dropout=0.0)
-    plain, filled = (gradients_of(model, steps_of(pairs, spans, few_shapes=few)) for few in (False, True))
+    plain, filled = (gradients_of(model, steps_of(pairs, spans, **{filled_up: few})) for few in (False, True))
     close(filled[1], plain[1])
     for name, value in plain[0].shares.items():
         torch.testing.assert_close(filled[0].shares[name], value, rtol=1e-10, atol=1e-12)
@@ -523,7 +524,8 @@ def test_dupmae_is_retromae_and_a_bag_of_words(texts):
 def test_retromaes_dummies_and_passes_change_nothing(objective, texts):
     model = model_of(objective=objective, dropout=0.0)
     plain = gradients_of(model, texts())
-    for options in ({"few_shapes": True}, {"tokens_per_pass": 10**6}, {"few_shapes": True, "tokens_per_pass": 10**6}):
+    whole = {"tokens_per_pass": 10**6}
+    for options in ({"few_shapes": True}, {"few_sizes": True}, whole, {"few_shapes": True} | whole):
         other = gradients_of(model, texts(**options))
         close(other[1], plain[1])
         for name, value in plain[0].shares.items():

@@ -141,7 +141,7 @@ def check_masked(found: Any, tokens: np.ndarray, name: str) -> None:
         raise ValueError(f"{name} changed {n:,} tokens that are not among those to predict")
 
 
-EXTRAS = ("original_ids", "keys")  # what objectives may ask for beside what all get
+EXTRAS = ("original_ids", "keys", "real")  # what objectives may ask for beside what all get
 KEYS = 8  # tells this draw from those of masking.py
 
 
@@ -159,7 +159,8 @@ def collate(
         sample_ids: ``[B]``.
         visits: how often each sample was seen before (the epoch, for a single store); its masks depend on it.
         extras: of `EXTRAS`: ``original_ids [T]``, the tokens before they were masked, -100 where they are special or
-            a dummy's; ``keys [B]``, a number below 2**31 for each sample, drawn anew at each visit.
+            a dummy's; ``keys [B]``, a number below 2**31 for each sample, drawn anew at each visit; ``real [B]``, 0 for
+            dummies and 1 for all others.
 
     Returns:
         Arrays: ``input_ids, position_ids [T]``; ``cu_seqlens [B + 1]``, where each sequence begins; of masked tokens
@@ -189,6 +190,8 @@ def collate(
         more["original_ids"][place] = tokens
     if "keys" in extras:
         more["keys"] = (hash_ints(masking.seed, visits, sample_ids, KEYS) >> np.uint64(33)).astype(np.int64)
+    if "real" in extras:
+        more["real"] = np.ones(len(lengths), np.int64)
     return more | {
         "input_ids": input_ids,
         "position_ids": np.arange(len(input_ids)) - np.repeat(begins[:-1], framed),

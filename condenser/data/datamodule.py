@@ -95,7 +95,8 @@ class CondenserDataModule(L.LightningDataModule):
                 raise ValueError(f"data.{name}={value} must be at least 1")
         self.batch_size, self.micro_batches_per_step = batch_size, micro_batches_per_step
         self.tokens_per_pass = tokens_per_pass
-        self.affordable, self.few_shapes = 1, False  # tokens of a pass; the module settles what depends on the device
+        # tokens of a pass, and how passes are filled up: the module settles what depends on the device
+        self.affordable, self.few_shapes, self.few_sizes = 1, False, False
         self.pairs_wanted, self.span_length = pairs, span_length
         self.pairs = bool(pairs)  # by default as the objective needs
         self.extras: tuple[str, ...] = ()  # what the objective asks for
@@ -231,6 +232,7 @@ class CondenserDataModule(L.LightningDataModule):
             (rank, world_size),
             self.tokens_per_pass or self.affordable,
             few_shapes=self.few_shapes and training,
+            few_sizes=self.few_sizes and training,
             extras=self.extras,
         )
         if not training:  # where weights are sharded, all devices must compute together

@@ -1,4 +1,4 @@
-"""Few shapes of passes, for compilers: dummy sequences fill passes up.
+"""Few shapes of passes, for compilers, and few sizes of products, for CPUs: dummy sequences fill passes up.
 
 They stand at the end, nothing of them is scored, and they are counted nowhere.
 
@@ -17,13 +17,11 @@ from condenser.data.store import SPECIAL_TOKENS
 
 class Shape(NamedTuple):
     tokens: int  # T
-    sequences: int  # B
+    sequences: int | None  # B; as many as there come to be
     masked: int  # M
-    longest: int  # at least max_seqlen and max_query
-
-    @property
-    def queries(self) -> int:
-        return self.sequences + self.masked
+    queries: int  # Q
+    longest: int  # at least max_seqlen
+    most_read: int  # at least max_query
 
 
 @dataclass(frozen=True)
@@ -52,10 +50,23 @@ class Shapes:
             n = n_tokens / self.tokens  # sequences, on average
             n_sequences = up(1.125 * n + 4 * n**0.5 + 8, 32)
             n_masked = up(1.01 * self.masked * n + 2 * n**0.5 + 8, 64)
-            shape = Shape(n_tokens, n_sequences, n_masked, self.longest)
+            shape = Shape(n_tokens, n_sequences, n_masked, n_sequences + n_masked, self.longest, self.longest)
             fits = fields["n_masked"] <= n_masked and fields["n_sequences"] + n_dummies(fields, shape) <= n_sequences
             if fits and fields["n_tokens"] + n_dummies(fields, shape) <= n_tokens:
                 return shape
+
+
+def rounded(fields: Fields) -> Shape:
+    """Of about a pass's own size, so that products have few numbers of rows: in half precision a CPU makes the kernel
+    of each anew, which takes it 5 to 15 ms."""
+    n_tokens, n_queries, n_masked = (len(fields[name]) for name in ("input_ids", "query_index", "masked_index"))
+    tokens, queries = fine(n_tokens + 1), fine(n_queries + 1)
+    return Shape(tokens, None, fine(n_masked), queries, fields["max_seqlen"], fields["max_query"])
+
+
+def fine(n: int) -> int:
+    """Up to one of few numbers: by at most 1/16, or 15."""
+    return up(n, max((1 << n.bit_length()) >> 5, 16))
 
 
 def up(value: float, multiple: int) -> int:
@@ -63,16 +74,16 @@ def up(value: float, multiple: int) -> int:
 
 
 def n_dummies(fields: Fields, shape: Shape) -> int:
-    """Dummy sequences that have tokens: none longer, or with more queries, than ``shape.longest``."""
-    left = shape.tokens - fields["n_tokens"], shape.queries - len(fields["query_index"])
-    return max(1, *(-(-n // shape.longest) for n in left))
+    """Dummy sequences that have tokens: none longer, or with more queries, than the ``shape`` has them."""
+    n_tokens, n_queries = shape.tokens - fields["n_tokens"], shape.queries - len(fields["query_index"])
+    return max(1, -(-n_tokens // shape.longest), -(-n_queries // shape.most_read))
 
 
 def filled(fields: Fields, shape: Shape) -> Fields:
     """A pass filled up to a shape by dummy sequences: first some without tokens, so that each of them begins at a token
     that there is, then some that share out the tokens and queries which are left."""
     n_tokens, n_queries, n = fields["n_tokens"], len(fields["query_index"]), n_dummies(fields, shape)
-    n_empty = shape.sequences - fields["n_sequences"] - n
+    n_empty = 0 if shape.sequences is None else shape.sequences - fields["n_sequences"] - n
     lengths, n_read = evenly(shape.tokens - n_tokens, n), evenly(shape.queries - n_queries, n)
     ends = n_tokens + lengths.cumsum()
     n_masked = shape.masked - fields["n_masked"]
@@ -87,11 +98,12 @@ def filled(fields: Fields, shape: Shape) -> Fields:
         "masked_slot": np.full(n_masked, shape.queries - 1),
         "original_ids": np.full(ends[-1] - n_tokens, IGNORED),
         "keys": np.zeros(n_empty + n, np.int64),
+        "real": np.zeros(n_empty + n, np.int64),
         "slots": np.full(n_empty + n, fields.get("n_slots", 0)),  # past the step's
     }
     more = {name: values for name, values in more.items() if name in fields}
     arrays = {name: np.concatenate([fields[name], values]) for name, values in more.items()}
-    return {**fields, **arrays, "max_seqlen": shape.longest, "max_query": shape.longest}
+    return {**fields, **arrays, "max_seqlen": shape.longest, "max_query": shape.most_read}
 
 
 def evenly(n: int, n_parts: int) -> np.ndarray:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sequential
 from condenser.data.batching import BucketedBatches
 from condenser.data.collate import Fields, Masking, StepBatch, Vocabulary, collate
 from condenser.data.mixing import Mixture
-from condenser.data.shapes import Shapes, filled
+from condenser.data.shapes import Shapes, filled, rounded
 
 
 class Steps(Dataset):
@@ -24,7 +24,8 @@ class Steps(Dataset):
     Args:
         device: rank and world size.
         tokens_per_pass: as many micro-batches as have so many tokens on average, and at least one, make up a pass.
-        few_shapes: fill passes up.
+        few_shapes: fill passes up to one of few shapes.
+        few_sizes: fill passes up a little, so that products have few numbers of rows.
         extras: see `collate`.
     """
 
@@ -37,6 +38,7 @@ class Steps(Dataset):
         device: tuple[int, int] = (0, 1),
         tokens_per_pass: int = 1,
         few_shapes: bool = False,
+        few_sizes: bool = False,
         extras: tuple[str, ...] = (),
     ):
         self.extras, self.n_repeated = extras, 0  # the first so many steps again and again, where it is not 0
@@ -44,7 +46,7 @@ class Steps(Dataset):
         self.mixture, self.batches, self.vocabulary, self.masking = mixture, batches, vocabulary, masking
         self.device = device
         shapes = Shapes.of(mixture.typical_lengths(), masking.probability)
-        self.shapes = shapes if few_shapes else None
+        self.shapes, self.few_sizes = shapes if few_shapes else None, few_sizes
         n_sequences = batches.n * mixture.each / batches.steps_per_epoch  # of a step
         micro_batch = shapes.tokens * n_sequences / batches.micro_batches_per_step  # tokens
         n_micro_batches = -(-batches.micro_batches_per_step // device[1])
@@ -59,7 +61,8 @@ class Steps(Dataset):
         passes = []
         for place, numbers in enumerate(own + [self.batches.step(drawn)[0]] * (self.n_everywhere - len(own))):
             about = {"epoch": epoch, "step": step, "micro_batch": rank + place * world_size}  # of several the first
-            passes.append(self.one_pass(epoch, numbers, pairs) | about | {"again": place >= len(own)})
+            fields = self.filled_up(self.one_pass(epoch, numbers, pairs))
+            passes.append(fields | about | {"again": place >= len(own)})
         return StepBatch.of(passes, len(pairs) if pairs is not None else 0)
 
     def parts(self, step: int) -> list[np.ndarray]:
@@ -79,7 +82,12 @@ class Steps(Dataset):
         fields = collate(rows, ids, visits, self.vocabulary, self.masking, self.extras)
         if pairs is not None:
             fields |= {"slots": np.searchsorted(pairs, numbers), "n_slots": len(pairs)}
-        return filled(fields, self.shapes.fitting(fields)) if self.shapes else fields
+        return fields
+
+    def filled_up(self, fields: Fields) -> Fields:
+        if self.shapes:
+            return filled(fields, self.shapes.fitting(fields))
+        return filled(fields, rounded(fields)) if self.few_sizes else fields
 
 
 class Upcoming(SequentialSampler, DistributedSampler):

@@ -142,6 +142,7 @@ class Trial:
             rows.masking,
             tokens_per_pass=1 if recipe.authors else self.tokens_per_pass,
             few_shapes=recipe.compiled,
+            few_sizes=not recipe.authors and self.device.type == "cpu" and self.precision == "bf16-mixed",
             extras=self.model.asks,
         )
         return StepLoader(steps, True, self.workers, lambda: first)

@@ -52,7 +52,7 @@ def tokens_that_fit(model: Objective, device: torch.device, mask_probability: fl
 
 
 def keep_few_kernels() -> None:
-    """In half precision on CPUs oneDNN and torch each keep the kernels of 1,024 shapes, of some MB each, and flat
-    passes hardly repeat a shape: those of a step will do."""
+    """In half precision on CPUs oneDNN and torch each keep the kernels of 1,024 shapes, of some MB each: those of a few
+    passes will do."""
     for setting in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-        os.environ.setdefault(setting, "128")
+        os.environ.setdefault(setting, "256")

@@ -25,7 +25,7 @@ from condenser.data.store import check_same_stores
 from condenser.models.backbones.base import Backbone, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work
-from condenser.models.objective import COUNTS, Objective, known_options
+from condenser.models.objective import COUNTS, Objective, class_of, known_options
 from condenser.models.positions import Extension
 from condenser.runs import CONFIG
 from condenser.training import sharding
@@ -34,6 +34,7 @@ from condenser.training.ending import averaging, go_on, length_of, stopped_by, v
 from condenser.training.flags import check_precision
 from condenser.training.guard import Guard
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
+from condenser.training.passes import check_dummies
 from condenser.training.step import StepResult, TrainingStep, skips_on_device
 from condenser.training.validation import Validation
 
@@ -202,6 +203,7 @@ class CondenserModule(L.LightningModule):
         if device.type == "cuda":
             datamodule.affordable = tokens_that_fit(self.model, device, datamodule.masking.probability)
         else:
+            datamodule.few_sizes = self.trainer.precision == "bf16-mixed"
             keep_few_kernels()
 
     def setup(self, stage: str) -> None:
@@ -249,6 +251,10 @@ class CondenserModule(L.LightningModule):
         if isinstance(self.lr_schedulers(), LambdaLR):
             self.set_rates()
         assert self.model is not None
+        trainer: Any = self.trainer
+        steps = trainer.train_dataloader.dataset
+        if (steps.shapes or steps.few_sizes) and not class_of(self.model).__module__.startswith("condenser."):
+            check_dummies(self.model, steps, self.device)
         self.step = TrainingStep(
             self.model,
             self.trainer.optimizers[0],

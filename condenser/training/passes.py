@@ -5,6 +5,7 @@ Losses are sums; ``scale`` makes them means over the step's masked tokens (token
 Legend: B sequences of a pass, N of the step on all devices, H hidden size.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor
 
 from condenser.data.collate import Fields, StepBatch
+from condenser.data.shapes import filled, rounded
+from condenser.data.steps import Steps
 from condenser.models.losses import at_least_fp32
 from condenser.models.objective import COUNTS, Objective, Term, check_terms
 
@@ -91,3 +94,27 @@ def contrast_means(term: Term, n: int) -> Shares:
     if term.correct is not None:
         means["contrast_accuracy"] = term.correct.float().mean()
     return means | dict(term.measures)
+
+
+@torch.no_grad()
+def check_dummies(objective: Objective, steps: Steps, device: torch.device) -> None:
+    """See on a few samples that dummy sequences, which fill passes up, add nothing to an objective.
+
+    Raises:
+        ValueError: they do. (What differs from one time to the next cannot be told from that, and goes through.)
+    """
+    alone = steps.one_pass(0, steps.batches.step(0)[0][:8])
+    found, is_training = [], objective.training
+    objective.eval()
+    for fields in (alone, alone, filled(alone, rounded(alone))):
+        (on_device,) = StepBatch.of([fields]).to(device)
+        _, terms = cls_and_terms(objective, inputs_of(on_device), score=False)
+        found.append({name: term.sum.item() for name, term in terms.items()})
+    objective.train(is_training)
+    for name, value in found[0].items():
+        if value == found[1][name] and not math.isclose(value, found[2][name], rel_tol=1e-3, abs_tol=1e-3):
+            raise ValueError(
+                f"term {name!r}: dummy sequences, which fill passes up, add to it ({value:.5g} without them, "
+                f"{found[2][name]:.5g} with one): leave out those whose batch['real'] [B] is 0, which is there where "
+                'asks = ("real",); see docs/change-objective.md'
+            )
