@@ -14,7 +14,7 @@ from conftest import error_of
 from matplotlib.figure import Figure
 
 from condenser.cli import main
-from condenser.reports.figures import Panel, draw, plot, short
+from condenser.reports.figures import Panel, draw, draw_over, plot, short
 from condenser.reports.reference import KEPT, PANELS, STUDIES, comparable, over_tokens, read_reference, write_reference
 from condenser.reports.report import report
 from condenser.runs import read_metrics
@@ -280,13 +280,20 @@ def test_short_numbers_carry_over_to_the_next_letter():
     assert [short(n) for n in (0, 999, 1500, 999_999, 393_216_000, 2e9)] == ["0", "999", "1.5k", "1M", "393.2M", "2B"]
 
 
-def test_the_mean_of_a_straight_line_lies_on_it():
+@pytest.mark.parametrize(("n", "points"), [(100, 96), (50_020, 1980)])
+def test_the_mean_of_a_straight_line_lies_on_it_and_has_no_more_points_than_a_panel_shows(n, points):
     axes = Figure().add_subplot()
-    plot(axes, Panel("", "", ()), "train/a", np.arange(100.0), 2 * np.arange(100.0), "red")
+    plot(axes, Panel("", "", ()), "train/a", np.arange(float(n)), 2 * np.arange(float(n)), "red")
     logged, mean = (line.get_data() for line in axes.lines)
-    assert len(logged[0]) == 100
-    assert len(mean[0]) == 96
+    assert len(logged[0]) == n
+    assert len(mean[0]) == points
     np.testing.assert_allclose(mean[1], 2 * mean[0])
+
+
+def test_a_run_of_many_validations_has_few_dots_over_a_reference():
+    x = np.arange(1.0, 5001)
+    svg = draw_over("Backbone", "nats", {}, [{"Backbone": (x, 1 / x)}])
+    assert 20 < svg.count("<use") < 80
 
 
 def make_curves(folder: Path, head: float = 0.5, vocabulary: float = 0.0, steps=(500, 1000, 1500)) -> Path:

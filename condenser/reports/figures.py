@@ -119,8 +119,9 @@ def plot(axes: Axes, panel: Panel, metric: str, x: np.ndarray, values: np.ndarra
     width = len(x) // 20
     if metric.startswith(("train/", "perf/")) and metric != "train/lr" and width > 1:
         axes.plot(x, values, color=colour, lw=0.7, alpha=0.3)
-        values = np.convolve(values, np.full(width, 1 / width), mode="valid")
-        x = x[width // 2 :][: len(values)]
+        windows = np.lib.stride_tricks.sliding_window_view(values, width)
+        some = slice(None, None, 1 + len(windows) // 2000)  # more than a panel can show
+        x, values = x[width // 2 :][: len(windows)][some], windows[some].mean(axis=1)
     axes.plot(x, values, color=colour, markevery=max(1, len(x) // 30), **style_of(panel, metric))
 
 
@@ -177,7 +178,7 @@ def draw_over(title: str, unit: str, theirs: Mapping[str, Curves], ours: Sequenc
     start = 0.02 * min(x[-1] for x, _, _ in drawn)
     for x, values, style in drawn:
         shown = np.isfinite(values) & (x >= start)
-        axes.plot(x[shown], values[shown], **style)
+        axes.plot(x[shown], values[shown], markevery=max(1, shown.sum() // 30), **style)
     name_lines(axes, INK)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.xaxis.set_minor_formatter(NullFormatter())
