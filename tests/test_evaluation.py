@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import make_documents, write_bert, write_rows
+from conftest import write_collection as write_documents
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
@@ -556,8 +557,9 @@ def test_tasks_of_mteb_are_measured_once_for_an_encoder_and_again_where_a_file_i
     library = ModuleType("mteb")
     library.__spec__, library.__version__ = ModuleSpec("mteb", None), "2"
     library.evaluate, library.get_benchmark = measured, {}.__getitem__
-    about = {"main_score": "ndcg_at_10", "dataset": {"path": "of/tasks"}}
-    about["descriptive_stats"] = {"test": {"num_samples": 1200, "number_of_characters": 3_400_000}}
+    of_splits = [{"number_of_characters": 3_000_000}, {"text_statistics": {"total_text_length": 400_000}}]
+    of_splits = {f"split {place}": each | {"num_samples": 600} for place, each in enumerate(of_splits)}
+    about = {"main_score": "ndcg_at_10", "dataset": {"path": "of/tasks"}, "descriptive_stats": of_splits}
     library.get_task = lambda name: SimpleNamespace(metadata=SimpleNamespace(name=name, **about))
     monkeypatch.setitem(sys.modules, "mteb", library)
     for names, max_length in ((["Toys"], 32), (["Toys", "Tools"], 32), (["Toys"], 16)):
@@ -646,6 +648,8 @@ def test_length_groups_save_padding_and_change_no_weight(encoder, monkeypatch, l
         ({"train_sizes": ["5"]}, "--train-sizes, .* are settings of --finetune: give it too"),
         ({"whitening": [-1]}, "--whitening -1 must be at least 0"),
         ({"whitening": [20]}, "--whitening 20: .* farm has 20 texts"),
+        ({"whitening": [17], "retrieval": ["ALIKE"]}, "to 17 dimensions: the vectors of the 30 texts vary in 0 only"),
+        ({"whitening": [2], "retrieval": ["TWICE"]}, "whitening to 2 dimensions needs more .* not 2"),
         ({"finetune": True, "hard_negatives": -1}, "--hard-negatives -1 must be at least 0"),
         ({"queries": 0}, "--queries 0 must be at least 1"),
         ({"query": "x", "retrieval": None, "similarity": ["PAIRS"]}, "--query, .* give --retrieval too"),
@@ -680,10 +684,22 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_is_measured(
     few, bare = (write_collection(tmp_path / name) for name in ("few", "bare"))
     (few / "qrels/train.tsv").write_text("q7\td7\t1\nq8\td8\t1\n")
     (bare / "qrels/train.tsv").unlink()
+    twice = write_documents(tmp_path / "twice", ["a cat", "a dog"] * 20, ["a cat"])
+    alike = write_documents(
+        tmp_path / "alike", [40 * "the cat " + str(i) for i in range(30)], ["a cat"]
+    )  # as far as read
     (tmp_path / "run/checkpoints").mkdir(parents=True)  # is not exported before all else is looked at
     words = StaticEmbedding(AutoTokenizer.from_pretrained(store / "tokenizer").backend_tokenizer, embedding_dim=4)
     SentenceTransformer(modules=[words]).save_pretrained(str(tmp_path / "static"))
-    paths = {"FEW": few, "BARE": bare, "PAIRS": pairs_folder, "STORE": store, "RUN": tmp_path / "run"}
+    paths = {
+        "FEW": few,
+        "BARE": bare,
+        "PAIRS": pairs_folder,
+        "STORE": store,
+        "RUN": tmp_path / "run",
+        "TWICE": twice,
+        "ALIKE": alike,
+    }
     paths["STATIC"] = tmp_path / "static"
 
     def named(value):

@@ -28,7 +28,7 @@ from condenser.evaluation import encoders
 from condenser.evaluation.finetuning import Tuning
 from condenser.evaluation.jobs import ROWS, compute, plan, versions
 from condenser.evaluation.mteb_tasks import find_tasks, run_mteb
-from condenser.evaluation.pooling import check_name, with_pooling
+from condenser.evaluation.pooling import check_name, fit_whitening, with_pooling
 from condenser.evaluation.probes import probe_store
 from condenser.evaluation.retrieval import Collection
 from condenser.evaluation.search import BM25
@@ -192,19 +192,25 @@ def head_loss(folder: str, store: str) -> dict[str, float] | None:
 
 def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], whitening: Sequence[int]) -> None:
     """ValueError for what the encoder cannot be measured on, pooled or whitened to."""
-    sizes: list[Any] = [with_pooling(encoder, name).get_embedding_dimension() for name in poolings]
-    sizes = sizes or [encoder.get_embedding_dimension()]
     for task in tasks:
         if isinstance(task, Attention):
             task.check_tokenizer(encoder)
-            continue
-        n = len(task.texts())
-        for size, dimensions in itertools.product(sizes, whitening):
-            if dimensions > size or n <= (dimensions or size):
-                raise ValueError(
-                    f"--whitening {dimensions}: vectors have {size} dimensions, and {task.name} has {n} texts to fit "
-                    "it on, of which it needs more than dimensions"
-                )
+    for pooled in (with_pooling(encoder, name) for name in poolings) if poolings else (encoder,):
+        for task, dimensions in itertools.product(tasks, whitening):
+            if not isinstance(task, Attention):
+                check_whitening(pooled, task, dimensions)
+
+
+def check_whitening(encoder: Any, task: Collection | Similarity, dimensions: int) -> None:
+    texts, size = task.texts(), encoder.get_embedding_dimension()
+    if dimensions > size or len(texts) <= (dimensions or size):
+        raise ValueError(
+            f"--whitening {dimensions}: vectors have {size} dimensions, and {task.name} has {len(texts)} texts to fit "
+            "it on, of which it needs more than dimensions"
+        )
+    some = list(dict.fromkeys(texts))[: 2 * size]
+    if dimensions < size and (dimensions > size / 2 or dimensions >= len(some)):  # vectors may vary in fewer
+        fit_whitening(encoders.encoded(encoder, some, task.texts_are).cpu().numpy(), dimensions)
 
 
 def result_path(folder: Path) -> Path:
