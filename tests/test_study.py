@@ -149,6 +149,19 @@ def test_a_study_begins_with_the_text_that_its_plan_prepares(path, study, tmp_pa
     assert [main([*command, "--print_config"]) for command in commands] == [0]
 
 
+@pytest.mark.parametrize(("length", "said"), [(32, "nothing to do"), (16, "made with another max_length; choose")])
+def test_a_study_does_not_go_on_over_text_of_other_settings(length, said, study, corpus, tmp_path, monkeypatch, capsys):
+    settings = ["--tokenizer", "train:200", "--workers", 1, "--max-length"]
+    monkeypatch.setattr(study, "work_on", None)
+    for each in (32, length):
+        path = written(tmp_path, prepare=[*settings, each], arms={})
+        monkeypatch.setattr(sys, "argv", ["study.py", str(path), "--wikipedia", str(corpus), *WORDS[2:]])
+        with pytest.raises(SystemExit):
+            study.study()
+    told = capsys.readouterr()
+    assert said in told.out + told.err
+
+
 def test_a_cell_is_measured_again_of_another_command_or_without_its_result(study, tiny_export, tmp_path, monkeypatch):
     plan = opened(study, written(tmp_path))
     shutil.copytree(tiny_export, tmp_path / "mlm-seed=1" / "export")

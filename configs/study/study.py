@@ -92,7 +92,7 @@ def study() -> None:
     if unknown := set(options.arms or ()) - plan.arms.keys():
         parser.error(f"no arms {', '.join(sorted(unknown))}; there are {', '.join(plan.arms)}")
     with at_work(plan, "store") as free:
-        if free and not (plan.store / "manifest.json").is_file():
+        if free and not plan.is_over():  # of a store that is there it says whether the plan's settings made it
             words = map(str, plan.plan["prepare"])  # some are numbers
             run(plan, "prepare", "--input", *options.wikipedia, *words, "--output", str(plan.store))
     if not (plan.store / "manifest.json").is_file():
