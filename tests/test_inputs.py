@@ -24,6 +24,7 @@ from condenser.cli import main
 from condenser.corpus.documents import Document
 from condenser.corpus.inputs import FORMATS, in_short, resolve
 from condenser.corpus.prepare import prepare as prepare_from_python
+from condenser.corpus.readers import Source
 from condenser.corpus.repeats import keys_of, runs_of_words
 from condenser.corpus.work import do_share
 from condenser.data.collate import Vocabulary
@@ -418,6 +419,20 @@ def test_a_file_that_changes_while_it_is_read_is_named_and_the_command_starts_an
         assert f"{source} has changed while it was read" in refused(capsys, source, store / "tokenizer", out, *options)
     assert not out.exists()
     assert prepared(source, store / "tokenizer", out, *options)["documents"] == 61
+
+
+@pytest.mark.parametrize(("options", "read"), [([], 1), (["--deduplicate"], 3)])
+def test_a_share_looks_again_at_what_it_has_read_and_at_no_more(options, read, store, tmp_path, monkeypatch):
+    """Each of a thousand shares would read both ends of all files else."""
+    for n in range(3):
+        write_jsonl(tmp_path / f"{n}.jsonl", make_documents(20, seed=n))
+    looked, whole = [], Source.fingerprint.func
+    fingerprint = property(lambda source: looked.append(source.name) or whole(source))
+    monkeypatch.setattr(Source, "fingerprint", fingerprint)
+    monkeypatch.setattr("condenser.corpus.prepare.do_share", lambda *given: looked.clear() or do_share(*given))
+    pattern, out = tmp_path / "*.jsonl", tmp_path / "out"
+    assert prepare(pattern, store / "tokenizer", out, *options, "--shard", "1/3") == 0
+    assert len(looked) == read
 
 
 def test_units_that_are_done_are_kept_where_no_row_is_left_of_them_yet(store, small_units, tmp_path):

@@ -15,6 +15,7 @@ from condenser.data.store import (
     SPLITS,
     Shard,
     check_file_name,
+    in_words,
     leftovers,
     read_json,
     read_manifest,
@@ -141,10 +142,6 @@ def token_counts(folder: Path, shards: list[dict[str, Any]], n_ids: int) -> np.n
     for shard in shards:
         counts += np.bincount(Shard(folder / shard["file"], shard["bytes"]).tokens, minlength=n_ids)
     return counts
-
-
-def in_words(counts: dict[str, int], *names: str) -> str:
-    return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names)
 
 
 def summary(store: Path, manifest: dict[str, Any]) -> str:

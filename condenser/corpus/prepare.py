@@ -167,7 +167,7 @@ def make(job: Job, share: Share, state: dict[str, Any], workers: int | None, eng
     with in_the_making(folder, state, alone=share.count == 1):
         store_tokenizer(folder, settings["tokenizer"], lambda: texts(share, job.skip_bad_lines))
         job = replace(job, tokenizer_checksum=checksum(folder / "tokenizer" / "tokenizer.json"))
-        with unchanged(numbered, settings["sources"]):
+        with unchanged(numbered if job.deduplicate else share.own, settings["sources"]):
             if job.deduplicate:
                 everything = replace(share, index=0, count=1)
                 find_repeats(job, everything, earlier_units(folder, first), workers or available_cores())

@@ -58,11 +58,14 @@ class Share:
     index: int = 0
     count: int = 1
 
+    @property
+    def own(self) -> list[Source]:
+        """Those that some of its units are of."""
+        return self.sources[self.index :: self.count] if len(self.sources) >= self.count else self.sources
+
     def units(self) -> Iterator[Unit]:
         whole_sources = len(self.sources) >= self.count
-        for place, source in enumerate(self.sources):
-            if whole_sources and place % self.count != self.index:
-                continue
+        for place, source in enumerate(self.own):
             for unit in units(source, self.unit_bytes):
                 if whole_sources or (place + unit.number) % self.count == self.index:
                     yield unit

@@ -254,6 +254,11 @@ def read_json(path: Path, *keys: str) -> Any:
     return value
 
 
+def in_words(counts: dict[str, int], *names: str) -> str:
+    """{"too_short": 1200} -> 1,200 too short"""
+    return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names)
+
+
 def tokenizer_hash(tokenizer: Any) -> str:
     """A hash of what a fast tokenizer does to text: vocabulary, rules and special tokens; not of padding settings."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -119,9 +119,9 @@ def plot(axes: Axes, panel: Panel, metric: str, x: np.ndarray, values: np.ndarra
     width = len(x) // 20
     if metric.startswith(("train/", "perf/")) and metric != "train/lr" and width > 1:
         axes.plot(x, values, color=colour, lw=0.7, alpha=0.3)
-        windows = np.lib.stride_tricks.sliding_window_view(values, width)
-        some = slice(None, None, 1 + len(windows) // 2000)  # more than a panel can show
-        x, values = x[width // 2 :][: len(windows)][some], windows[some].mean(axis=1)
+        every = 1 + len(x) // 2000  # a panel shows no more points
+        values = np.lib.stride_tricks.sliding_window_view(values, width)[::every].mean(axis=1)
+        x = x[width // 2 :: every][: len(values)]
     axes.plot(x, values, color=colour, markevery=max(1, len(x) // 30), **style_of(panel, metric))
 
 

@@ -1,6 +1,5 @@
 """What is in a token store, for eyes: `condenser inspect STORE`."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.text import Text
 
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.steps import Steps
-from condenser.data.store import read_manifest
+from condenser.data.store import in_words, read_manifest
 from condenser.data.store import verify as verify_files
 from condenser.reports.tables import table
 from condenser.runs import at_least
@@ -63,20 +62,15 @@ def about(manifest: dict[str, Any]) -> dict[str, str]:
     n_bytes = sum(shard["bytes"] for split in splits.values() for shard in split["shards"])
     shown = ("kind", "max_length", "min_length", "short_fraction", "language", "word_segmenter", "title_column", "seed")
     return {
-        **{name: listed(split, ("rows", "tokens", "documents")) for name, split in splits.items()},
-        "documents": listed(counts, [name for name in OF_DOCUMENTS if name in counts]),
-        "tokens": listed(counts, [name for name in counts if "tokens_" in name]),
+        **{name: in_words(split, "rows", "tokens", "documents") for name, split in splits.items()},
+        "documents": in_words(counts, *(name for name in OF_DOCUMENTS if name in counts)),
+        "tokens": in_words(counts, *(name for name in counts if "tokens_" in name)),
         "size": f"{n_bytes / 1e6:,.1f} MB, {n_bytes / max(1, counts['tokens_kept']):.2f} bytes a token",
         "tokenizer": f"{settings['tokenizer']}, {manifest['tokenizer']['vocabulary']:,} ids",
         "sources": "\n".join(source["name"] for source in settings["sources"]),
         "settings": ", ".join(f"{name} {settings[name]}" for name in shown if settings[name] is not None),
         "bad": "\n".join(manifest["bad"]) or "none",
     }
-
-
-def listed(counts: dict[str, int], names: Sequence[str]) -> str:
-    """{"too_short": 1200} -> 1,200 too short"""
-    return ", ".join(f"{counts[name]:,} {name.replace('_', ' ')}" for name in names)
 
 
 def histogram(lengths: np.ndarray) -> Table:
