@@ -84,7 +84,7 @@ def run(name: str, rest: Sequence[str]) -> int:
             function(rest)
         else:
             function_call(function, f"condenser {name}", rest)
-        sys.stdout.flush()
+        print(end="", flush=True)  # there may be no standard output
         return 0
     except SystemExit as stop:  # argparse: --help and usage errors
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)

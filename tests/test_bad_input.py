@@ -269,3 +269,9 @@ def test_a_disk_that_fills_up_leaves_the_store_and_the_command_goes_on(corpus, s
         assert not list((disk / "out").rglob("*.partial"))
     finally:
         subprocess.run(["umount", str(disk)], check=False)
+
+
+def test_a_command_without_standard_output_ends_as_with_one(store, monkeypatch):
+    """Such as of a daemon, or after `>&-`."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert main(["inspect", str(store), "--samples", "0"]) == 0

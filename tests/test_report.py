@@ -1,6 +1,7 @@
 """`condenser report`: one page that needs no network, whatever state the runs are in."""
 
 import json
+import os
 import re
 import tomllib
 from importlib.metadata import PackageNotFoundError
@@ -274,6 +275,39 @@ def test_errors_are_one_line_on_the_command_line(tmp_path, capsys):
     ):
         assert expected in error_of(capsys, main(["report", "--output", str(tmp_path / "r.html"), *map(str, words)]))
     assert not (tmp_path / "r.html").exists()
+
+
+@pytest.mark.parametrize("kind", ["device", "link to a device", "link to a file"])
+@pytest.mark.parametrize("command", ["report", "compare"])
+def test_what_is_written_takes_the_place_of_no_device_and_goes_where_a_link_leads(command, kind, tmp_path, capsys):
+    """Such as of /dev/stdout, for root."""
+    there, given = tmp_path / "there", tmp_path / ("link" if "link" in kind else "there")
+    os.mkfifo(there) if "device" in kind else there.write_text("")
+    if "link" in kind:
+        given.symlink_to(there)
+    words, option = [command, str(make_run(tmp_path / "run"))], "--output"
+    if command == "compare":
+        words, option = ["evaluate", "compare", *make_evaluations(tmp_path)], "--json"
+    code = main([*words, option, str(given)])
+    if "device" in kind:
+        error_of(capsys, code, f"{option} {given} is a folder or a device")
+        assert there.is_fifo()
+    else:
+        assert code == 0
+        assert there.read_text()
+    assert given.is_symlink() == ("link" in kind)
+
+
+def make_evaluations(folder):
+    """Two results of `condenser evaluate` of two questions."""
+    row = {"task": "retrieval", "collection": "toy", "model": "m", "pooling": "cls"}
+    for name in "ab":
+        (folder / name / "rows").mkdir(parents=True)
+        (folder / name / "results.json").write_text(json.dumps({"fingerprints": ["r"]}))
+        values = {"q1": {"ndcg@10": 0.5}, "q2": {"ndcg@10": 0.25}}
+        row |= dict.fromkeys(("whitening", "trained_on", "train_size", "pair_loss", "seed"))
+        (folder / name / "rows/r.json").write_text(json.dumps({"row": row, "values": values}))
+    return [str(folder / "a"), str(folder / "b")]
 
 
 def test_short_numbers_carry_over_to_the_next_letter():

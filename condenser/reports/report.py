@@ -9,6 +9,7 @@ The page reads what every run folder holds, ``config.yaml`` and ``metrics.csv``,
 mail it, print it, keep it beside the checkpoint. A run in progress can be reported at any time.
 """
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -84,7 +85,7 @@ def report(
     check_figures(output, "--output")
     panels = draw_panels(curves, {"step": "step", "tokens": "tokens seen"}[x])
     html = page(loaded, panels, known, compared)
-    with atomic_write(Path(output)) as unfinished:
+    with atomic_write(Path(os.path.realpath(output))) as unfinished:
         unfinished.write_text(html, encoding="utf-8")
     print(f"wrote {output}")
 

@@ -1,5 +1,6 @@
 """The one look of the tables that commands print, and the files of the figures in them."""
 
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -37,13 +38,14 @@ def table(
 def check_figures(json: str | None, option: str = "--json") -> None:
     """Raises ValueError or OSError before all is measured, not after, where a file could not be written."""
     if json:
-        if Path(json).is_dir():
-            raise ValueError(f"{option} {json} is a folder: give a file")
-        Path(json).parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=Path(json).parent).close()
+        if Path(json).exists() and not Path(json).is_file():  # which renaming a file to it would take away
+            raise ValueError(f"{option} {json} is a folder or a device: give a file")
+        folder = Path(os.path.realpath(json)).parent
+        folder.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
 
 
 def write_figures(json: str | None, figures: dict[str, Any]) -> None:
     """To the file that ``--json`` names, if it does."""
     if json:
-        write_json(Path(json), figures)
+        write_json(Path(os.path.realpath(json)), figures)
