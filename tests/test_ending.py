@@ -817,6 +817,7 @@ WRONG = {
     'Parser key "optimizer.optimizer": Expected': ["fit", "--model.optimizer.optimizer", "torch.nn.Linear"],
     "module 'torch.optim' has no attribute 'Nothing'": ["fit", "--model.optimizer.optimizer", "torch.optim.Nothing"],
     'Parser key "data.batch_size"': ["fit", "--data.batch_size", "many"],
+    "['online', 'offline', 'off']": ["fit", "--wandb", "true"],
     "following arguments are required: model, output": ["evaluate"],
     'Parser key "step": - Expected a int': ["export", "a", "--output", "b", "--step", "x"],
     "--rounds 0 must be at least 1": ["bench", "--rounds", "0"],

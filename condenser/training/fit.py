@@ -85,7 +85,7 @@ class RunCLI(LightningCLI):
         parser.add_argument("--runs_dir", type=str, default="runs", help="folder of all runs")
         parser.add_argument(
             "--wandb",
-            type=Literal["online", "offline", "off", False],
+            type=Literal["online", "offline", "off"] | Literal[False],
             default="off",
             help="Weights & Biases beside the CSV; YAML reads off as False, which is the same",
         )
