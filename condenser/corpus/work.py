@@ -59,8 +59,7 @@ class Share:
     count: int = 1
 
     @property
-    def own(self) -> list[Source]:
-        """Those that some of its units are of."""
+    def own(self) -> list[Source]:  # that some of its units are of
         return self.sources[self.index :: self.count] if len(self.sources) >= self.count else self.sources
 
     def units(self) -> Iterator[Unit]:

@@ -192,12 +192,12 @@ def head_loss(folder: str, store: str) -> dict[str, float] | None:
 
 def check_encoder(encoder: Any, tasks: Sequence[Task], poolings: Sequence[str], whitening: Sequence[int]) -> None:
     """ValueError for what the encoder cannot be measured on, pooled or whitened to."""
-    for task in tasks:
-        if isinstance(task, Attention):
-            task.check_tokenizer(encoder)
     for pooled in (with_pooling(encoder, name) for name in poolings) if poolings else (encoder,):
-        for task, dimensions in itertools.product(tasks, whitening):
-            if not isinstance(task, Attention):
+        for task in tasks:
+            if isinstance(task, Attention):
+                task.check_tokenizer(encoder)
+                continue
+            for dimensions in whitening:
                 check_whitening(pooled, task, dimensions)
 
 

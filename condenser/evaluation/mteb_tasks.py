@@ -38,12 +38,9 @@ def find_tasks(names: Sequence[str]) -> list[Any]:
 def to_load(task: Any) -> str:
     """Which data a task takes from the hub, where they are not in its cache, and how much, as far as mteb says."""
     about, statistics = task.metadata.dataset, task.metadata.descriptive_stats or {}
-    of_splits = [each for each in statistics.values() if isinstance(each, dict)]
+    of_splits = [each | (each.get("text_statistics") or {}) for each in statistics.values() if isinstance(each, dict)]
     texts = sum(each.get("num_samples") or 0 for each in of_splits)
-    characters = sum(
-        each.get("number_of_characters") or (each.get("text_statistics") or {}).get("total_text_length") or 0
-        for each in of_splits
-    )
+    characters = sum(each.get("number_of_characters") or each.get("total_text_length") or 0 for each in of_splits)
     size = f"{texts:,} texts, {characters / 1e6:,.1f} M characters" if texts else "of a size that mteb does not say"
     return f"{task.metadata.name} takes {about['path']} from the hub, or its cache: {size}"
 

@@ -129,10 +129,9 @@ def choose(tokens: list[str]) -> set[int]:
     """Positions to mask: of whole words in random order, while they fit into 15 %."""
     words: list[list[int]] = []
     for position, token in enumerate(tokens):
-        if words and token.startswith("##"):
-            words[-1].append(position)
-        else:
-            words.append([position])
+        if not (words and token.startswith("##")):
+            words.append([])
+        words[-1].append(position)
     random.shuffle(words)
     budget, chosen = max(1, round(0.15 * len(tokens))), set[int]()
     for word in words:
