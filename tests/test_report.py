@@ -189,13 +189,19 @@ def test_runs_of_one_name_are_told_apart_by_their_path_and_one_given_twice_count
     assert "3 runs given, of which 1 repeat others: each is shown once\n" in capsys.readouterr().out
 
 
-def test_what_was_launched_and_has_not_begun_is_left_out_of_all_runs(tmp_path, capsys):
-    run = make_run(tmp_path / "begun")
-    (tmp_path / "array/launch").mkdir(parents=True)
-    assert str(tmp_path / "array") not in page(run, tmp_path / "array")
-    assert f"left out, as nothing but a launch is there: {tmp_path / 'array'}\n" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="array has no config"):
-        page(tmp_path / "array")
+@pytest.mark.parametrize("files", [["launch"], ["config.yaml", "lock"], ["config.yaml", "lock", "metrics.csv"]])
+def test_what_has_logged_nothing_yet_is_left_out_of_all_runs(files, tmp_path, capsys):
+    run, other = make_run(tmp_path / "begun"), tmp_path / "other"
+    other.mkdir()
+    for name in files:
+        (other / name).touch()
+    assert str(other) not in page(run, other)
+    assert f"left out, as nothing is logged there yet: {other}\n" in capsys.readouterr().out
+    with pytest.raises(ValueError, match=r"has no |is empty"):
+        page(other)
+    (other / files[0]).unlink()  # so it is no run
+    with pytest.raises(ValueError, match="other has no config"):
+        page(run, other)
 
 
 def write_evaluation(run: Path, *, model: str, text: str) -> None:

@@ -91,17 +91,22 @@ def report(
 
 
 def load_runs(runs: Sequence[str]) -> list[Run]:
-    # of runs that have not begun, and of arrays
-    launched = [run for run in runs if [path.name for path in Path(run).glob("*")] == ["launch"]]
-    if 0 < len(launched) < len(runs):
-        print(f"left out, as nothing but a launch is there: {', '.join(launched)}")
-        runs = [run for run in runs if run not in launched]
+    silent = [run for run in runs if is_silent(Path(run))]
+    if 0 < len(silent) < len(runs):
+        print(f"left out, as nothing is logged there yet: {', '.join(silent)}")
+        runs = [run for run in runs if run not in silent]
     folders = {Path(run).resolve(): Path(run) for run in runs}
     if len(folders) < len(runs):
         print(f"{len(runs)} runs given, of which {len(runs) - len(folders)} repeat others: each is shown once")
     taken = Counter(folder.name for folder in folders)
     names = [folder.name if taken[folder.name] == 1 else str(given) for folder, given in folders.items()]
     return [load_run(*each) for each in zip(folders, names, run_colours(len(names)), strict=True)]
+
+
+def is_silent(folder: Path) -> bool:
+    """Whether a run was launched only (or is an array's folder), or has not come to its first row of metrics."""
+    names, metrics = {path.name for path in folder.glob("*")}, folder / METRICS
+    return names == {"launch"} or ({CONFIG, "lock"} <= names and not (metrics.is_file() and metrics.stat().st_size))
 
 
 def load_run(folder: Path, name: str, colour: str) -> Run:
