@@ -108,11 +108,17 @@ class WandbHandler(Handler):
 
     def run_resume_status(self, variables):
         name, rows = variables["name"], self.server.history(variables["name"])
-        tail = {"summaryMetrics": "{}", "logLineCount": 0, "historyLineCount": len(rows), "eventsLineCount": 0}
+        summary = {key: value for row in rows for key, value in row.items()}
+        tail = {
+            "summaryMetrics": json.dumps(summary),
+            "logLineCount": 0,
+            "historyLineCount": len(rows),
+            "eventsLineCount": 0,
+        }
         tail |= {"historyTail": json.dumps([json.dumps(row) for row in rows[-1:]]), "eventsTail": "[]", "tags": []}
         bucket = {"id": name, "name": name, "displayName": name, "config": "{}", "wandbConfig": '{"t": 1}', **tail}
         project = {"id": "p", "name": "condenser", "entity": {"id": "e", "name": "us"}}
-        return {"model": {**project, "bucket": bucket if rows else None}}
+        return {"model": {**project, "bucket": bucket if name in self.server.configs else None}}
 
     def upsert_bucket(self, variables):
         name, project, config = (variables[key] for key in ("name", "project", "config"))

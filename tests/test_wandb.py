@@ -2,7 +2,10 @@
 
 import gzip
 import hashlib
+import json
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -17,11 +20,11 @@ from servers import WandbServer, serving
 from test_devices import DDP, start_ranks, wait_for, write_recipe
 from test_training import STOP, assert_same_weights, metrics_of
 
+import condenser
 from condenser.cli import main
 from condenser.hub import load_export
-from condenser.training.tracking import PATIENCE, forget
+from condenser.training.tracking import PATIENCE, forget, keep_export, run_id
 
-__all__ = ["Outage", "kill_the_sender", "main"]
 KEY = "5ec4e7" * 7
 SYNC = Path(sys.executable).with_name("wandb")
 
@@ -168,15 +171,90 @@ def kill_the_sender():
             child.wait()
 
 
-@pytest.mark.slow
-def test_training_goes_on_when_the_process_that_sends_is_killed(run, recipe, tmp_path, to_server):
-    code = "import sys; from test_wandb import *; Outage.happens = kill_the_sender; sys.exit(main(sys.argv[1:]))"
-    options = ["--config", str(recipe), "--runs_dir", str(tmp_path), "--name", "a", "--wandb", "online", *OUTAGE]
+def fit_apart(recipe, runs, happens, step):
+    """In a process of its own, as one that has lost the process that sends begins no other W&B run."""
+    name = happens.__name__
+    code = f"import sys, test_wandb as t; t.Outage.happens = t.{name}; sys.exit(t.main(sys.argv[1:]))"
+    outage = ["--trainer.callbacks", f"{__name__}.Outage", "--trainer.callbacks.step", step]
+    options = ["--config", str(recipe), "--runs_dir", str(runs), "--name", "a", "--wandb", "online", *outage]
+    path = os.pathsep.join([str(Path(__file__).parent), str(Path(condenser.__file__).parents[1])])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code, "fit", *options]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
+
+
+def ask_all_to_stop():
+    """As SLURM does, which signals all processes of a step, W&B's too."""
+    kill_the_sender()
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise ValueError("it failed")
+
+
+@pytest.mark.parametrize(("happens", "step"), [(ask_all_to_stop, "5"), (fail, "6")])
+def test_a_run_that_goes_on_sends_the_rows_that_wandb_lacks_and_no_other(
+    happens, step, run, recipe, tmp_path, to_server
+):
     with serving(WandbServer(KEY)) as server:
         to_server(server.url)
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-c", code, "fit", *options]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        done = fit_apart(recipe, tmp_path, happens, step)
+        assert done.returncode == (1 if happens is fail else 75), done.stderr
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 0
+    assert steps_of(server, tmp_path / "a") == expected_steps(tmp_path / "a") == expected_steps(run)
+
+
+def test_a_copy_of_a_run_folder_is_a_wandb_run_of_its_own(tmp_path):
+    (tmp_path / "a").mkdir()
+    before = run_id(tmp_path / "a")
+    for copy in ("b", "elsewhere/a"):
+        shutil.copytree(tmp_path / "a", tmp_path / copy)
+    assert run_id(tmp_path / "b") == run_id(tmp_path / "b") != before
+    assert run_id(tmp_path / "elsewhere/a") == run_id(tmp_path / "a") == before
+    (tmp_path / "a" / "wandb_id").write_text("0123abcd")  # of an older version
+    assert run_id(tmp_path / "a") == "0123abcd"
+
+
+def test_a_run_that_was_made_longer_keeps_its_new_export_and_the_one_before(recipe, tmp_path, monkeypatch, capsys):
+    kept = []
+    monkeypatch.setattr("condenser.training.tracking.keep_files", lambda logger, kind, files, about: kept.append(files))
+    for steps in ("4", "8"):
+        assert fit(recipe, tmp_path, "a", "--trainer.max_steps", steps) == 0
+        for _ in range(2):
+            keep_export(None, tmp_path / "a")
+    about = [json.loads((tmp_path / "a" / name / "condenser.json").read_text()) for name in ("export-step=4", "export")]
+    assert [each["source"]["step"] for each in about] == [4, 8]
+    assert len(kept) == 4
+    assert "gets no export" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WANDB_MODE", "offline", "--wandb online: the environment has WANDB_MODE=offline: unset it"),
+        ("WANDB_PROJECT", "a/b", "--wandb online: Invalid project name 'a/b'"),
+        ("WANDB_INIT_TIMEOUT", "soon", "--wandb online: 1 validation error for Settings init_timeout"),
+    ],
+)
+def test_what_the_environment_asks_of_wandb_in_vain_is_said_in_one_line(
+    name, value, said, recipe, tmp_path, to_server, monkeypatch, capsys
+):
+    with serving(WandbServer(KEY)) as server:
+        to_server(server.url)
+        monkeypatch.setenv(name, value)
+        assert fit(recipe, tmp_path, "a", "--wandb", "online") == 1
+    errors = capsys.readouterr().err
+    assert said in errors
+    assert "cannot be reached" not in errors
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.slow
+def test_training_goes_on_when_the_process_that_sends_is_killed(run, recipe, tmp_path, to_server):
+    with serving(WandbServer(KEY)) as server:
+        to_server(server.url)
+        done = fit_apart(recipe, tmp_path, kill_the_sender, "3")
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("W&B no longer takes metrics") == 1
     assert_same_weights(tmp_path / "a", run)

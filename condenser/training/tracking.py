@@ -4,9 +4,11 @@ Training does not depend on it: a server that does not answer costs half a minut
 not reached it is in the run folder, where `wandb sync` finds it.
 """
 
+import csv
 import os
 import secrets
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,8 +19,8 @@ from lightning.pytorch.loggers import WandbLogger
 
 from condenser.cluster import signals
 from condenser.data.store import MANIFEST, atomic_write, names_of
-from condenser.export import export, find_checkpoint, sha256
-from condenser.runs import CONFIG
+from condenser.export import ABOUT_FILE, export, find_checkpoint, sha256
+from condenser.runs import CONFIG, METRICS, read_mapping, step_of
 from condenser.training.failures import one_line
 from condenser.training.logs import is_repeated
 
@@ -29,6 +31,7 @@ class Tracker(WandbLogger):
     """Lightning's W&B logger; W&B's failures do not reach training."""
 
     lost = False
+    known: Mapping[str, Any] = {}  # the last values that W&B has of a run that it goes on with
 
     def __init__(self, every_n_steps: int, **options: Any):
         super().__init__(**options)
@@ -38,45 +41,64 @@ class Tracker(WandbLogger):
         assert step is not None
         if self.lost or is_repeated(metrics, step, self.every_n_steps):
             return
+        last = self.known.get("trainer/global_step", -1)
+        is_known = all(self.known.get(name) == value for name, value in metrics.items() if name[:5] != "perf/")
+        if step < last or (step == last and is_known):
+            return
         try:
             super().log_metrics(metrics, step)
         except Exception as error:  # the process that sends is gone, for one
             self.lost = True
             warn(f"no longer takes metrics ({one_line(error)}); training goes on, and metrics.csv has them all")
 
+    def catch_up(self, path: Path) -> None:
+        """Send what starts before this one have written to ``path`` and W&B has not: a sender that is killed takes the
+        last rows with it. Rows that W&B has are not sent again."""
+        if not self.experiment.resumed:
+            return
+        self.known = dict(self.experiment.summary)
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                step = int(row.pop("step"))
+                self.log_metrics({name: float(value) for name, value in row.items() if value}, step)
+
 
 def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -> Tracker:
     """The logger of this run folder's W&B run; one that W&B cannot take now is written offline.
 
     Raises:
-        ValueError: there is no key, or what is given cannot be one.
+        ValueError: there is no key, what is given cannot be one, or the environment has what W&B does not take.
     """
     import wandb
 
-    if mode == "online":
-        check_key()
-    logger = logger_of(run, mode, every_n_steps)
     try:
+        if mode == "online":
+            check_key()
+        logger = logger_of(run, mode, every_n_steps)
         _ = logger.experiment
+    except (ValueError, wandb.errors.UsageError) as error:
+        raise ValueError(f"--wandb {mode}: {one_line(error)}") from None
     except Exception as error:  # of the network, the key, or the process that is to send
         warn(f"cannot be reached ({one_line(error)}); later: wandb sync {run}/wandb/offline-run-*")
         forget(wandb)  # which else takes the run's id to be in use
-        logger = logger_of(run, "offline", every_n_steps)
+        logger, mode = logger_of(run, "offline", every_n_steps), "offline"
         _ = logger.experiment
+    if mode == "online":
+        logger.catch_up(run / METRICS)
     return logger
 
 
 def check_key() -> None:
     import wandb
 
+    if (asked := os.environ.get("WANDB_MODE", "online")) != "online":
+        raise ValueError(f"the environment has WANDB_MODE={asked}: unset it, or change --wandb")
     try:
         found = wandb.login(prompt=False, verify=False)
     except wandb.errors.AuthenticationError as error:
-        raise ValueError(f"--wandb online: {one_line(error)}; run `wandb login`") from None
+        raise ValueError(f"{one_line(error)}; run `wandb login`") from None
     if not found:
-        raise ValueError(
-            "--wandb online needs a key: run `wandb login`, or take offline and `wandb sync` the run later"
-        )
+        raise ValueError("there is no key: run `wandb login`, or take offline and `wandb sync` the run later")
 
 
 def logger_of(run: Path, mode: str, every_n_steps: int) -> Tracker:
@@ -96,12 +118,14 @@ def logger_of(run: Path, mode: str, every_n_steps: int) -> Tracker:
 
 
 def run_id(run: Path) -> str:
-    """The W&B id that a run keeps however often it is started."""
-    path = run / "wandb_id"
-    if not path.is_file():
+    """The W&B id that a run keeps however often it is started; a copy of its folder by another name has its own."""
+    path, of_name = run / "wandb_id", f"{zlib.crc32(run.name.encode()):08x}"
+    known = path.read_text(encoding="utf-8") if path.is_file() else ""
+    if not known or known[8:] not in ("", of_name):
+        known = secrets.token_hex(4) + of_name
         with atomic_write(path) as partial:
-            partial.write_text(secrets.token_hex(4), encoding="utf-8")
-    return path.read_text(encoding="utf-8")
+            partial.write_text(known, encoding="utf-8")
+    return known
 
 
 def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions: dict[str, str], keep: bool) -> None:
@@ -123,13 +147,17 @@ def describe(logger: Tracker, run: Path, weights: Mapping[Path, float], versions
 
 def keep_export(logger: Tracker, run: Path) -> None:
     """Export a finished run's last checkpoint to ``RUN/export`` and keep it as an artifact."""
+    target = run / "export"
     try:
-        export(find_checkpoint(str(run)), run / "export")
+        path, about = find_checkpoint(str(run)), (read_mapping(target / ABOUT_FILE) or {}).get("source", {})
+        if about.get("step", step_of(path)) < step_of(path) and not about.get("options"):  # the run was made longer
+            target.rename(run / f"export-step={about['step']}")
+        export(path, target)
     except (ValueError, OSError) as error:
         warn(f"gets no export: {error}")
         return
-    files = [path for path in (run / "export").rglob("*") if path.is_file()]
-    keep_files(logger, "model", {str(path.relative_to(run / "export")): path for path in files}, {})
+    files = [path for path in target.rglob("*") if path.is_file()]
+    keep_files(logger, "model", {str(path.relative_to(target)): path for path in files}, {})
 
 
 def keep_files(logger: Tracker, kind: str, files: Mapping[str, Path], about: dict[str, Any]) -> None:
