@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import error_of
+from test_checkpoints import NEEDS_ROOT, fill, small_disk
 from test_devices import write_recipe
 
 import condenser
@@ -188,10 +189,10 @@ def test_two_launches_do_not_write_one_job_at_a_time(recipe, project, capsys):
     assert not any(folder.iterdir())
 
 
-def run_job(folder, commands, python_lines, **environment):
+def run_job(folder, commands, python_lines, srun_lines=(), **environment):
     """The job script, with an srun that starts one process and an interpreter of these lines; what it put back."""
     python = commands("fake-python", *python_lines)
-    commands("srun", f'while [ "$1" != "{python}" ]; do shift; done', '"$@"')
+    commands("srun", *(srun_lines or [f'while [ "$1" != "{python}" ]; do shift; done', '"$@"']))
     scontrol = commands("scontrol").with_suffix(".called")
     scontrol.unlink(missing_ok=True)
     done = subprocess.run(
@@ -211,6 +212,37 @@ def test_a_job_runs_the_code_as_it_was_when_launched(recipe, project, commands, 
     assert done.stdout.strip() == str(project / "runs/N/launch/code/condenser/cli.py")
     done, _ = run_job(project / "runs/N/launch", commands, [f'exec {sys.executable} -m condenser "--help"'])
     assert "usage: condenser <command>" in done.stdout, done.stderr
+
+
+def test_the_snapshot_reaches_the_processes_of_a_job_that_exports_nothing(recipe, project, commands, tmp_path):
+    """As --export=NONE of sbatch says, which srun takes for its own as long as it has none."""
+    assert (
+        launch(recipe, "--name", "N", "--sbatch=--export=NONE", "--python", str(tmp_path / "commands/fake-python")) == 0
+    )
+    srun = ['[[ " $* " = *" --export=ALL "* ]] || unset PYTHONPATH', "while [[ $1 != */fake-python ]]; do shift; done"]
+    done, _ = run_job(project / "runs/N/launch", commands, ['echo "$PYTHONPATH"'], [*srun, '"$@"'], PYTHONPATH="mine")
+    assert done.stdout.strip() == f"{project}/runs/N/launch/code:mine", done.stderr
+
+
+def test_a_snapshot_of_code_that_may_not_be_written_can_be_replaced(recipe, project, monkeypatch, tmp_path):
+    package = Path(shutil.copytree(condenser.__path__[0], tmp_path / "installed" / "condenser"))
+    for folder in (package, *(path for path in package.rglob("*") if path.is_dir())):
+        folder.chmod(0o555)
+    monkeypatch.setattr(condenser, "__path__", [str(package)])
+    assert launch(recipe, "--name", "N") == 0
+    code = project / "runs/N/launch/code"
+    assert all(path.stat().st_mode & 0o200 for path in code.rglob("*") if path.is_dir())
+    assert not list(code.rglob("*.pyc"))
+
+
+@NEEDS_ROOT
+def test_a_launch_on_a_full_disk_is_one_line_and_goes_through_when_there_is_space(recipe, project, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "5m") as disk:
+        fill(disk, but=100_000)
+        options = ["--name", "N", "--runs_dir", str(disk)]
+        assert len(error_of(capsys, launch(recipe, *options), "No space left on device", disk / "N/launch")) < 500
+        (disk / "filler").unlink()
+        assert launch(recipe, *options) == 0
 
 
 JOB = {"SLURM_JOB_ID": "17"}

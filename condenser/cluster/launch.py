@@ -207,12 +207,12 @@ def snapshot(folder: Path, runs: list[Settings]) -> None:
     of one's own."""
     fresh = folder.with_suffix(".new")
     shutil.rmtree(fresh, ignore_errors=True)
-    shutil.copytree(condenser.__path__[0], fresh / "condenser", ignore=shutil.ignore_patterns("__pycache__"))
     known = output("git", "ls-files", "--cached", "--others", "--exclude-standard", "-z")
     wanted = {name: Path(name) for name in (known or "").split("\0") if name} | own_modules(runs)
+    wanted |= files_of(Path(condenser.__path__[0]))
     for name, source in wanted.items():
         target = fresh / name
-        if source.is_file() and not target.exists() and source.stat().st_size <= LARGEST_FILE:
+        if source.is_file() and source.stat().st_size <= LARGEST_FILE:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target)
     if known:
@@ -231,9 +231,14 @@ def own_modules(runs: list[Settings]) -> dict[str, Path]:
         spec: Any = getattr(sys.modules[top], "__spec__", None)
         for root in map(Path, spec.submodule_search_locations or [spec.origin or ""] if spec else []):
             if {"site-packages", "dist-packages"}.isdisjoint(root.parts):
-                paths = [root, *root.rglob("*" if spec.origin else "*.py")]  # a folder without __init__ may hold much
-                found |= {str(path.relative_to(root.parent)): path for path in paths if path.suffix != ".pyc"}
+                found |= files_of(root, "*" if spec.origin else "*.py")  # a folder without __init__ may hold much
     return found
+
+
+def files_of(root: Path, pattern: str = "*") -> dict[str, Path]:
+    """A module's, by their names beside it."""
+    paths = [root, *root.rglob(pattern)]
+    return {str(path.relative_to(root.parent)): path for path in paths if path.suffix != ".pyc"}
 
 
 def submit(script: Path) -> str:

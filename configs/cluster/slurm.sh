@@ -24,8 +24,9 @@ newest() { ls "${runs[${SLURM_ARRAY_TASK_ID:-0}]}"/checkpoints/last-step=*.ckpt 
 before=$(newest)
 
 # One process per GPU. SIGUSR1 comes @{notice} seconds before the time limit: all save and end with code 76. When a process
-# is lost, the others have a minute to say so and end.
-srun --cpus-per-task=@{cpus} --kill-on-bad-exit=0 --wait=60 @{srun} \
+# is lost, the others have a minute to say so and end. --export=ALL: what is exported above reaches them whatever the job's
+# own --export says.
+srun --export=ALL --cpus-per-task=@{cpus} --kill-on-bad-exit=0 --wait=60 @{srun} \
   @{python} -m condenser fit --config "$folder"/settings@{suffix}.yaml
 status=$?
 
