@@ -84,7 +84,9 @@ def whole_folder(target: Path) -> Iterator[Path]:
         try:
             yield unfinished
             unfinished.rename(target)
-        except SafetensorError as error:  # of a full disk, for one
+        except (SafetensorError, OSError) as error:  # of a full disk, for one
+            if isinstance(error, OSError) and (error.filename or not error.errno):
+                raise
             raise OSError(f"{unfinished} cannot be written: {error}") from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
@@ -171,7 +173,7 @@ def note_files(folder: Path, about: dict[str, Any]) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     about = about | {"files": {str(path.relative_to(folder)): sha256(path) for path in files}}
     (folder / ABOUT_FILE).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-    for path in folder.glob("*.safetensors"):  # which safetensors lets nobody else read
+    for path in folder.rglob("*.safetensors"):  # which safetensors lets nobody else read
         path.chmod((folder / ABOUT_FILE).stat().st_mode)
 
 

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 from test_devices import DDP, start_ranks, write_recipe
 from test_training import STOP, asked_to_stop, assert_same_weights, metrics_of
 
+from condenser.cli import main
 from condenser.runs import checkpoints, is_intact, newest_valid_checkpoint, step_of
 from condenser.training.checkpoints import WholeFiles
 
@@ -192,6 +193,29 @@ def test_the_time_that_saving_takes_is_logged(run):
     rows = {row["step"]: row["perf/checkpoint_seconds"] for row in metrics_of(run, skip=()) if row["train/loss"]}
     assert {step for step, seconds in rows.items() if seconds} == {"3", "5", "7"}
     assert all(0 < float(seconds) < 5 for seconds in rows.values() if seconds)
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize("options", [[], ["--layout", "authors"]])
+@pytest.mark.parametrize("free", [0, 200_000, 300_000, 420_000])
+def test_an_export_to_a_full_disk_is_one_line_that_names_its_folder_and_leaves_nothing(
+    free, options, run, tmp_path, capsys
+):
+    with small_disk(tmp_path / "disk", "5m") as disk:
+        fill(disk, but=free)
+        if main(["export", str(run), "--output", str(disk / "e"), *options]):
+            error_of(capsys, 1, disk, "No space left on device")
+            assert [path.name for path in disk.iterdir()] == ["filler"]
+        else:
+            assert (free, options) in ((300_000, []), (420_000, []))
+
+
+@NEEDS_ROOT
+def test_a_run_that_cannot_get_a_folder_says_why(recipe, tmp_path, capsys):
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        fill(disk, but=0)
+        error_of(capsys, fit(recipe, disk, "r"), disk / "r", "No space left on device")
+        assert not (disk / "r").exists()
 
 
 @NEEDS_ROOT

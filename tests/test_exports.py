@@ -69,6 +69,7 @@ def test_vectors_are_whitened_by_the_texts_given_and_not_by_what_their_file_held
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     vectors = encoder_of(tmp_path / "out").encode(texts)
     assert vectors.shape == (len(texts), 8)
+    assert len({path.stat().st_mode for path in (tmp_path / "out").rglob("*") if path.is_file()}) == 1
     np.testing.assert_allclose(np.cov(vectors, rowvar=False), np.eye(8), atol=0.02)
     np.testing.assert_allclose(vectors.mean(0), 0, atol=0.01)
     assert export(run, tmp_path / "out", *options) == 0

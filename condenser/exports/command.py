@@ -23,6 +23,7 @@ from condenser.exports.onnx import check_installed, write_onnx
 from condenser.exports.vectors import ENOUGH, write_vectors
 from condenser.hub import load_authors_checkpoint
 from condenser.models.condenser import Condenser
+from condenser.models.files import write_file
 from condenser.models.heads import AUTHORS_FILE, HEAD_FILE
 from condenser.models.objective import Objective
 from condenser.runs import at_least, step_of
@@ -180,7 +181,8 @@ def write_authors_layout(folder: Path, model: Objective) -> None:
     if not isinstance(model, Condenser) or not len(model.c_head):
         raise ValueError(f"--layout authors is for a Condenser with its head; this is a {type(model).__name__} without")
     for name, weights in (("pytorch_model.bin", model.lm.state_dict()), (AUTHORS_FILE, model.head_state())):
-        torch.save({key: weight.clone() for key, weight in weights.items()}, folder / name)
+        with open(folder / name, "wb") as file:
+            write_file({key: weight.clone() for key, weight in weights.items()}, file)
     for name in ("model.safetensors", HEAD_FILE):
         (folder / name).unlink()
     again = load_authors_checkpoint(folder, model.skip_from, model.late_mlm).state_dict()

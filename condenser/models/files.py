@@ -22,6 +22,16 @@ def load_file(path: str | Path, **options: Any) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True, **options)
 
 
+def write_file(content: Any, file: Any) -> None:
+    """`torch.save` to an open file. Raises the system's own error where it fails, which torch's writer hides."""
+    try:
+        torch.save(content, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
+
+
 def is_run(name: str | Path) -> bool:
     """Whether it is what is exported before a model is read: a checkpoint, a run folder, or the checkpoints/ of one."""
     path = Path(name)

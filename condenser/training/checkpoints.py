@@ -23,7 +23,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from condenser.data.store import atomic_write, leftovers
-from condenser.models.files import load_file
+from condenser.models.files import load_file, write_file
 from condenser.runs import seal, step_of
 from condenser.training.ending import averaging
 
@@ -116,12 +116,7 @@ class WholeFiles(TorchCheckpointIO):
 
 def save(checkpoint: dict[str, Any], file: Any) -> None:
     sealed: Any = Sealed(file)
-    try:
-        torch.save(checkpoint, sealed)
-    except RuntimeError as error:  # of torch's writer, which does not say why
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from None
-        raise
+    write_file(checkpoint, sealed)
     file.write(seal(sealed.crc))
 
 

@@ -103,9 +103,10 @@ def begin(run: Path, checkpoint: Path | None, config: str, held: ExitStack) -> N
     ours = any((run / name).exists() for name in ("lock", "checkpoints", METRICS))
     if (run / CONFIG).exists() and not ours:
         raise ValueError(f"{run} has a {CONFIG} and is no run of ours: give another --name or --runs_dir")
-    if not run.exists():
-        held.callback(remove_if_not_begun, run, [folder for folder in run.parents if not folder.exists()])
+    new = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
+    if new:
+        held.callback(remove_if_not_begun, run, new[1:])
     busy = f"{run} is being trained by {{holder}}: wait for its end, stop it, or give another --name"
     held.enter_context(locked(run / "lock", busy))
     if checkpoint is not None:

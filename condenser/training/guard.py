@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from condenser.data.collate import StepBatch
+from condenser.models.files import write_file
 from condenser.training.failures import one_line
 
 
@@ -76,8 +77,9 @@ class Guard:
         kept = f"its batch is in {path}"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save([*watched.batch], path)
-        except (OSError, RuntimeError) as error:  # of a full disk, say, which torch's writer makes the latter of
+            with open(path, "wb") as file:
+                write_file([*watched.batch], file)
+        except OSError as error:
             kept = f"its batch could not be saved ({one_line(error)})"
         if self.rank > 0:
             raise SystemExit(1)
