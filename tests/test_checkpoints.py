@@ -15,6 +15,8 @@ from test_devices import DDP, start_ranks, write_recipe
 from test_training import STOP, asked_to_stop, assert_same_weights, metrics_of
 
 from condenser.cli import main
+from condenser.corpus.shards import dataset_files
+from condenser.data.store import read_manifest
 from condenser.runs import checkpoints, is_intact, newest_valid_checkpoint, step_of
 from condenser.training.checkpoints import WholeFiles
 
@@ -208,6 +210,17 @@ def test_an_export_to_a_full_disk_is_one_line_that_names_its_folder_and_leaves_n
             assert [path.name for path in disk.iterdir()] == ["filler"]
         else:
             assert (free, options) in ((300_000, []), (420_000, []))
+
+
+@NEEDS_ROOT
+@pytest.mark.parametrize(("free", "file"), [(0, "dataset_info.json"), (4096, "state.json")])
+def test_what_describes_a_split_is_named_where_a_full_disk_keeps_it_out(free, file, store, tmp_path):
+    shards = read_manifest(store)["splits"]["validation"]["shards"]
+    with small_disk(tmp_path / "disk", "1m") as disk:
+        shutil.copy(store / "validation" / shards[0]["file"], disk)
+        fill(disk, but=free)
+        with pytest.raises(OSError, match=f"{disk / file} cannot be written: No space left on device"):
+            dataset_files(disk, shards)
 
 
 @NEEDS_ROOT

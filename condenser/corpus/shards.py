@@ -48,12 +48,12 @@ def packed_bits(bits: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
 
 def dataset_files(folder: Path, shards: list[dict[str, Any]]) -> None:
     """What lets `datasets.load_from_disk` read the shards of a split."""
-    from datasets import DatasetInfo, Features
+    from datasets import Features
 
     if shards:
         with pa.memory_map(str(folder / shards[0]["file"])) as file:
             schema = pa.ipc.open_stream(file).schema
-        DatasetInfo(features=Features.from_arrow_schema(schema)).write_to_directory(str(folder))
+        write_json(folder / "dataset_info.json", {"features": Features.from_arrow_schema(schema).to_dict()})
     fingerprint = hashlib.sha256(json.dumps(shards).encode()).hexdigest()[:16]
     state: dict[str, Any] = {"_data_files": [{"filename": shard["file"]} for shard in shards]}
     state |= {"_fingerprint": fingerprint, "_format_columns": None, "_format_kwargs": {}, "_format_type": None}
