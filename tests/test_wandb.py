@@ -216,6 +216,20 @@ def test_a_copy_of_a_run_folder_is_a_wandb_run_of_its_own(tmp_path):
     assert run_id(tmp_path / "a") == "0123abcd"
 
 
+def test_a_run_that_begins_anew_is_another_wandb_run_and_one_that_goes_on_is_not(recipe, tmp_path):
+    """Which a run that ended before its first checkpoint does, with other settings perhaps."""
+    ids = []
+    for steps in ("2", "8"):
+        outage = ["--trainer.callbacks", f"{__name__}.Outage", "--trainer.callbacks.step", steps]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Outage, "happens", staticmethod(fail))
+            fit(recipe, tmp_path, "a", "--wandb", "offline", "--trainer.max_steps", "8", *outage)
+        ids.append(tracked_as(tmp_path / "a"))
+    assert fit(recipe, tmp_path, "a", "--wandb", "offline", "--trainer.max_steps", "9") == 0
+    ids.append(tracked_as(tmp_path / "a"))
+    assert ids[0] != ids[1] == ids[2]
+
+
 def test_a_run_that_was_made_longer_keeps_its_new_export_and_the_one_before(recipe, tmp_path, monkeypatch, capsys):
     kept = []
     monkeypatch.setattr("condenser.training.tracking.keep_files", lambda logger, kind, files, about: kept.append(files))

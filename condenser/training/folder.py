@@ -111,6 +111,8 @@ def begin(run: Path, checkpoint: Path | None, config: str, held: ExitStack) -> N
     held.enter_context(locked(run / "lock", busy))
     if checkpoint is not None:
         print(f"{run} goes on from {checkpoint}")
+    else:
+        (run / "wandb_id").unlink(missing_ok=True)  # what begins anew is another W&B run
     remove_leftovers(run)
     (run / SUMMARY).unlink(missing_ok=True)
     with atomic_write(run / CONFIG) as partial:  # other processes may read it now

@@ -91,7 +91,7 @@ def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -
 def check_key() -> None:
     import wandb
 
-    if (asked := os.environ.get("WANDB_MODE", "online")) != "online":
+    if (asked := os.environ.get("WANDB_MODE") or "online") != "online":
         raise ValueError(f"the environment has WANDB_MODE={asked}: unset it, or change --wandb")
     try:
         found = wandb.login(prompt=False, verify=False)
