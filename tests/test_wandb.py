@@ -23,7 +23,7 @@ from test_training import STOP, assert_same_weights, metrics_of
 import condenser
 from condenser.cli import main
 from condenser.hub import load_export
-from condenser.training.tracking import PATIENCE, forget, keep_export, run_id
+from condenser.training.tracking import PATIENCE, finished, forget, keep_export, run_id, tracker
 
 KEY = "5ec4e7" * 7
 SYNC = Path(sys.executable).with_name("wandb")
@@ -214,6 +214,17 @@ def test_a_copy_of_a_run_folder_is_a_wandb_run_of_its_own(tmp_path):
     assert run_id(tmp_path / "elsewhere/a") == run_id(tmp_path / "a") == before
     (tmp_path / "a" / "wandb_id").write_text("0123abcd")  # of an older version
     assert run_id(tmp_path / "a") == "0123abcd"
+
+
+@pytest.mark.parametrize(("size", "is_kept"), [(7, False), (8, True)])
+def test_what_a_killed_start_has_left_empty_does_not_keep_wandb_sync_from_the_rest(size, is_kept, tmp_path):
+    left = tmp_path / "a" / "wandb" / "offline-run-20250101_000000-0123abcd" / "run-0123abcd.wandb"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b":W&B\xe1\xbe\x00\x00"[:size])
+    with finished():
+        tracker(tmp_path / "a", "offline", 1)
+    assert left.exists() == is_kept
+    assert len(list((tmp_path / "a" / "wandb").glob("offline-run-*"))) == 1 + is_kept
 
 
 def test_a_run_that_begins_anew_is_another_wandb_run_and_one_that_goes_on_is_not(recipe, tmp_path):

@@ -7,6 +7,7 @@ not reached it is in the run folder, where `wandb sync` finds it.
 import csv
 import os
 import secrets
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping
@@ -71,6 +72,9 @@ def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -
     """
     import wandb
 
+    for path in (run / "wandb").glob("*run-*/*.wandb"):
+        if path.stat().st_size < 8:  # nothing but the header, of a start that was killed: `wandb sync` would end at it
+            shutil.rmtree(path.parent)
     try:
         if mode == "online":
             check_key()
