@@ -301,6 +301,7 @@ REFUSED = {
     "unknown key": (["--model.skip_form", "2"], 2, "skip_form"),
     "no store": (["--data.store", "nowhere"], 1, "no token store at nowhere"),
     "shares": (["--tasks", "3"], 1, "cannot be shared out evenly over 3 devices; make it a multiple of 3"),
+    "colon": (["--runs_dir", "a:b"], 1, "a:b: Python's path takes no colon, and SLURM's log no percent sign"),
     "no name": (["--name", ""], 1, "--name is empty"),
     "no partition": (["--partition="], 1, "--partition is empty"),
     "name": (["--name", "a/b"], 1, "--name a/b: use letters, digits"),

@@ -162,6 +162,10 @@ def check(settings: Settings, options: Any) -> None:
     name, data, accelerator = settings["name"], settings["data"], settings["trainer"]["accelerator"]
     if not re.fullmatch(r"\w[\w.=+-]*", name):
         raise ValueError(f"--name {name}: use letters, digits and . _ = + - only")
+    if re.search("[:%]", settings["runs_dir"]):
+        raise ValueError(
+            f"--runs_dir {settings['runs_dir']}: Python's path takes no colon, and SLURM's log no percent sign"
+        )
     for store in [data["store"]] if data["store"] else data["stores"]:
         read_manifest(store_folder(store))
     check_shared(data["micro_batches_per_step"], options.nodes * options.tasks)
