@@ -44,10 +44,9 @@ class Tracker(WandbLogger):
             return
         last = self.known.get("trainer/global_step", -1)
         is_known = all(self.known.get(name) == value for name, value in metrics.items() if name[:5] != "perf/")
-        if step < last or (step == last and is_known):
-            return
         try:
-            super().log_metrics(metrics, step)
+            if step > last or (step == last and not is_known):
+                super().log_metrics(metrics, step)
         except Exception as error:  # the process that sends is gone, for one
             self.lost = True
             warn(f"no longer takes metrics ({one_line(error)}); training goes on, and metrics.csv has them all")
@@ -55,8 +54,6 @@ class Tracker(WandbLogger):
     def catch_up(self, path: Path) -> None:
         """Send what starts before this one have written to ``path`` and W&B has not: a sender that is killed takes the
         last rows with it. Rows that W&B has are not sent again."""
-        if not self.experiment.resumed:
-            return
         self.known = dict(self.experiment.summary)
         with open(path, newline="", encoding="utf-8") as file:
             for row in csv.DictReader(file):
@@ -79,16 +76,15 @@ def tracker(run: Path, mode: Literal["online", "offline"], every_n_steps: int) -
         if mode == "online":
             check_key()
         logger = logger_of(run, mode, every_n_steps)
-        _ = logger.experiment
+        if logger.experiment.resumed:  # which it is online alone
+            logger.catch_up(run / METRICS)
     except (ValueError, wandb.errors.UsageError) as error:
         raise ValueError(f"--wandb {mode}: {one_line(error)}") from None
     except Exception as error:  # of the network, the key, or the process that is to send
         warn(f"cannot be reached ({one_line(error)}); later: wandb sync {run}/wandb/offline-run-*")
         forget(wandb)  # which else takes the run's id to be in use
-        logger, mode = logger_of(run, "offline", every_n_steps), "offline"
+        logger = logger_of(run, "offline", every_n_steps)
         _ = logger.experiment
-    if mode == "online":
-        logger.catch_up(run / METRICS)
     return logger
 
 
