@@ -43,6 +43,7 @@ from condenser.models import attention, dropout
 from condenser.models.backbones.base import backbone_of, depths, longest_text, prepare_layers
 from condenser.models.cocondenser import CoCondenser
 from condenser.models.condenser import Condenser
+from condenser.models.flops import Sizes
 from condenser.models.losses import pair_losses, pair_scores
 from condenser.models.padded import before_masking, flattened
 from condenser.models.positions import extended, with_positions
@@ -113,6 +114,8 @@ FAMILIES = {
     ),
 }
 MODELS = FAMILIES | {
+    "albert, layers in pairs": lambda dropout: albert(dropout, inner_group_num=2),
+    "modernbert, windows alone": lambda dropout: modernbert(dropout, layer_types=["sliding_attention"] * 4),
     "bert": lambda dropout: BertForMaskedLM(tiny_config(BertConfig)),
     "roberta": lambda dropout: RobertaForMaskedLM(tiny_config(RobertaConfig)),
 }
@@ -147,7 +150,7 @@ def bias_of(mask):
 
 
 def turns_of(lm, h):
-    return lm.model.rotary_emb(h, torch.arange(h.shape[1])[None], "full_attention")
+    return lm.model.rotary_emb(h, torch.arange(h.shape[1])[None], min(lm.config.layer_types))
 
 
 def normed(lm, h):
@@ -195,6 +198,14 @@ def rounding(family):
 def gradients_of(loss, model):
     found = torch.autograd.grad(loss, [*model.parameters()], allow_unused=True, retain_graph=True)
     return [torch.zeros_like(p) if g is None else g for g, p in zip(found, model.parameters(), strict=True)]
+
+
+@pytest.mark.parametrize("family", MODELS)
+def test_a_configuration_says_how_many_layers_are_run(family):
+    lm = lm_of(family)
+    assert (
+        Sizes.of(lm.config).layers == len(backbone_of(lm).layers) == len(states_of(lm, tiny_batch(), slice(1, None))[0])
+    )
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -197,10 +197,11 @@ def test_attention_dropout_is_applied_where_it_is_asked_for_in_training_alone():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.skipif(not losses.FUSED_AVAILABLE, reason="torch before 2.13 has no linear_cross_entropy")
-def test_the_fused_cross_entropy_gives_the_losses_and_gradients_of_plain_logits(bf16, device):
+def test_the_fused_cross_entropy_gives_the_losses_and_gradients_of_plain_logits(bias, bf16, device):
     torch.manual_seed(0)
-    decoder = nn.Linear(24, 300).to(device)
+    decoder = nn.Linear(24, 300, bias=bias).to(device)
     hidden, targets = torch.randn(50, 24, device=device), torch.randint(0, 300, (50,), device=device)
     targets[7:9] = -100
     results = []
@@ -211,7 +212,7 @@ def test_the_fused_cross_entropy_gives_the_losses_and_gradients_of_plain_logits(
             found, correct = token_losses(states, decoder, targets, fused, score=True)
         assert found.dtype == torch.float32
         found.sum().backward()
-        results.append([found.detach(), states.grad, decoder.weight.grad.clone(), decoder.bias.grad.clone()])
+        results.append([found.detach(), states.grad, *(weight.grad.clone() for weight in decoder.parameters())])
     assert torch.equal(correct, predicted_right(hidden, decoder, targets)) or bf16
     assert not found[7:9].any()
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if bf16 else {"rtol": 1e-4, "atol": 1e-5}
@@ -244,9 +245,10 @@ def test_an_older_torch_trains_with_plain_logits_and_refuses_what_it_cannot(reci
     assert "fused_loss needs torch 2.13 or newer" in capsys.readouterr().err
 
 
-def test_logits_over_a_vocabulary_that_is_filled_up_are_the_same_losses(monkeypatch):
+@pytest.mark.parametrize("bias", [True, False])
+def test_logits_over_a_vocabulary_that_is_filled_up_are_the_same_losses(bias, monkeypatch):
     torch.manual_seed(0)
-    decoder, hidden, targets = nn.Linear(24, 90), torch.randn(50, 24), torch.randint(0, 90, (50,))
+    decoder, hidden, targets = nn.Linear(24, 90, bias=bias), torch.randn(50, 24), torch.randint(0, 90, (50,))
     plain, right = token_losses(hidden, decoder, targets, score=True)
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     with FlopCounterMode(display=False) as counter:

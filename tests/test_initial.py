@@ -56,7 +56,8 @@ def test_a_vocabulary_that_is_filled_up_and_cut_back_is_what_it_was(family, tied
     fill_vocabulary(lm, 64)
     assert lm.config.vocab_size == 128
     assert lm.get_output_embeddings().weight.shape[0] == lm.get_output_embeddings().bias.shape[0] == 128
-    batch = tiny_batch()
+    batch, fresh = tiny_batch(), AutoModelForMaskedLM.from_config(lm.config).state_dict()
+    assert all(weight.shape == fresh[name].shape for name, weight in lm.state_dict().items())  # or none reads it back
     Condenser.from_masked_lm(lm, skip_from=2)(**batch).loss.backward()
     cut_vocabulary(lm)
     assert lm.config.to_dict() == config

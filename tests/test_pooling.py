@@ -7,7 +7,7 @@ import torch
 from conftest import TINY_MODEL, make_documents, write_bert
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
-from transformers import AutoModel, AutoTokenizer
+from transformers import AlbertConfig, AlbertModel, AutoModel, AutoTokenizer
 
 from condenser.evaluation.encoders import describe, load_encoder, reinitialised
 from condenser.evaluation.pooling import with_pooling
@@ -29,7 +29,17 @@ def padded_on_the_left(bert, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(params=["bert", "roberta", "padded_on_the_left"])
+@pytest.fixture(scope="module")
+def albert(bert, tmp_path_factory):
+    """Whose layers come in pairs."""
+    folder, tokenizer = tmp_path_factory.mktemp("albert"), AutoTokenizer.from_pretrained(bert)
+    tokenizer.save_pretrained(folder)
+    sizes = TINY_MODEL | {"num_hidden_layers": 2, "inner_group_num": 2, "embedding_size": 16}
+    AlbertModel(AlbertConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(params=["bert", "roberta", "padded_on_the_left", "albert"])
 def model_folder(request):
     return str(request.getfixturevalue(request.param))
 

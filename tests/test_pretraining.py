@@ -163,6 +163,17 @@ def test_files_in_several_parts_or_half_precision_load(how, tiny_export, tmp_pat
     assert equal_state(model, again)
 
 
+@pytest.mark.parametrize("family", ["modernbert", "bert"])
+def test_in_half_precision_weights_and_rotations_are_what_hugging_face_makes_of_them(family, tmp_path):
+    MODELS[family](0.0).save_pretrained(tmp_path)
+    ours = CondenserForPreTraining.from_pretrained(tmp_path, dtype="bfloat16", skip_from=1).model.lm
+    theirs = AutoModelForMaskedLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    tensors = ([*lm.parameters(), *lm.buffers()] for lm in (ours, theirs))
+    for found, expected in zip(*tensors, strict=True):
+        assert found.dtype is expected.dtype
+        assert torch.equal(found, expected)
+
+
 @pytest.fixture
 def said(monkeypatch):
     """What is said by warnings."""

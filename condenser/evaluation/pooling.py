@@ -62,7 +62,8 @@ def with_pooling(encoder: Encoder, name: str) -> Encoder:
         modules = ", ".join(type(module).__name__ for module in encoder)
         raise ValueError(f"another pooling needs an encoder of Transformer, Pooling and Normalize, not of {modules}")
     check_name(name)
-    layers, last = backbone(encoder).config.num_hidden_layers, re.fullmatch(LAST, name)
+    config, last = backbone(encoder).config, re.fullmatch(LAST, name)
+    layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)  # of ALBERT's, each is several
     averaged = int(last[1]) if last else layers * (name == "weighted-layers")  # layers; 0 for none
     if averaged > layers:
         raise ValueError(f"pooling {name!r}: the encoder has {layers} layers")

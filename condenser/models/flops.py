@@ -62,7 +62,8 @@ class Sizes(NamedTuple):
         h = config.hidden_size
         i = getattr(config, "intermediate_size", None) or config.hidden_dim
         i = i * 3 // 2 if config.model_type in GATED else i  # three matrices instead of two
-        return cls(h, i, config.vocab_size, getattr(config, "embedding_size", h), config.num_hidden_layers)
+        layers = config.num_hidden_layers * getattr(config, "inner_group_num", 1)  # of ALBERT's, each is several
+        return cls(h, i, config.vocab_size, getattr(config, "embedding_size", h), layers)
 
     @property
     def mlm_head(self) -> int:

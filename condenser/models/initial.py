@@ -44,4 +44,6 @@ def part_biases(lm: PreTrainedModel) -> None:
     be saved without."""
     decoder = lm.get_output_embeddings()
     if not lm.config.tie_word_embeddings and decoder.bias is not None:
+        if hasattr(lm, "lm_head"):
+            lm.lm_head.bias = decoder.bias  # of which RoBERTa's kind would keep the old size
         decoder.bias = nn.Parameter(decoder.bias.detach().clone())

@@ -39,11 +39,14 @@ def token_losses(
 
 def logits_of(hidden: Tensor, decoder: nn.Linear) -> Tensor:
     """``[M, V]``, with some columns that have no probability where a GPU is quicker with them."""
-    weight: Tensor = decoder.weight
-    bias: Tensor = decoder.bias
+    weight, bias = weight_and_bias(decoder)
     if hidden.is_cuda and (left := -len(bias) % MULTIPLE):
         weight, bias = F.pad(weight, (0, 0, 0, left)), F.pad(bias, (0, left), value=-1e4)  # no probability in fp32
     return F.linear(hidden, weight, bias)
+
+
+def weight_and_bias(decoder: nn.Linear) -> tuple[Tensor, Tensor]:
+    return decoder.weight, decoder.weight.new_zeros(len(decoder.weight)) if decoder.bias is None else decoder.bias
 
 
 def at_least_fp32(states: Tensor) -> Tensor:
@@ -54,8 +57,7 @@ def fused_losses(hidden: Tensor, decoder: nn.Linear, targets: Tensor) -> Tensor:
     if not FUSED_AVAILABLE:
         raise ValueError("fused_loss needs torch 2.13 or newer; leave the setting out to use plain logits")
     device = hidden.device.type
-    weight: Tensor = decoder.weight
-    bias: Tensor = decoder.bias
+    weight, bias = weight_and_bias(decoder)
     if torch.is_autocast_enabled(device):  # which the function does not know of
         dtype = torch.get_autocast_dtype(device)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)

@@ -171,8 +171,9 @@ class CondenserForPreTraining(PreTrainedModel):
             warn(f"{', '.join(fresh)} of {name} begins with random weights")
         if unused := parts(found.head or {}) - parts(model.head_state()):
             warn(f"{', '.join(sorted(unused))} of {name} is left out: a {type(model).__name__} like this has none")
-        whole: Any = cls.of(model.eval())
-        return whole.to(dtype)
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype)  # and no buffers, as rotations are
+        return cls.of(model.eval())
 
     def forward(
         self,

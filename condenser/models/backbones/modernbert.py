@@ -79,7 +79,8 @@ class ModernBert(Backbone):
 
     def fresh_layer(self) -> nn.Module:
         layer: Any = type(self.layers[0])(self.lm.config, min(1, len(self.layers) - 1))  # the first has no norm before
-        layer.attention_type, layer.attn.sliding_window = "full_attention", None
+        # turned as full layers are, where there is one
+        layer.attention_type, layer.attn.sliding_window = min(self.lm.config.layer_types), None
         return layer
 
 
