@@ -771,6 +771,19 @@ def test_a_term_that_counts_dummies_is_refused_before_the_first_step(recipe, tmp
     assert "change-objective.md" in said
 
 
+def test_what_is_logged_goes_by_name_where_other_devices_have_other_terms(recipe, tmp_path, monkeypatch):
+    found = []
+    for others in ([], ["other_loss"]):
+        monkeypatch.setattr(
+            "condenser.training.module.on_all_devices", lambda own, others=others: [[*others, *reversed(own)], own]
+        )
+        assert fit(recipe, tmp_path, str(len(others)), "--trainer.max_steps", "2") == 0
+        found.append(metrics_of(tmp_path / str(len(others)))[0])
+    assert float(found[1].pop("train/other_loss")) == 0
+    assert all(value == found[1][name] for name, value in found[0].items() if name.startswith("train/"))
+    assert float(found[0]["train/mlm_loss"]) > 4 > 0.5 > float(found[0]["train/mlm_accuracy"])
+
+
 @pytest.mark.parametrize("fused", ["false", "true"])
 def test_a_step_without_a_masked_token_is_taken_without_harm(fused, store, recipe, tmp_path):
     """Rows of one long word each, which no budget takes."""

@@ -32,7 +32,7 @@ from condenser.training import sharding
 from condenser.training.device import check_rows, compiled_and_replayed, keep_few_kernels, tokens_that_fit
 from condenser.training.ending import averaging, go_on, length_of, stopped_by, validation_follows
 from condenser.training.flags import check_precision
-from condenser.training.guard import Guard
+from condenser.training.guard import Guard, on_all_devices
 from condenser.training.optim import Optimization, build_optimizer, build_schedule, in_model_order
 from condenser.training.passes import check_dummies
 from condenser.training.step import StepResult, TrainingStep, skips_on_device
@@ -330,14 +330,16 @@ class CondenserModule(L.LightningModule):
         return strategy.block_backward_sync() if isinstance(strategy, ParallelStrategy) else nullcontext()
 
     def log_step(self, passes: StepResult, totals: Tensor, norm: Tensor) -> None:
-        shares = passes.shares | {"loss": passes.losses.sum()}
-        means = self.all_reduce(torch.stack([*shares.values()]).double()) / self.trainer.world_size
+        shares, nothing = passes.shares | {"loss": passes.losses.sum()}, norm.new_zeros(())
+        names = dict.fromkeys(name for each in on_all_devices([*shares]) for name in each)  # not all have all terms
+        sums = torch.stack([shares.get(name, nothing) for name in names]).double()
+        means = self.all_reduce(sums) / self.trainer.world_size
         found = torch.cat([self.since, totals, norm.double()[None], means]).tolist()  # here the host waits
         n = len(TOTALS)
         self.count(found[:n])
         of_step = dict(zip(TOTALS, found[n : 2 * n], strict=True))
         norm_value, *values = found[2 * n :]
-        logged = dict(zip(shares, values, strict=True)) | {"grad_norm": norm_value}
+        logged = dict(zip(names, values, strict=True)) | {"grad_norm": norm_value}
         logged["sequences"] = of_step["n_sequences"]
         logged |= {"lr": max(self.lr_schedulers().get_last_lr()), "tokens_seen": float(self.tokens_seen)}  # type: ignore[union-attr]
         self.log("train/loss", logged.pop("loss"), prog_bar=True)
