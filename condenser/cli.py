@@ -19,6 +19,7 @@ import re
 import select
 import signal
 import sys
+import traceback
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -99,8 +100,19 @@ def run(name: str, rest: Sequence[str]) -> int:
             raise
         if isinstance(error, BrokenPipeError) and reader_left():
             return 128 + signal.SIGPIPE
-        print(f"condenser {name}: error: {in_short(str(error))}", file=sys.stderr)
+        print(f"condenser {name}: error: {in_short(str(error))}{own_place(error)}", file=sys.stderr)
         return signals.LOST if isinstance(error, ConnectionError) else 1
+
+
+def own_place(error: BaseException | None) -> str:
+    """Where in a file of the user's own an error arose, in brackets; empty where it was in none."""
+    place, others = "", (os.path.dirname(__file__), os.path.dirname(os.__file__), "<")
+    while error is not None:
+        for file, line, *_ in traceback.extract_tb(error.__traceback__):
+            if not file.startswith(others) and "-packages" not in file:
+                place = f" ({file}:{line})"
+        error = error.__context__  # what it was raised from
+    return place
 
 
 def reader_left() -> bool:

@@ -195,6 +195,26 @@ def test_an_objective_that_is_not_found_ends_with_what_to_write(given, way, reci
     assert not any(word in error for word in ("Given value: {", "CondenserModule", "backbone_config"))
 
 
+OF_TORCH = "torch.nn.CrossEntropyLoss()(torch.ones(2, 3), batch['labels'])"
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("losses(self, batch, score=False): raise ValueError('odd')", 3),
+        (f"losses(self, batch, score=False):\n        {OF_TORCH}", 4),
+        ("__init__(self, lm):\n        super().__init__(lm, skip_from=1)\n        self.size = lm.config.odd", 5),
+    ],
+)
+def test_an_error_in_a_file_of_ones_own_is_one_line_with_its_place(method, line, recipe, own_modules, capsys):
+    text = f"import torch\nclass Odd(__import__('condenser').models.condenser.Condenser):\n    def {method}\n"
+    (own_modules / "odd.py").write_text(text)
+    code = fit(recipe, own_modules, "odd", "--model.objective", "odd.Odd")
+    assert error_of(capsys, code).endswith(f" ({own_modules / 'odd.py'}:{line})")
+    code = fit(recipe, own_modules, "plain", "--model.skip_from", "7")
+    assert error_of(capsys, code, "skip_from=7").endswith("3 layers")
+
+
 def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text("model:\n")

@@ -464,6 +464,15 @@ def test_a_loader_that_gives_nothing_becomes_an_error(store, monkeypatch):
         next(iter(data_of(store, num_workers=1).train_dataloader()))
 
 
+@pytest.mark.parametrize(
+    ("message", "kind"),
+    [("It looks like your LightningModule has parameters that were not used", ValueError), ("shapes", RuntimeError)],
+)
+def test_what_lightning_says_of_settings_is_for_users_also_where_torch_raises_it(message, kind):
+    with pytest.raises(kind, match=message), explained():
+        raise RuntimeError(message)
+
+
 def test_reading_does_not_slow_down_with_the_number_of_shards(files, store, tmp_path, monkeypatch):
     """Counted: array operations of a read, over one shard and over many."""
     monkeypatch.setattr("condenser.corpus.prepare.UNIT_BYTES", (2000, 2000))

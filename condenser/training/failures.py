@@ -48,9 +48,10 @@ def in_one_line(what: str) -> Iterator[None]:
 
 
 def said_by_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself raised a RuntimeError, which it does for settings too."""
+    """Whether Lightning itself raised a RuntimeError, which it does for settings too, or put its words into torch's."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return type(error) is RuntimeError and frame.f_globals.get("__name__", "").startswith("lightning.")
+    by_lightning = frame.f_globals.get("__name__", "").startswith("lightning.") or "LightningModule" in str(error)
+    return type(error) is RuntimeError and by_lightning
 
 
 def one_line(error: Exception) -> str:
