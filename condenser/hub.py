@@ -19,7 +19,7 @@ from condenser.models.heads import AUTHORS_FILE, HEAD_FILE, load_head, parts
 from condenser.models.initial import draw_truncated, fill_vocabulary
 from condenser.models.objective import Objective, class_of, class_path
 from condenser.models.positions import Extension, with_positions
-from condenser.models.pretraining import CondenserConfig, CondenserForPreTraining, Found, opened
+from condenser.models.pretraining import CondenserConfig, CondenserForPreTraining, Found, made, opened
 
 
 def warm_start(
@@ -63,12 +63,7 @@ def warm_start(
     if max_positions is not None:
         lm = with_positions(lm, max_positions, position_extension)
     fill_vocabulary(lm, vocabulary_multiple)
-    try:
-        model = objective.from_masked_lm(lm, **options)
-    except TypeError as error:
-        raise ValueError(f"model.objective_options: {error}") from None
-    except AttributeError as error:
-        raise ValueError(f"model.objective: {objective.__name__} cannot be made: {error}") from error
+    model = made(objective, lm, options)
     if truncated_normal:
         draw_truncated(model, lm.config.initializer_range)
     if backbone is not None and model.head_state():

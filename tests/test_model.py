@@ -177,3 +177,11 @@ def test_a_row_without_a_token_is_refused():
     batch["attention_mask"][3] = 0
     with pytest.raises(ValueError, match="row 3 of attention_mask has no token"):
         Condenser.from_masked_lm(BertForMaskedLM(tiny_config()), skip_from=2)(**batch)
+
+
+@pytest.mark.parametrize("skip_from", [0, 1.5, 4, -1])
+def test_a_layer_that_there_is_not_is_refused_and_a_whole_number_is_one_of_any_type(skip_from):
+    lm = BertForMaskedLM(tiny_config()).eval()
+    with pytest.raises(ValueError, match=f"skip_from={skip_from} must be in 1..3: the backbone has 4 layers"):
+        Condenser.from_masked_lm(lm, skip_from=skip_from)
+    assert Condenser.from_masked_lm(lm, skip_from=lm.config.num_hidden_layers / 2).skip_from == 2

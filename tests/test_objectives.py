@@ -641,7 +641,7 @@ BAD = {  # what is said: why
     "temperature=0 must be positive": [*CO, option("temperature", 0)],
     "similarity='l2' must be 'dot' or": [*CO, option("similarity", "l2")],
     "mlm_weight=-1 must not be negative": [*CO, option("mlm_weight", -1)],
-    "objective_options": [*CO, option("temperature", "hot")],
+    "'temperature': 'hot'} on": [*CO, option("temperature", "hot")],
     "has no setting temprature; it has skip_from": [*CO, option("temprature", 1)],
     "RetroMAE has no setting temperature": [*RETRO, option("temperature", 2)],
     "bag_of_words_weight=-1 must not be negative": [*DUP, option("bag_of_words_weight", -1)],
@@ -656,7 +656,7 @@ BAD = {  # what is said: why
     "Forgetful does not keep its setting strength: set self.strength in __init__": own("Forgetful", *PAIRS),
     "its setting act is a builtin_function_or_method, unfit for checkpoints: settings are": own("Keeps", *PAIRS),
     "WithoutFlops needs a method flops": own("WithoutFlops"),
-    "model.objective: Unmade cannot be made: ": own("Unmade"),
+    "Unmade with {} on a BertForMaskedLM cannot be made: ": own("Unmade"),
     **{said: own(name) for name, (_, said) in RETURNED.items()},
     "no head to train alone": ["--model.n_head_layers", "0", "--model.optimizer.head_only_steps", "2"],
 }

@@ -16,10 +16,13 @@ from condenser.data.collate import Masking, Vocabulary, collate
 from condenser.data.datamodule import CondenserDataModule
 from condenser.data.masking import mask_flat
 from condenser.data.store import Rows
+from condenser.models.backbones.base import families
+from condenser.models.backbones.bert import Bert
 from condenser.models.condenser import Condenser
 from condenser.recipes import CLONED, file_of, recipes
 from condenser.reports.bench import module_of, table_of_speed
 from condenser.training.fit import DryCLI, run_cli
+from condenser.training.module import CondenserModule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,6 +216,19 @@ def test_an_error_in_a_file_of_ones_own_is_one_line_with_its_place(method, line,
     assert error_of(capsys, code).endswith(f" ({own_modules / 'odd.py'}:{line})")
     code = fit(recipe, own_modules, "plain", "--model.skip_from", "7")
     assert error_of(capsys, code, "skip_from=7").endswith("3 layers")
+
+
+def test_of_two_families_of_one_model_type_the_named_one_is_taken():
+    class One(Bert):
+        model_types = ("odd",)
+
+    class Two(One):
+        pass
+
+    for named in (One, Two):
+        assert CondenserModule(backbone_family=named).backbone_family is families()["odd"] is named
+    assert CondenserModule().backbone_family is None
+    assert families()["odd"] is Two  # the later
 
 
 def test_the_bench_takes_a_recipe_without_a_model_and_the_settings_of_a_run(run, tmp_path):

@@ -174,6 +174,15 @@ def test_in_half_precision_weights_and_rotations_are_what_hugging_face_makes_of_
         assert torch.equal(found, expected)
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_compiled_by_torch_it_gives_what_it_gives(ours):
+    model = Condenser.from_masked_lm(MODELS["bert"](0.0), skip_from=2).eval()
+    model = CondenserForPreTraining.of(model) if ours else model
+    found = [run(**tiny_batch()) for run in (model, torch.compile(model, backend="eager"))]
+    for name in ("loss", "mlm_loss", "head_mlm_loss"):
+        assert torch.equal(*(getattr(output, name) for output in found))
+
+
 @pytest.fixture
 def said(monkeypatch):
     """What is said by warnings."""

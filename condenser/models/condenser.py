@@ -74,7 +74,7 @@ class Condenser(Objective):
             raise ValueError(
                 "a head reads a layer below the last, and the backbone has one: n_head_layers=0 is plain MLM"
             )
-        if n_head_layers and not 1 <= skip_from < n_layers:
+        if n_head_layers and skip_from not in range(1, n_layers):
             raise ValueError(f"skip_from={skip_from} must be in 1..{n_layers - 1}: the backbone has {n_layers} layers")
         self.skip_from, self.n_head_layers, self.late_mlm, self.pruned = skip_from, n_head_layers, late_mlm, pruned
         self.c_head = nn.ModuleList(self.backbone.fresh_layer() for _ in range(n_head_layers))

@@ -198,7 +198,7 @@ class CondenserForPreTraining(PreTrainedModel):
             terms = terms | {"contrast": self.model.contrast(cls)}
         means = {f"{name}_loss": term.sum / max(batch[term.over], 1) for name, term in terms.items()}
         loss = torch.stack([term.weight * means[f"{name}_loss"] for name, term in terms.items()]).sum()
-        return ModelOutput(loss=loss, **means)
+        return output_of({"loss": loss} | means)
 
     def _init_weights(self, module: Any) -> None:
         self.model.lm._init_weights(module)
@@ -213,6 +213,11 @@ class CondenserForPreTraining(PreTrainedModel):
 
     def get_output_embeddings(self) -> Any:
         return self.model.lm.get_output_embeddings()
+
+
+@torch.compiler.disable  # which would lose its attributes
+def output_of(values: dict[str, Tensor]) -> ModelOutput:
+    return ModelOutput(**values)
 
 
 AutoConfig.register(CondenserConfig.model_type, CondenserConfig)
@@ -270,7 +275,8 @@ def made(objective: type[Objective], lm: PreTrainedModel, settings: dict[str, An
     try:
         return objective.from_masked_lm(lm, **known_options(objective, {}, settings))
     except (TypeError, AttributeError) as error:
-        raise ValueError(f"{objective.__name__} cannot be made: {error}") from error
+        what = f"{objective.__name__} with {settings} on a {type(lm).__name__}"
+        raise ValueError(f"{what} cannot be made: {error}") from error
 
 
 class Found(NamedTuple):

@@ -22,7 +22,7 @@ from condenser import hub
 from condenser.cluster import signals
 from condenser.data.collate import StepBatch
 from condenser.data.store import check_same_stores
-from condenser.models.backbones.base import Backbone, prepare_layers
+from condenser.models.backbones.base import NAMED, Backbone, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work
 from condenser.models.objective import COUNTS, Objective, class_of, known_options
@@ -105,7 +105,7 @@ class CondenserModule(L.LightningModule):
     ):
         super().__init__()
         self.automatic_optimization = False
-        self.backbone_family = backbone_family  # known to `families` once it is imported
+        self.backbone_family, NAMED[:] = backbone_family, [backbone_family] if backbone_family else []
         self.backbone, self.backbone_config, self.objective = backbone, backbone_config or {}, objective
         self.beginning: Any = {
             "max_positions": max_positions,

@@ -130,11 +130,14 @@ class Backbone(ABC):
         return torch.arange(attention_mask.shape[1], device=attention_mask.device).expand_as(attention_mask)
 
 
+NAMED: list[type[Backbone]] = []  # by model.backbone_family: it is taken, whatever else there is of its model types
+
+
 def families() -> dict[str, type[Backbone]]:
     """By Hugging Face's name of the model type."""
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{__package__}.{module.name}")
-    return {name: family for family in with_subclasses(Backbone) for name in family.model_types}
+    return {name: family for family in (*with_subclasses(Backbone), *NAMED) for name in family.model_types}
 
 
 def with_subclasses(each: Any) -> Iterator[Any]:
