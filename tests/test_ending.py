@@ -560,6 +560,8 @@ REFUSED = {
     "BackboneFinetuning cannot": ["--trainer.callbacks", "BackboneFinetuning"],
     "backbone_config makes no model": ["--model.backbone_config.hidden_act", "foo"],
     "error: optimizer.learning_rate=inf must be positive and finite": ["--model.optimizer.learning_rate", ".inf"],
+    "model.objective_options.temperature is the text None": ["--model.objective_options.temperature", "null"],
+    "optimizer.optimizer_options.a is the text None: write null": ["--model.optimizer.optimizer_options.a", "None"],
     "fast_dev_run begins anew": ["--trainer.fast_dev_run", "1", "--ckpt_path", "some.ckpt"],
     "data.store is empty": ["--data.store", ""],
     "no token store at nowhere: make one with": ["--data.store", "nowhere", "--wandb", "offline"],

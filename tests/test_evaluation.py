@@ -82,13 +82,15 @@ def write_collection(folder, title=""):
 # --- metrics and searches
 
 
-def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(model_folder):
+@pytest.mark.parametrize(("cut", "left"), [("right", "early"), ("left", "late")])
+def test_bm25_reads_no_more_of_a_text_than_the_encoder_does(cut, left, model_folder):
     encoder = encoders.load_encoder(model_folder, 8)  # [CLS], 6 tokens, [SEP]
+    encoder.tokenizer.truncation_side = cut
     documents = {"early": "wolf " + "farm " * 9, "late": "farm " * 9 + "wolf"}
     assert set(search.bm25_search(documents, {"q": "wolf"})["q"]) == {"early", "late"}
-    assert set(search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"]) == {"early"}
-    encoder.prompts["document"] = "the farm and the " * 2  # takes the room of the text
-    assert search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"] == {}
+    assert set(search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"]) == {left}
+    encoder.prompts["document"] = "the farm and the " * 2  # takes the room of the text, where that is cut at its end
+    assert set(search.bm25_search(documents, {"q": "wolf"}, reader=encoder)["q"]) == {left} - {"early"}
 
 
 # --- collections

@@ -115,14 +115,15 @@ def prompt_of(encoder: Encoder, kind: Kind) -> str:
 
 
 def tokens_read(encoder: Encoder, texts: Sequence[str], kind: Kind) -> list[str]:
-    """The beginnings of texts that the encoder reads: up to its length, less its prompt."""
+    """What the encoder reads of texts: as much as it takes, less its prompt, of where its tokenizer does not cut."""
     prompt, found = prompt_of(encoder, kind), []
     options: Any = {"truncation": True, "max_length": encoder.max_seq_length, "return_offsets_mapping": True}
     for start in range(0, len(texts), 1000):
         some = [prompt + text for text in texts[start : start + 1000]]
         offsets = encoder.tokenizer(some, **options)["offset_mapping"]
-        ends = (max((end for _, end in spans), default=0) for spans in offsets)  # special tokens are at 0
-        found += [text[len(prompt) : end] for text, end in zip(some, ends, strict=True)]
+        read = ([span for span in spans if any(span)] or [(0, 0)] for spans in offsets)  # special tokens are at 0
+        for text, spans in zip(some, read, strict=True):
+            found.append(text[max(len(prompt), spans[0][0]) : spans[-1][1]])
     return found
 
 

@@ -45,6 +45,7 @@ from condenser.models.retromae import DupMAE, RetroMAE
 
 OF_THE_HUB = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # arguments of from_pretrained
 OURS = (Condenser, CoCondenser, RetroMAE, DupMAE)
+output: Any = torch.compiler.disable(lambda **values: ModelOutput(**values))  # whose attributes a compiler loses
 
 
 class CondenserConfig(PretrainedConfig):
@@ -198,7 +199,7 @@ class CondenserForPreTraining(PreTrainedModel):
             terms = terms | {"contrast": self.model.contrast(cls)}
         means = {f"{name}_loss": term.sum / max(batch[term.over], 1) for name, term in terms.items()}
         loss = torch.stack([term.weight * means[f"{name}_loss"] for name, term in terms.items()]).sum()
-        return output_of({"loss": loss} | means)
+        return output(loss=loss, **means)
 
     def _init_weights(self, module: Any) -> None:
         self.model.lm._init_weights(module)
@@ -213,11 +214,6 @@ class CondenserForPreTraining(PreTrainedModel):
 
     def get_output_embeddings(self) -> Any:
         return self.model.lm.get_output_embeddings()
-
-
-@torch.compiler.disable  # which would lose its attributes
-def output_of(values: dict[str, Tensor]) -> ModelOutput:
-    return ModelOutput(**values)
 
 
 AutoConfig.register(CondenserConfig.model_type, CondenserConfig)

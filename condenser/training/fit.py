@@ -26,7 +26,7 @@ from lightning.pytorch.plugins.environments import LightningEnvironment, SLURMEn
 from condenser.cluster import signals
 from condenser.data.datamodule import CondenserDataModule, check_shared
 from condenser.recipes import HELP, ConfigFile, Parser, recipes
-from condenser.runs import SUMMARY, step_of
+from condenser.runs import SUMMARY, flatten, step_of
 from condenser.training import tracking
 from condenser.training.checkpoints import Checkpointing, Checkpoints, WholeFiles
 from condenser.training.ending import SIGNAL, Ending
@@ -182,6 +182,9 @@ def check_values(settings: Any) -> None:
     for name, value in settings.model.init_args.items():
         if value is None and name in parameters and parameters[name].default is not None:
             raise ValueError(f"model.{name} is null: give it a value, or leave it out")
+    for name, value in flatten(settings.model.init_args.as_dict()):
+        if value == "None":  # which jsonargparse makes of a null below a setting
+            raise ValueError(f"model.{name} is the text None: write null, in a file of settings (-c FILE)")
     if seed is True or not 0 <= seed < 2**32:  # of True Lightning makes a seed
         raise ValueError(f"seed_everything={seed}: give a number from 0 to {2**32 - 1}")
 
