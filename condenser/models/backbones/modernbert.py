@@ -42,12 +42,10 @@ class ModernBert(Backbone):
         of, kinds = layer.attn, range(3)[which]
         rows = slice(*(kind * self.lm.config.hidden_size for kind in (kinds.start, kinds.stop)))
         weights: Any = [None if each is None else each[rows] for each in (of.Wqkv.weight, of.Wqkv.bias)]
-        states = F.linear(norm_before(layer, hidden), *weights).unflatten(-1, (len(kinds), -1, of.head_dim))
-        turned = [
-            self.rotated(layer, each, position_ids) if kind < 2 else each
-            for kind, each in zip(kinds, states.unbind(1), strict=True)
-        ]
-        return torch.stack(turned, dim=1)
+        hidden = hidden if isinstance(layer.attn_norm, nn.Identity) else norm(hidden, layer.attn_norm)
+        states = F.linear(hidden, *weights).unflatten(-1, (len(kinds), -1, of.head_dim))
+        parts = zip(kinds, states.unbind(1), strict=True)
+        return torch.stack([self.rotated(layer, each, position_ids) if kind < 2 else each for kind, each in parts], 1)
 
     def dropped(self, layer: Any) -> float:
         return layer.attn.attention_dropout if layer.training else 0.0
@@ -82,7 +80,3 @@ class ModernBert(Backbone):
         # turned as full layers are, where there is one
         layer.attention_type, layer.attn.sliding_window = min(self.lm.config.layer_types), None
         return layer
-
-
-def norm_before(layer: Any, hidden: Tensor) -> Tensor:
-    return hidden if isinstance(layer.attn_norm, nn.Identity) else norm(hidden, layer.attn_norm)
