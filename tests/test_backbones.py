@@ -2,6 +2,7 @@
 
 import inspect
 import itertools
+from contextlib import nullcontext
 from functools import partial
 from operator import attrgetter
 
@@ -460,6 +461,14 @@ def test_what_cls_attends_to_is_probed_in_every_layer(family):
 def test_what_a_family_cannot_do_is_said(settings):
     with pytest.raises(ValueError, match=f"deberta-v2 with .*{next(iter(settings))}"):
         backbone_of(deberta(0.0, **settings))
+
+
+@pytest.mark.parametrize("kind", ["relative_key", "relative_key_query", "absolute"])
+def test_a_backbone_whose_positions_transformers_leaves_out_is_refused(kind, tmp_path):
+    BertForMaskedLM(tiny_config(position_embedding_type=kind)).save_pretrained(tmp_path)
+    refused = pytest.raises(ValueError, match=f"position_embedding_type='{kind}'")
+    with nullcontext() if kind == "absolute" else refused:
+        CondenserForPreTraining.from_pretrained(tmp_path, skip_from=1)
 
 
 def test_an_unlisted_model_is_refused_with_the_list_and_where_a_family_is_added():

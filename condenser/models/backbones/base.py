@@ -167,6 +167,10 @@ def backbone_of(lm: PreTrainedModel) -> Backbone:
         raise ValueError("the backbone is a decoder, which sees a text from one side: set is_decoder to false")
     if lm.config.num_hidden_layers < 1:
         raise ValueError(f"num_hidden_layers={lm.config.num_hidden_layers}: the backbone has no layer")
+    if (kind := str(getattr(lm.config, "position_embedding_type", ""))).startswith("relative_key"):
+        raise ValueError(
+            f"position_embedding_type={kind!r}: transformers 5 leaves such positions out, and trains others"
+        )
     return known[model_type](lm)
 
 
