@@ -777,7 +777,8 @@ def test_what_is_logged_goes_by_name_where_other_devices_have_other_terms(recipe
         monkeypatch.setattr(
             "condenser.training.module.on_all_devices", lambda own, others=others: [[*others, *reversed(own)], own]
         )
-        assert fit(recipe, tmp_path, str(len(others)), "--trainer.max_steps", "2") == 0
+        options = ["--model.objective", f"{__name__}.Uniform", "--trainer.max_steps", "2"]
+        assert fit(recipe, tmp_path, str(len(others)), *options) == 0
         found.append(metrics_of(tmp_path / str(len(others)))[0])
     assert float(found[1].pop("train/other_loss")) == 0
     assert all(value == found[1][name] for name, value in found[0].items() if name.startswith("train/"))

@@ -215,6 +215,10 @@ def class_of(model: Objective) -> type[Objective]:
     return next(each for each in type(model).__mro__ if not each.__module__.startswith("torch."))
 
 
+def is_ours(model: Objective | None) -> bool:
+    return model is not None and class_of(model).__module__.startswith("condenser.")
+
+
 def known_class(path: str) -> type[Objective] | None:
     """The class of this path if it is one of ours or was imported. (A path that a file holds is not imported: it could
     run anything.)"""

@@ -25,7 +25,7 @@ from condenser.data.store import check_same_stores
 from condenser.models.backbones.base import NAMED, Backbone, prepare_layers
 from condenser.models.condenser import Condenser
 from condenser.models.flops import Work
-from condenser.models.objective import COUNTS, Objective, class_of, known_options
+from condenser.models.objective import COUNTS, Objective, is_ours, known_options
 from condenser.models.positions import Extension
 from condenser.runs import CONFIG
 from condenser.training import sharding
@@ -253,7 +253,7 @@ class CondenserModule(L.LightningModule):
         assert self.model is not None
         trainer: Any = self.trainer
         steps = trainer.train_dataloader.dataset
-        if (steps.shapes or steps.few_sizes) and not class_of(self.model).__module__.startswith("condenser."):
+        if (steps.shapes or steps.few_sizes) and not is_ours(self.model):
             check_dummies(self.model, steps, self.device)
         self.step = TrainingStep(
             self.model,
@@ -331,7 +331,8 @@ class CondenserModule(L.LightningModule):
 
     def log_step(self, passes: StepResult, totals: Tensor, norm: Tensor) -> None:
         shares, nothing = passes.shares | {"loss": passes.losses.sum()}, norm.new_zeros(())
-        names = dict.fromkeys(name for each in on_all_devices([*shares]) for name in each)  # not all have all terms
+        everywhere = [shares] if is_ours(self.model) else on_all_devices([*shares])  # which may have other terms
+        names = dict.fromkeys(name for each in everywhere for name in each)
         sums = torch.stack([shares.get(name, nothing) for name in names]).double()
         means = self.all_reduce(sums) / self.trainer.world_size
         found = torch.cat([self.since, totals, norm.double()[None], means]).tolist()  # here the host waits
