@@ -79,7 +79,7 @@ class Guard:
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "wb") as file:
                 write_file([*watched.batch], file)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:  # torch's writer may not say why
             kept = f"its batch could not be saved ({one_line(error)})"
         if self.rank > 0:
             raise SystemExit(1)
