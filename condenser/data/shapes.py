@@ -60,12 +60,12 @@ def rounded(fields: Fields) -> Shape:
     """Of about a pass's own size, so that products have few numbers of rows: in half precision a CPU makes the kernel
     of each anew, which takes it 5 to 15 ms."""
     n_tokens, n_queries, n_masked = (len(fields[name]) for name in ("input_ids", "query_index", "masked_index"))
-    tokens, queries = fine(n_tokens + 1), fine(n_queries + 1)
-    return Shape(tokens, None, fine(n_masked), queries, fields["max_seqlen"], fields["max_query"])
+    tokens, queries = one_of_few(n_tokens + 1), one_of_few(n_queries + 1)
+    return Shape(tokens, None, one_of_few(n_masked), queries, fields["max_seqlen"], fields["max_query"])
 
 
-def fine(n: int) -> int:
-    """Up to one of few numbers: by at most 1/16, or 15."""
+def one_of_few(n: int) -> int:
+    """``n`` or more: by at most 1/16, or 15."""
     return up(n, max((1 << n.bit_length()) >> 5, 16))
 
 

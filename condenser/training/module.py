@@ -198,12 +198,12 @@ class CondenserModule(L.LightningModule):
             self.trainer, **self.wanted, recomputed=self.gradient_checkpointing
         )
         datamodule.few_shapes = self.compiled
+        datamodule.few_sizes = device.type == "cpu" and self.trainer.precision == "bf16-mixed"
         datamodule.provide_for(self.model)
         check_rows(self.model, getattr(datamodule, "longest", 0))
         if device.type == "cuda":
             datamodule.affordable = tokens_that_fit(self.model, device, datamodule.masking.probability)
         else:
-            datamodule.few_sizes = self.trainer.precision == "bf16-mixed"
             keep_few_kernels()
 
     def setup(self, stage: str) -> None:
